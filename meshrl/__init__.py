@@ -1,0 +1,32 @@
+"""RL environments and policies as services on a NATS bus.
+
+::
+
+    async with Mesh() as m:
+        env = await m.env("cartpole")
+        obs, info = await env.reset(seed=1)
+        obs, reward, terminated, truncated, info = await env.step(0)
+"""
+
+from meshrl import errors
+from meshrl.bus.login import Credentials
+from meshrl.client.agent import RemoteAgent
+from meshrl.client.env import RemoteEnv
+from meshrl.client.mesh import Mesh
+from meshrl.worker.agent_worker import AgentWorker
+from meshrl.worker.env_worker import EnvWorker
+from meshrl.worker.factories import Factory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AgentWorker",
+    "Credentials",
+    "EnvWorker",
+    "Factory",
+    "Mesh",
+    "RemoteAgent",
+    "RemoteEnv",
+    "__version__",
+    "errors",
+]

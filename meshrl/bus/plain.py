@@ -1,0 +1,76 @@
+"""The plain path: the same as :mod:`meshrl.bus.thin` over nats-py's public API alone.
+
+Slower by a factor of two to three, and right with any nats-py: it is used where the thin path's contract does not
+hold, over WebSocket, and with ``MESHRL_BUS=plain``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import nats.aio.client
+import nats.errors
+
+from meshrl.bus.thin import MAX_HELD_BYTES, RawHandler
+
+
+class PlainPath:
+    """Subscribes and publishes through nats-py's public API, with handlers called in order of arrival."""
+
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        self.client = nats.aio.client.Client()
+        self.failed = failed
+        self.dropped = 0
+        self._out: deque[tuple[str, str, bytes]] = deque()
+        self._out_bytes = 0
+        self._writer: asyncio.Task[None] | None = None
+
+    async def subscribe(self, subject: str, queue: str, handler: RawHandler) -> Any:
+        """Subscribe; the server knows it after the next flush."""
+
+        async def deliver(message: Any) -> None:
+            status = (message.headers or {}).get("Status")
+            try:
+                handler(message.subject, message.reply, message.data, f"NATS/1.0 {status}".encode() if status else b"")
+            except Exception as exc:  # noqa: BLE001  # nats-py would only log it
+                self.failed(exc)
+
+        return await self.client.subscribe(subject, queue=queue, cb=deliver, pending_bytes_limit=512 * 1024 * 1024)
+
+    async def unsubscribe(self, subscription: Any) -> None:
+        """End a subscription."""
+        await subscription.unsubscribe()
+
+    def publish(self, subject: str, reply: str, body: bytes) -> None:
+        """Send soon, in order."""
+        self._out.append((subject, reply, body))
+        self._out_bytes += len(body)
+        self.write_out()
+
+    def write_out(self) -> None:
+        """See that what was published is being sent; while disconnected, hold it."""
+        if not self.client.is_connected:
+            if self._out_bytes > MAX_HELD_BYTES:
+                self.dropped += len(self._out)
+                self._out.clear()
+                self._out_bytes = 0
+            return
+        if self._out and (self._writer is None or self._writer.done()):
+            self._writer = asyncio.get_running_loop().create_task(self._write())
+
+    async def drain_out(self) -> None:
+        """Wait until nats-py has been given everything that was published."""
+        if self._writer is not None and not self._writer.done():
+            await asyncio.wait({self._writer})
+
+    async def _write(self) -> None:
+        while self._out and self.client.is_connected:
+            subject, reply, body = self._out.popleft()
+            self._out_bytes -= len(body)
+            try:
+                await self.client.publish(subject, body, reply=reply)
+            except nats.errors.Error as exc:
+                self.failed(exc)

@@ -1,0 +1,230 @@
+"""The thin path: messages from the socket to their handler in one call, and back in one write a loop turn.
+
+nats-py gives each subscription a queue and a task, each request a future under a timer, and each publish a kick of a
+flusher task. On the step path that is most of the time (design, section 6). Here nats-py keeps all it is good at
+(connecting, logins, TLS, reconnecting, keeping subscriptions), and two things are taken over:
+
+1. *In.* The stream reader below the connection looks at what arrives: a ``MSG`` or ``HMSG`` of a subscription made
+   here goes straight to its handler, everything else on to nats-py, in order.
+2. *Out.* What is published during one turn of the event loop leaves in one ``write`` at its end.
+
+Private attributes used, held by ``tests/unit/bus/test_contract.py`` against the locked version; where they are
+missing, :mod:`meshrl.bus.plain` does the same over the public API: ``Client._transport``, ``_connect_to_server``,
+``_process_err``, ``_process_op_err``; ``Subscription._id``; ``TcpTransport._io_reader``, ``_io_writer``,
+``_bare_io_reader``, ``_bare_io_writer``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import ParseResult
+
+import nats.aio.client
+import nats.aio.transport
+import nats.errors
+
+# A handler gets subject, reply subject, body and the raw header block (empty without headers).
+RawHandler = Callable[[str, str, bytes, bytes], None]
+
+# One read of a stream may carry hundreds of messages; what they publish is written once this many have been served,
+# so that the first does not wait for the last.
+MESSAGES_A_WRITE = 8
+
+# What is published while there is no connection waits for one, up to this; requests are sent again anyway (R9).
+MAX_HELD_BYTES = 8 * 1024 * 1024
+
+_CRLF = b"\r\n"
+
+
+class _Reader(asyncio.StreamReader):
+    """A stream reader that hands messages to handlers and leaves the rest of the protocol to nats-py."""
+
+    def __init__(self, path: ThinPath, limit: int) -> None:
+        super().__init__(limit=limit)
+        self._path = path
+        self._chunks: list[bytes] = []  # of an incomplete message, joined once when its last byte is there
+        self._have = 0
+        self._need = 0
+
+    def feed_data(self, data: bytes) -> None:
+        if self._chunks:
+            self._chunks.append(data)
+            self._have += len(data)
+            if self._have < self._need:
+                return
+            data = b"".join(self._chunks)
+            self._chunks.clear()
+        elif type(data) is not bytes:
+            data = bytes(data)
+        self._scan(data)
+
+    def _scan(self, data: bytes) -> None:
+        """Dispatch every complete message of ``data``; keep an incomplete one for the next read."""
+        handlers = self._path.handlers
+        at, end = 0, len(data)
+        served = 0
+        while at < end:
+            is_msg = data.startswith(b"MSG ", at)
+            if not is_msg and not data.startswith(b"HMSG ", at):
+                eol = data.find(_CRLF, at)
+                if eol < 0:
+                    self._keep(data[at:], 1)
+                    return
+                super().feed_data(data[at : eol + 2])
+                at = eol + 2
+                continue
+            eol = data.find(_CRLF, at)
+            if eol < 0:
+                self._keep(data[at:], 1)
+                return
+            words = data[at + (4 if is_msg else 5) : eol].split()
+            size = int(words[-1])
+            stop = eol + 2 + size
+            if stop + 2 > end:
+                self._keep(data[at:], stop + 2 - at)
+                return
+            handler = handlers.get(words[1])
+            if handler is None:
+                super().feed_data(data[at : stop + 2])
+            else:
+                head = 0 if is_msg else int(words[-2])
+                reply = words[2].decode() if len(words) == (4 if is_msg else 5) else ""
+                try:
+                    handler(
+                        words[0].decode(), reply, data[eol + 2 + head : stop], data[eol + 2 : eol + 2 + head] if head else b""
+                    )
+                except Exception as exc:  # noqa: BLE001  # an exception here would end nats-py's read loop
+                    self._path.failed(exc)
+                served += 1
+                if served % MESSAGES_A_WRITE == 0:
+                    self._path.write_out()
+            at = stop + 2
+
+    def _keep(self, rest: bytes, need: int) -> None:
+        self._chunks = [rest]
+        self._have = len(rest)
+        self._need = max(need, self._have + 1)
+
+
+class _Transport(nats.aio.transport.TcpTransport):  # type: ignore[misc]
+    """nats-py's TCP transport with our reader below it, before and after an upgrade to TLS."""
+
+    def __init__(self, path: ThinPath) -> None:
+        super().__init__()
+        self._path = path
+
+    def __bool__(self) -> bool:
+        return True  # nats-py replaces a transport that is false before it is connected
+
+    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: float) -> None:
+        loop = asyncio.get_running_loop()
+        reader = _Reader(self._path, buffer_size)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        async with asyncio.timeout(connect_timeout):
+            transport, _ = await loop.create_connection(lambda: protocol, uri.hostname, uri.port)
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        self._bare_io_reader = self._io_reader = reader
+        self._bare_io_writer = self._io_writer = writer
+
+    async def connect_tls(
+        self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: float
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        reader = _Reader(self._path, buffer_size)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        hostname = uri if isinstance(uri, str) else uri.hostname
+        async with asyncio.timeout(connect_timeout):
+            transport = await loop.start_tls(
+                self._io_writer.transport, protocol, ssl_context, server_hostname=hostname
+            )
+        assert transport is not None
+        self._io_reader = reader
+        self._io_writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+class _Client(nats.aio.client.Client):  # type: ignore[misc]
+    """nats-py's client on our transport; only a refused login or a broken permission ends it for good."""
+
+    def __init__(self, path: ThinPath) -> None:
+        super().__init__()
+        self._path = path
+
+    async def _connect_to_server(self, s: Any) -> None:
+        if s.uri.scheme in {"nats", "tls", ""}:
+            self._transport = _Transport(self._path)
+        await super()._connect_to_server(s)
+
+    async def _process_err(self, err_msg: str) -> None:
+        # nats-py closes the client on every -ERR, a slow consumer's or a full server's too: those come back instead.
+        if "authorization" in err_msg or "permissions violation" in err_msg or "authentication" in err_msg:
+            await super()._process_err(err_msg)
+        else:
+            error = nats.errors.Error(f"nats: {err_msg}")
+            await self._error_cb(error)
+            await self._process_op_err(error)
+
+
+class ThinPath:
+    """Subscribes and publishes over one connection of nats-py, without a queue, task or flush of its own a message."""
+
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        self.client = _Client(self)
+        self.failed = failed
+        self.handlers: dict[bytes, RawHandler] = {}
+        self.dropped = 0
+        self._out: list[bytes] = []
+        self._out_bytes = 0
+        self._scheduled = False
+
+    async def subscribe(self, subject: str, queue: str, handler: RawHandler) -> Any:
+        """Subscribe; the server knows it when this returns."""
+        # nats-py keeps the subscription (and repeats it after a reconnect); its own callback never sees a message.
+        subscription = await self.client.subscribe(subject, queue=queue, cb=_never)
+        self.handlers[str(subscription._id).encode()] = handler  # noqa: SLF001
+        return subscription
+
+    async def unsubscribe(self, subscription: Any) -> None:
+        """End a subscription; messages that are still under way go nowhere."""
+        await subscription.unsubscribe()
+        self.handlers.pop(str(subscription._id).encode(), None)  # noqa: SLF001
+
+    def publish(self, subject: str, reply: str, body: bytes) -> None:
+        """Send at the end of this turn of the event loop."""
+        head = f"PUB {subject} {reply} {len(body)}\r\n" if reply else f"PUB {subject} {len(body)}\r\n"
+        self._out_bytes += len(body)
+        self._out += (head.encode(), body, _CRLF)
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self.write_out)
+
+    async def drain_out(self) -> None:
+        """Give the socket everything that was published."""
+        self.write_out()
+
+    def write_out(self) -> None:
+        """Write what was published; while disconnected, hold it."""
+        self._scheduled = False
+        out = self._out
+        if not out:
+            return
+        if not self.client.is_connected:
+            if self._out_bytes > MAX_HELD_BYTES:
+                self.dropped += len(out) // 3
+                out.clear()
+                self._out_bytes = 0
+            return
+        self._out = []
+        self._out_bytes = 0
+        # One copy for many small messages in one system call; a large body goes down as it is.
+        transport = self.client._transport  # noqa: SLF001
+        if len(out) == 3 and len(out[1]) > 65536:
+            transport.writelines(out)
+        else:
+            transport.write(b"".join(out))
+
+
+async def _never(_message: Any) -> None:
+    """The callback that nats-py wants; our reader takes the messages before it."""

@@ -1,0 +1,214 @@
+"""``RemoteEnv``: one leased env, to be used like a local one with ``await`` before each call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import gymnasium
+from gymnasium.envs.registration import EnvSpec
+
+from meshrl.client.actions import checker
+from meshrl.client.session import RemoteSession, fields_of
+from meshrl.client.window import Window
+from meshrl.errors import MalformedMessage, UsageError
+from meshrl.wire import spaces
+from meshrl.wire.messages import SessionState
+
+# What step gives: observation, reward, terminated, truncated, info.
+Step = tuple[Any, Any, bool, bool, dict[str, Any]]
+
+
+class RemoteEnv:
+    """An env that lives on a worker; made by :meth:`meshrl.Mesh.env`.
+
+    Each method is one round trip, one at a time: a second call while one is under way raises ``ConcurrentStep``.
+    Cancelling a call stops the waiting only: see :meth:`settle`. Every call may raise ``SessionLost`` (the session
+    is gone: open a new env), ``EnvError`` (the env's code raised; the session has ended) and ``SessionClosed``.
+
+    Attributes:
+        render_mode: as asked for.
+    """
+
+    def __init__(
+        self, session: RemoteSession, *, render_mode: str | None, check_actions: Literal["normal", "strict"]
+    ) -> None:
+        description = session.grant.description
+        self.render_mode = render_mode
+        self._session = session
+        self._description = description
+        self._observation_space = spaces.rebuild(description.observation_space)
+        self._action_space = spaces.rebuild(description.action_space)
+        self._check = checker(self._action_space, description.name, strict=check_actions == "strict")
+        self._window = Window(description.name) if render_mode == "human" else None
+
+    def __repr__(self) -> str:
+        return f"<RemoteEnv {self.name} at {self.worker}: {self._session!r}>"
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        session = getattr(self, "_session", None)
+        if session is not None and session.abandoned:
+            _warn(f"unclosed {self!r}: `await env.close()` frees its slot at once", ResourceWarning, source=self)
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def name(self) -> str:
+        """As served."""
+        return self._description.name
+
+    @property
+    def worker(self) -> str:
+        """The id of the worker that holds it."""
+        return self._session.grant.worker
+
+    @property
+    def session_id(self) -> str:
+        """The id of its session."""
+        return self._session.grant.session
+
+    @property
+    def observation_space(self) -> gymnasium.Space[Any]:
+        """Equal to the remote env's, dtypes and bounds included."""
+        return self._observation_space
+
+    @property
+    def action_space(self) -> gymnasium.Space[Any]:
+        """Equal to the remote env's; its generator is this client's own."""
+        return self._action_space
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The remote env's, without what cannot travel."""
+        return dict(self._description.metadata)
+
+    @cached_property
+    def remote_spec(self) -> EnvSpec | None:
+        """The remote env's ``EnvSpec``; None where it has none that can be written down."""
+        return None if self._description.spec is None else EnvSpec.from_json(self._description.spec)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of what the env runs on."""
+        return dict(self._description.versions)
+
+    # ---------------------------------------------------------------- an env's calls
+
+    async def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode: ``gymnasium.Env.reset``. Settles a cancelled step and drops its result.
+
+        Returns:
+            observation, with exactly the types that the env returned, and info.
+        """
+        reply = await self._session.request("reset", fields_of(seed=seed, options=options))
+        if self._window is not None:
+            self._window.show(await self._frame())
+        return _reset_of(reply)
+
+    async def step(self, action: Any) -> Step:
+        """Take one step: ``gymnasium.Env.step``.
+
+        Args:
+            action: checked against the action space before anything is sent.
+
+        Returns:
+            observation, reward, terminated, truncated, info, with exactly the types that the env returned.
+
+        Raises:
+            InvalidAction: wrong shape, structure, dtype or discrete range; nothing was sent.
+            ResetNeeded: before the first ``reset``.
+            ConcurrentStep: another call is under way.
+            StepUnsettled: a cancelled step has to be settled first.
+        """
+        self._check(action)
+        reply = await self._session.request("step", {"action": action})
+        if self._window is not None:
+            self._window.show(await self._frame())
+        return _step_of(reply)
+
+    async def settle(self) -> Any:
+        """The result of the call whose waiting was cancelled: for a step, its tuple.
+
+        Raises:
+            NothingUnsettled: no call was cancelled.
+        """
+        op, reply = await self._session.settle()
+        if op == "step":
+            return _step_of(reply)
+        if op == "reset":
+            return _reset_of(reply)
+        return reply.get("value", reply.get("frame", reply.get("state")))
+
+    async def render(self) -> Any:
+        """What ``gymnasium.Env.render`` gives in this mode; in ``human`` mode it is shown here, and None."""
+        if self.render_mode is None:
+            raise UsageError(f"{self.name}: it was leased without a render_mode; pass one to m.env(...)")
+        frame = await self._frame()
+        if self._window is None:
+            return frame
+        self._window.show(frame)
+        return None
+
+    async def _frame(self) -> Any:
+        return (await self._session.request("render", {}))["frame"]
+
+    async def state(self) -> SessionState:
+        """Where the session stands: episode, steps, seed, phase."""
+        return SessionState.model_validate((await self._session.request("state", {})).get("state"))
+
+    async def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a public method of the remote env that the worker's operator allows.
+
+        Raises:
+            NotAllowed: the operator does not allow it, or there is none.
+        """
+        reply = await self._session.request("call", {"name": name, "args": list(args), "kwargs": kwargs})
+        return reply.get("value")
+
+    async def get_attr(self, name: str) -> Any:
+        """A public attribute of the remote env, looked for through its wrappers.
+
+        Raises:
+            NotAllowed: it is private, or there is none.
+            UnencodableValue: its value cannot travel.
+        """
+        return (await self._session.request("get_attr", {"name": name})).get("value")
+
+    async def set_attr(self, name: str, value: Any) -> None:
+        """Set a public attribute of the remote env that the worker's operator allows.
+
+        Raises:
+            NotAllowed: the operator does not allow it.
+        """
+        await self._session.request("set_attr", {"name": name, "value": value})
+
+    async def close(self) -> None:
+        """Close the env and free its slot. Safe to call twice."""
+        if self._window is not None:
+            self._window.close()
+        await self._session.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _reset_of(reply: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    try:
+        return reply["obs"], reply["info"]
+    except KeyError as exc:
+        raise MalformedMessage(f"a reply to reset has no {exc}") from None
+
+
+def _step_of(reply: Mapping[str, Any]) -> Step:
+    try:
+        return reply["obs"], reply["reward"], reply["terminated"], reply["truncated"], reply["info"]
+    except KeyError as exc:
+        raise MalformedMessage(f"a reply to step has no {exc}") from None

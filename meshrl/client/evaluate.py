@@ -1,0 +1,112 @@
+"""Evaluation: episodes of a served agent in a served env."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from meshrl.errors import UsageError
+
+if TYPE_CHECKING:
+    from meshrl.client.mesh import Mesh
+
+
+class EpisodeReport(BaseModel):
+    """One episode of an evaluation.
+
+    Attributes:
+        seed: with which it was reset.
+        episode_return: sum of its rewards.
+        length: its steps.
+        truncated: it ended by truncation and not by termination.
+        worker: the env worker that ran it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    seed: int
+    episode_return: float
+    length: int
+    truncated: bool
+    worker: str
+
+
+class Report(BaseModel):
+    """What :meth:`meshrl.Mesh.evaluate` found.
+
+    Attributes:
+        mean_return: over the episodes.
+        std_return: standard deviation over the episodes (population).
+        mean_length: steps, over the episodes.
+        episodes: each of them, by seed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    env: str
+    agent: str
+    mean_return: float
+    std_return: float
+    mean_length: float
+    episodes: list[EpisodeReport]
+
+
+async def evaluate(
+    mesh: Mesh,
+    env: str,
+    agent: str,
+    episodes: int,
+    seed: int,
+    *,
+    env_kwargs: Mapping[str, Any] | None,
+    deterministic: bool,
+    concurrency: int,
+) -> Report:
+    """Run the episodes; see :meth:`meshrl.Mesh.evaluate`."""
+    if episodes < 1 or concurrency < 1:
+        raise UsageError("evaluate runs at least one episode, at least one at once")
+    seeds = list(range(seed, seed + episodes))
+    seeds.reverse()
+    done: list[EpisodeReport] = []
+    description = await mesh.describe(agent, "agent")
+
+    async def run() -> None:
+        async with await mesh.env(env, env_kwargs) as remote:
+            async with await mesh.agent(agent, stateful=description.stateful, env=remote) as policy:
+                while seeds:
+                    done.append(await _episode(remote, policy, seeds.pop(), deterministic))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(concurrency, episodes)):
+            group.create_task(run())
+    done.sort(key=lambda episode: episode.seed)
+    returns = np.array([episode.episode_return for episode in done])
+    return Report(
+        env=env,
+        agent=agent,
+        mean_return=float(returns.mean()),
+        std_return=float(returns.std()),
+        mean_length=float(np.mean([episode.length for episode in done])),
+        episodes=done,
+    )
+
+
+async def _episode(env: Any, agent: Any, seed: int, deterministic: bool) -> EpisodeReport:
+    obs, info = await env.reset(seed=seed)
+    if agent.stateful:
+        await agent.reset(seed=seed)
+    total, length, terminated, truncated = 0.0, 0, False, False
+    while not (terminated or truncated):
+        action = await agent.act(obs, info, deterministic, seed=seed, step=length)
+        obs, reward, terminated, truncated, info = await env.step(action)
+        if agent.stateful:
+            await agent.observe(reward, terminated, truncated)
+        total += float(reward)
+        length += 1
+    return EpisodeReport(
+        seed=seed, episode_return=total, length=length, truncated=bool(truncated and not terminated), worker=env.worker
+    )

@@ -1,0 +1,223 @@
+"""Flights: requests under way, each until its answer or until it is lost (R9).
+
+One timer looks after all of them. A request that has just been sent costs an entry in a dict; only one that is quiet
+for a moment gets a :class:`~meshrl.protocol.doubt.Doubt`, and one probe a worker asks about all of its quiet ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from typing import NamedTuple
+
+from meshrl.bus.connection import Connection
+from meshrl.errors import MeshError, SessionLost
+from meshrl.protocol.doubt import QUIET_S, Do, Doubt
+from meshrl.wire.messages import MAX_BATCH, Probe, Probed, parse
+from meshrl.wire.subjects import Subjects
+
+TICK_S = 0.05
+# A tick that comes this late says that this process was stopped or its loop blocked: nobody else is to blame.
+LATE_S = 0.5
+
+_WHY = {
+    "worker_lost": "worker {worker} is gone",
+    "worker_frozen": "worker {worker} has been silent for {silence:g} s",
+    "session_unknown": "worker {worker} does not know the session any more",
+    "step_deadline": "the request ran longer than the {deadline:g} s that the worker allows",
+}
+
+
+class Entry(NamedTuple):
+    """What a probe names a request by; ``seq`` 0 is the open."""
+
+    session: str
+    epoch: int
+    lane: int
+    seq: int
+
+
+class Flight:
+    """One request under way.
+
+    Attributes:
+        future: its answer's bytes, or the error.
+        state: the worker's last word on it, if there was need to ask.
+    """
+
+    __slots__ = (
+        "_flights", "attempt", "body", "deadline_s", "doubt", "entry", "future", "rid", "sent_at", "state", "subject", "worker",
+    )  # fmt: skip
+
+    def __init__(
+        self, flights: Flights, worker: str, entry: Entry, subject: str, body: bytes, deadline_s: float, now: float
+    ) -> None:
+        self._flights = flights
+        self.worker = worker
+        self.entry = entry
+        self.subject = subject
+        self.body = body
+        self.deadline_s = deadline_s
+        self.sent_at = now
+        self.attempt = 0
+        self.rid = 0
+        self.state = ""
+        self.doubt: Doubt | None = None
+        self.future: asyncio.Future[bytes] = flights.loop.create_future()
+
+    def __repr__(self) -> str:
+        return f"<Flight {self.subject} {self.entry.seq} {self.state or 'sent'}>"
+
+    def answered(self, data: bytes | None) -> None:
+        """An answer arrived, or word that nobody listens."""
+        if data is None:
+            self._flights.alone(self)
+            return
+        self._flights.landed(self)
+        if not self.future.done():
+            self.future.set_result(data)
+
+    def failed(self, exc: MeshError) -> None:
+        """There will be no answer."""
+        self._flights.landed(self)
+        if not self.future.done():
+            self.future.set_exception(exc)
+            self.future.exception()  # who waits is told; when nobody does (a cancelled step), nothing is to be logged
+
+
+class Flights:
+    """All requests of one :class:`~meshrl.Mesh` to sessions and workers."""
+
+    def __init__(self, connection: Connection, subjects: Subjects, silence_s: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._connection = connection
+        self._subjects = subjects
+        self._silence_s = silence_s
+        self._fresh: dict[int, Flight] = {}  # in the order they were sent
+        self._quiet: set[Flight] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_tick = 0.0
+        self._probes: dict[str, int] = {}
+        connection.on_reconnect.append(self._reconnected)
+        connection.on_close.append(self._closed)
+
+    def __len__(self) -> int:
+        return len(self._fresh) + len(self._quiet)
+
+    def launch(self, worker: str, entry: Entry, subject: str, body: bytes, deadline_s: float) -> Flight:
+        """Send a request.
+
+        Raises:
+            BusClosed: the connection is closed.
+        """
+        now = time.monotonic()
+        flight = Flight(self, worker, entry, subject, body, deadline_s, now)
+        flight.rid = self._connection.request(subject, body, flight.answered, mark=(entry.lane, entry.seq, 0))
+        self._fresh[flight.rid] = flight
+        if self._timer is None:
+            self._last_tick = now
+            self._timer = self.loop.call_later(TICK_S, self._tick)
+        return flight
+
+    def landed(self, flight: Flight) -> None:
+        """Nothing more is expected of it."""
+        self._connection.forget(flight.rid)
+        if self._fresh.pop(flight.rid, None) is None:
+            self._quiet.discard(flight)
+
+    def close(self) -> None:
+        """Stop looking after them."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # ---------------------------------------------------------------- doubt
+
+    def _doubt(self, flight: Flight) -> Doubt:
+        if flight.doubt is None:
+            flight.doubt = Doubt(flight.sent_at, deadline_s=flight.deadline_s, silence_s=self._silence_s)
+            self._fresh.pop(flight.rid, None)
+            self._quiet.add(flight)
+        return flight.doubt
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._timer = self.loop.call_later(TICK_S, self._tick) if self._fresh or self._quiet else None
+        late = now - self._last_tick > LATE_S
+        self._last_tick = now
+        for flight in list(self._fresh.values()):
+            if now - flight.sent_at < QUIET_S:
+                break
+            self._doubt(flight)
+        heard = self._connection.connected and not late
+        asked: dict[str, list[Flight]] = defaultdict(list)
+        for flight in list(self._quiet):
+            doubt = self._doubt(flight)
+            if doubt.due() > now and heard:
+                continue
+            do = doubt.tick(now, connected=heard)
+            if do is Do.PROBE:
+                asked[flight.worker].append(flight)
+            else:
+                self._act(flight, do)
+        for worker, flights in asked.items():
+            self._probe(worker, flights[:MAX_BATCH])
+
+    def _probe(self, worker: str, flights: list[Flight]) -> None:
+        def answered(data: bytes | None) -> None:
+            self._connection.forget(rid)
+            if data is None:
+                for flight in flights:
+                    if not flight.future.done():
+                        self.alone(flight)
+                return
+            try:
+                states = parse(Probed, data).states
+            except MeshError:
+                return  # as good as silence: it is asked again
+            now = time.monotonic()
+            for flight, state in zip(flights, states, strict=False):
+                if not flight.future.done():
+                    flight.state = state
+                    self._act(flight, self._doubt(flight).heard(state, now))
+
+        old = self._probes.pop(worker, None)
+        if old is not None:
+            self._connection.forget(old)
+        body = Probe(awaited=[tuple(flight.entry) for flight in flights]).to_wire()
+        rid = self._connection.request(self._subjects.worker(worker, "probe", self._connection.user), body, answered)
+        self._probes[worker] = rid
+
+    def alone(self, flight: Flight) -> None:
+        """NATS says that nobody listens where it was sent, or where its probe was."""
+        now = time.monotonic()
+        self._act(flight, self._doubt(flight).alone(now, self._connection.up_for(now)))
+
+    def _act(self, flight: Flight, do: Do) -> None:
+        if do is Do.SEND_AGAIN:
+            flight.attempt += 1
+            mark = (flight.entry.lane, flight.entry.seq, flight.attempt)
+            self._connection.again(flight.rid, flight.subject, flight.body, mark=mark)
+        elif do is Do.LOST:
+            assert flight.doubt is not None
+            reason = flight.doubt.reason
+            why = _WHY[reason].format(worker=flight.worker, silence=self._silence_s, deadline=flight.deadline_s)
+            flight.failed(
+                SessionLost(
+                    f"session {flight.entry.session} is lost: {why}; open a new env",
+                    reason=reason,
+                    session=flight.entry.session,
+                    worker=flight.worker,
+                )
+            )
+
+    def _reconnected(self) -> None:
+        now = time.monotonic()
+        for flight in [*self._fresh.values(), *self._quiet]:
+            self._doubt(flight).reconnected(now)
+
+    def _closed(self, why: MeshError) -> None:
+        self.close()
+        for flight in [*self._fresh.values(), *self._quiet]:
+            flight.failed(why)

@@ -1,0 +1,183 @@
+"""A session at the client: its lane's turn, its requests, and its end (R1, R2)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from meshrl.client.flights import Entry, Flight
+from meshrl.errors import MeshError, SessionClosed, SessionExpired, SessionLost, SessionUnknown, WrongEpoch
+from meshrl.protocol.turn import Begin, Turn
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.frames import Frame, check_reply
+from meshrl.wire.messages import Close, Grant
+
+if TYPE_CHECKING:
+    from meshrl.client.mesh import Mesh
+
+_GONE = (SessionUnknown, SessionExpired, WrongEpoch)
+
+
+class RemoteSession:
+    """A granted session; what a remote env or agent is made of.
+
+    Attributes:
+        grant: what the worker granted.
+        closed: whether this client has closed it.
+    """
+
+    def __init__(self, mesh: Mesh, grant: Grant) -> None:
+        self.grant = grant
+        self.closed = False
+        self._mesh = mesh
+        self._connection = mesh.connection
+        self._flights = mesh.flights
+        self._turn = Turn(f"{grant.description.kind} {grant.description.name}")
+        self._subject = mesh.subjects.session(grant.worker, mesh.connection.user, grant.session, "")
+        self._flight: Flight | None = None
+        self._lost: SessionLost | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "lost" if self._lost else self._turn.phase.value
+        return f"<session {self.grant.session} at {self.grant.worker}: {state}>"
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody closed it although its slot is still held."""
+        return not self.closed and self._lost is None and not self._connection.closed
+
+    async def request(self, op: str, fields: Frame) -> Frame:
+        """Send one request of the lane and wait for its reply.
+
+        Cancelling stops the waiting, not the request: see :meth:`settle`.
+
+        Raises:
+            ConcurrentStep: another request is under way.
+            StepUnsettled: a cancelled one has not been settled.
+            SessionLost: the session is gone.
+            SessionClosed: this client closed it.
+            MeshError: what the worker answered.
+        """
+        if self._lost is not None or self.closed:
+            raise self._ended()
+        turn = self._turn
+        if turn.may_begin(op) is Begin.AFTER_LAST:
+            await self._discard()
+        grant = self.grant
+        # Encoded before the turn is taken: what cannot be encoded has not begun.
+        seq = turn.seq + 1
+        body = pack({"epoch": grant.epoch, "lane": 0, "seq": seq, **fields})
+        turn.begin(op)
+        entry = Entry(grant.session, grant.epoch, 0, seq)
+        try:
+            flight = self._flights.launch(grant.worker, entry, self._subject + op, body, grant.step_deadline_s)
+        except BaseException:
+            turn.seq -= 1
+            turn.answered()
+            raise
+        self._flight = flight
+        return await self._landing(flight)
+
+    async def settle(self) -> tuple[str, Frame]:
+        """Wait for the request whose waiting was cancelled; gives its op and reply.
+
+        Raises:
+            NothingUnsettled: there is none.
+            MeshError: what the worker answered to it.
+        """
+        if self._lost is not None or self.closed:
+            raise self._ended()
+        op = self._turn.settling()
+        assert self._flight is not None
+        return op, await self._landing(self._flight)
+
+    async def _landing(self, flight: Flight) -> Frame:
+        try:
+            # Shielded: the answer to a cancelled request is still wanted, by settle.
+            data = await (flight.future if flight.future.done() else asyncio.shield(flight.future))
+        except asyncio.CancelledError:
+            self._turn.cancelled()
+            raise
+        except SessionLost as exc:
+            self._lose(exc)
+            raise
+        finally:
+            if flight.future.done():
+                self._turn.answered()
+        try:
+            return check_reply(unpack(data), flight.entry.seq)
+        except _GONE as exc:
+            lost = self._lose_as(str(exc.details.get("reason", exc.code)))
+            raise lost from exc
+        except MeshError as exc:
+            if exc.code in {"env_error", "agent_error"}:
+                self._lose_as("ended", str(exc))
+            raise
+
+    async def _discard(self) -> None:
+        """Wait for a cancelled request and drop its answer, whatever it is."""
+        self._turn.settling()
+        assert self._flight is not None
+        try:
+            await self._landing(self._flight)
+        except SessionLost:
+            raise
+        except MeshError:
+            if self._lost is not None:
+                raise self._lost from None
+
+    def lost(self, reason: str) -> None:
+        """The keeper was told that the worker does not hold the session any more."""
+        if self._lost is None and not self.closed:
+            lost = self._lose_as(reason)
+            if self._flight is not None and not self._flight.future.done():
+                self._flight.failed(lost)
+
+    def _lose_as(self, reason: str, cause: str = "") -> SessionLost:
+        why = {
+            "session_expired": "its lease ran out and the slot was freed",
+            "ended": "its env raised an exception" if not cause else f"its env raised an exception: {cause.splitlines()[0]}",
+            "worker_stopped": "its worker was stopped",
+        }.get(reason, f"its worker does not hold it any more ({reason})")
+        grant = self.grant
+        lost = SessionLost(
+            f"{grant.description.name}: session {grant.session} at worker {grant.worker} is lost: {why}; open a new one",
+            reason=reason,
+            session=grant.session,
+            worker=grant.worker,
+        )
+        self._lose(lost)
+        return lost
+
+    def _lose(self, exc: SessionLost) -> None:
+        if self._lost is None:
+            self._lost = exc
+            self._mesh.forget(self)
+
+    def _ended(self) -> MeshError:
+        if self.closed:
+            return SessionClosed(f"{self.grant.description.name}: it was closed by this client; open a new one")
+        assert self._lost is not None
+        return SessionLost(self._lost.message, **self._lost.details)
+
+    async def close(self) -> None:
+        """End the session and free its slot. Safe to call twice; never waits longer than 2 s for the worker."""
+        if self.closed:
+            return
+        self.closed = True
+        gone = self._lost is not None
+        self._mesh.forget(self)
+        flight = self._flight
+        if flight is not None and not flight.future.done():
+            flight.failed(SessionClosed(f"{self.grant.description.name}: it was closed while a request was under way"))
+        if not gone and not self._connection.closed:
+            body = Close(epoch=self.grant.epoch).to_wire()
+            try:
+                await self._connection.ask(self._subject + "close", body, 2.0)
+            except TimeoutError:
+                return  # nobody renews it any more: its lease ends it
+
+
+def fields_of(**values: Any) -> Frame:
+    """A request's own fields, without those that are None."""
+    return {name: value for name, value in values.items() if value is not None}

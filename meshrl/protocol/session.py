@@ -1,0 +1,258 @@
+"""Sessions at the worker: opened once, leased, and told apart by epoch (R1, R3, R4).
+
+    state      open (same epoch)   open (higher)   open (lower)    request        renew     close
+    opening    JOIN                RAISED          WRONG_EPOCH     unknown        renewed   ending
+    open       REPEAT              RAISED          WRONG_EPOCH     its lane's     renewed   ending
+    ending     WAIT                WAIT            WRONG_EPOCH     unknown        lost      ending
+    (none)     NEW or FULL         NEW or FULL     NEW or FULL     unknown        lost      nothing
+
+A grant holds for ``GRANT_S`` until it is renewed or used; from then on the lease counts. The countdown stands still
+while the worker is disconnected, and a sweep that comes late (the process was stopped, the machine slept) grants full
+leases again: a client may have renewed in time with nobody there to hear it.
+
+Two threads share a table: one opens, closes and answers, the other renews, sweeps and probes. Every method reads
+and writes single attributes or single entries, so no lock is needed for their order to make sense; ``sweep`` gives
+the sessions that expired to its caller, and only the first thread removes them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, Literal
+
+from meshrl.protocol.lane import Lane
+
+# A lease survives two lost renewals; a vanished client's slot is free again within it.
+LEASE_S = 15.0
+# The client renews on receipt of a grant, so this is one round trip and a scheduling hiccup.
+GRANT_S = 2.0
+# A sweep is late when the process cannot have been well meanwhile.
+LATE_SWEEPS = 4
+# Why a session is gone is remembered for this many, so that its client is told more than "unknown".
+MAX_REMEMBERED = 10_000
+# Cached answers of all sessions together; beyond it the worker takes no new sessions (R1).
+MAX_CACHED_BYTES = 1024 * 1024 * 1024
+
+Key = tuple[str, str]
+Awaited = Literal["unknown", "not_received", "running", "parked", "answered"]
+# epoch, lane, seq and bytes of the answer with which a session ended (an exception of its env)
+Last = tuple[int, int, int, bytes]
+
+
+class Opening(Enum):
+    """What to do with an open."""
+
+    NEW = "new"
+    JOIN = "join"
+    REPEAT = "repeat"
+    RAISED = "raised"
+    WAIT = "wait"
+    WRONG_EPOCH = "wrong_epoch"
+    FULL = "full"
+
+
+class State(Enum):
+    """Where a session is in its life."""
+
+    OPENING = "opening"
+    OPEN = "open"
+    ENDING = "ending"
+
+
+class Session:
+    """One client's hold on a slot.
+
+    Attributes:
+        user: the token of the login it was opened by.
+        id: chosen by the client.
+        epoch: its incarnation.
+        lanes: by number.
+        reply_to: where the answer to the open goes.
+        grant: the granted open's bytes, once there are some.
+        lease_until: when it lapses, on the caller's clock.
+        confirmed: whether the grant was renewed or used.
+        held: what the worker keeps with it (the env), of no concern here.
+    """
+
+    __slots__ = ("confirmed", "epoch", "grant", "held", "id", "lanes", "lease_until", "reply_to", "state", "user")
+
+    def __init__(self, user: str, id_: str, epoch: int, lanes: int, reply_to: str) -> None:
+        self.user = user
+        self.id = id_
+        self.epoch = epoch
+        self.lanes = [Lane() for _ in range(lanes)]
+        self.state = State.OPENING
+        self.reply_to = reply_to
+        self.grant = b""
+        self.lease_until = float("inf")  # an env under construction does not lapse; its grant may
+        self.confirmed = False
+        self.held: Any = None
+
+    def __repr__(self) -> str:
+        return f"<Session {self.id} of {self.user}, epoch {self.epoch}, {self.state.value}>"
+
+    @property
+    def key(self) -> Key:
+        """What it is found by: a session belongs to its user."""
+        return self.user, self.id
+
+
+class SessionTable:
+    """All sessions of one worker, and its slots.
+
+    Attributes:
+        slots: how many sessions it may hold at once.
+        cached_bytes: of the answers that lanes keep.
+    """
+
+    def __init__(self, slots: int, *, lease_s: float = LEASE_S, grant_s: float = GRANT_S) -> None:
+        self.slots = slots
+        self.lease_s = lease_s
+        self.grant_s = grant_s
+        self.cached_bytes = 0
+        self._sessions: dict[Key, Session] = {}
+        self._gone: OrderedDict[Key, tuple[str, Last | None]] = OrderedDict()
+        self._last_sweep: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def get(self, key: Key) -> Session | None:
+        """The session, or None."""
+        return self._sessions.get(key)
+
+    @property
+    def free(self) -> int:
+        """Slots that may be given out now."""
+        return max(0, self.slots - len(self._sessions)) if self.cached_bytes < MAX_CACHED_BYTES else 0
+
+    # ---------------------------------------------------------------- opened once
+
+    def open(
+        self, user: str, id_: str, epoch: int, reply_to: str, now: float, *, lanes: int = 1
+    ) -> tuple[Opening, Session | None]:
+        """Take an open. NEW has made the session and taken its slot; RAISED asks the caller to end the old one first."""
+        session = self._sessions.get((user, id_))
+        if session is None:
+            if not self.free:
+                return Opening.FULL, None
+            session = Session(user, id_, epoch, lanes, reply_to)
+            self._sessions[session.key] = session
+            self._gone.pop(session.key, None)
+            return Opening.NEW, session
+        if epoch < session.epoch:
+            return Opening.WRONG_EPOCH, session
+        if session.state is State.ENDING:
+            return Opening.WAIT, session
+        if epoch > session.epoch:
+            return Opening.RAISED, session
+        session.reply_to = reply_to
+        if session.state is State.OPENING:
+            return Opening.JOIN, session
+        if not session.confirmed:
+            session.lease_until = now + self.grant_s  # the first answer may have been lost
+        return Opening.REPEAT, session
+
+    def granted(self, session: Session, grant: bytes, now: float) -> str:
+        """The session's env is there; gives the reply subject that the grant goes to."""
+        session.state = State.OPEN
+        session.grant = grant
+        session.lease_until = now + (self.lease_s if session.confirmed else self.grant_s)
+        return session.reply_to
+
+    def ending(self, session: Session, reason: str, last: Last | None = None) -> bool:
+        """The session is over, its slot not yet free; False when it was ending already.
+
+        ``last`` is the answer it ended with, which can still be had if its first sending was lost.
+        """
+        if session.state is State.ENDING:
+            return False
+        session.state = State.ENDING
+        self._remember(session.key, reason, last)
+        return True
+
+    def ended(self, session: Session) -> None:
+        """Its env is closed; the slot is free."""
+        if self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
+            self.cached_bytes -= sum(len(lane.cached) for lane in session.lanes)
+
+    def _remember(self, key: Key, reason: str, last: Last | None) -> None:
+        self._gone[key] = (reason, last)
+        self._gone.move_to_end(key)
+        while len(self._gone) > MAX_REMEMBERED:
+            self._gone.popitem(last=False)
+
+    def why_gone(self, key: Key) -> str:
+        """``session_expired``, ``closed``, another reason given to :meth:`ending`, or ``session_unknown``."""
+        return self._gone.get(key, ("session_unknown", None))[0]
+
+    def last_answer(self, key: Key, epoch: int, lane: int, seq: int) -> bytes | None:
+        """The answer that the session ended with, if it is that of this request."""
+        last = self._gone.get(key, ("", None))[1]
+        return last[3] if last is not None and last[:3] == (epoch, lane, seq) else None
+
+    # ---------------------------------------------------------------- leased
+
+    def used(self, session: Session, now: float) -> None:
+        """A request of the session arrived: that is as good as a renewal."""
+        session.confirmed = True
+        session.lease_until = now + self.lease_s
+
+    def answered(self, session: Session, lane: Lane, reply: bytes) -> str:
+        """Keep a lane's answer; gives the reply subject that it goes to."""
+        self.cached_bytes += len(reply) - len(lane.cached)
+        return lane.answer(reply)
+
+    def renew(self, key: Key, epoch: int, now: float) -> str | None:
+        """Renew a lease. None when that was done, else why it could not be."""
+        session = self._sessions.get(key)
+        if session is None or session.state is State.ENDING:
+            return self.why_gone(key)
+        if session.epoch != epoch:
+            return "wrong_epoch"
+        session.confirmed = True
+        if session.state is State.OPEN:
+            session.lease_until = now + self.lease_s
+        return None
+
+    def sweep(self, now: float, interval_s: float, *, connected: bool) -> list[Session]:
+        """The sessions whose lease ran out; to be called every ``interval_s``."""
+        late = self._last_sweep is not None and now - self._last_sweep > LATE_SWEEPS * interval_s
+        self._last_sweep = now
+        if late or not connected:
+            self.grant_again(now)
+            return []
+        return [s for s in list(self._sessions.values()) if s.lease_until < now and s.state is State.OPEN]
+
+    def grant_again(self, now: float) -> None:
+        """Start every countdown anew, as after a reconnect."""
+        for session in list(self._sessions.values()):
+            if session.state is State.OPEN:
+                session.lease_until = now + (self.lease_s if session.confirmed else self.grant_s)
+
+    # ---------------------------------------------------------------- probed
+
+    def probe(self, key: Key, epoch: int, lane: int, seq: int) -> Awaited:
+        """What became of request ``seq`` of a lane (R9); ``seq`` 0 asks for the open."""
+        session = self._sessions.get(key)
+        if seq == 0:
+            if session is None or session.epoch != epoch or session.state is State.ENDING:
+                return "not_received"
+            return "running" if session.state is State.OPENING else "answered"
+        if (
+            session is None
+            or session.epoch != epoch
+            or session.state is not State.OPEN
+            or not 0 <= lane < len(session.lanes)
+        ):
+            return "answered" if self.last_answer(key, epoch, lane, seq) is not None else "unknown"
+        at = session.lanes[lane]
+        if seq > at.seq:
+            return "not_received"
+        return "running" if at.running and seq == at.seq else "answered"

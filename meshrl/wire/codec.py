@@ -1,0 +1,390 @@
+"""Values to msgpack bytes and back, with their exact Python types.
+
+Rule: what comes out has the type and the bits of what went in, or the value is refused by path before
+anything is sent; and no bytes whatever do more on arrival than become a value or a
+:class:`~meshrl.errors.MalformedMessage`.
+
+msgpack itself keeps None, bool, int up to 64 bit, float, str, bytes, list and dicts with text keys. Arrays
+and numpy scalars travel as msgpack-numpy's maps (:mod:`meshrl.wire.arrays`), complex numbers as its
+``{"complex": True, "data": "(1+2j)"}``, and the rest as ``{"py": kind, "v": value}``::
+
+    tuple, set, frozenset   v: the items                 bytearray   v: bin
+    map                     v: [[key, value], ...]       int         v: "-0x1f..." beyond 64 bit
+    graph                   v: [nodes, edges, links]     complex     v: [re, im] where repr loses bits (NaN)
+    str                     v: bin, UTF-8 with lone surrogates passed
+
+A dict with a key that is not text, or with one of the reserved keys (``nd``, ``py``, ``complex``), travels
+as ``map``, so no value of a user's is ever taken for a form. Instances of subclasses (OrderedDict,
+defaultdict, namedtuples, IntEnum, StrEnum, subclasses of int, float, str...) travel as their base type.
+Subclasses of ndarray (a masked array has more than its data) and everything else raise
+:class:`~meshrl.errors.UnencodableValue`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import numpy as np
+from gymnasium.spaces import GraphInstance
+
+from meshrl.errors import MalformedMessage, UnencodableValue
+from meshrl.wire.arrays import SCALAR_TYPES, KeyStyle, array_map, from_map, scalar_map
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_RESERVED: frozenset[str | bytes] = frozenset({"nd", "py", "complex", b"nd", b"complex"})
+_TEXT: frozenset[type] = frozenset({str})
+_LEAVES: frozenset[type] = SCALAR_TYPES | {type(None), bool, int, float, str, bytes, complex, np.ndarray}
+_SEQUENCES: frozenset[type] = frozenset({list, tuple, set, frozenset, GraphInstance})
+
+_INT = re.compile(r"-?0x[0-9a-f]+", re.ASCII)
+_MAX_COMPLEX_TEXT = 64
+_MAX_DEPTH = 500  # msgpack's packer stops at 511
+
+# The packer's buffer never shrinks: after a message larger than this it is thrown away with its packer.
+_KEPT_BUFFER_BYTES = 4 * 1024 * 1024
+
+
+class _NotNative(Exception):
+    """The packer met a value that needs the slow path (a dict key that is an Enum, say)."""
+
+
+class Codec:
+    """Packs values for a peer; owned by one thread.
+
+    A codec has one packer, which is not safe to share between threads: a worker has one codec a thread and
+    key style. The functions :func:`pack` and :func:`unpack` are safe anywhere.
+
+    Args:
+        key_style: how the keys of array maps are written: ``"str"``, or ``"bytes"`` for peers that read with
+            msgpack-numpy. Both are always read.
+    """
+
+    def __init__(self, key_style: KeyStyle = "str") -> None:
+        self.key_style = key_style
+        self._packer = self._new_packer()
+
+    def _new_packer(self) -> msgpack.Packer:
+        return msgpack.Packer(autoreset=True, strict_types=True, default=partial(_form, self.key_style))
+
+    def pack(self, obj: Any) -> bytes:
+        """The value as msgpack.
+
+        Raises:
+            UnencodableValue: it has no exact form; ``details["path"]`` tells where, as in ``info.x[3]``.
+        """
+        try:
+            # The packer takes some types for others without asking (bytearray for bytes) and cannot see that
+            # a dict has a reserved key; a look at each container's types, at C speed, finds those cases.
+            if _is_native(obj):
+                body: bytes = self._packer.pack(obj)
+            else:
+                body = self._pack_lowered(obj)
+        except UnencodableValue:
+            body = self._pack_lowered(obj)  # raises the same with its path
+        except (_NotNative, ValueError, OverflowError, RecursionError, RuntimeError):
+            # a key of another type, a lone surrogate, too deep, or changed by another thread meanwhile
+            body = self._pack_lowered(obj)
+        if len(body) > _KEPT_BUFFER_BYTES:
+            self._packer = self._new_packer()
+        return body
+
+    def _pack_lowered(self, obj: Any) -> bytes:
+        try:
+            body: bytes = self._packer.pack(_lower(obj, self.key_style, "", 0))
+        except RecursionError as exc:
+            raise UnencodableValue("the value is nested too deeply, or contains itself", path="") from exc
+        except (ValueError, OverflowError, TypeError) as exc:
+            if isinstance(exc, UnencodableValue):
+                raise
+            raise UnencodableValue(f"the value cannot be packed: {exc}", path="") from exc
+        return body
+
+    def unpack(self, data: bytes | memoryview) -> Any:
+        """As the function :func:`unpack`."""
+        return unpack(data)
+
+
+class _PerThread(threading.local):
+    codec: Codec | None = None
+
+
+_PER_THREAD = _PerThread()
+
+
+def pack(obj: Any) -> bytes:
+    """The value as msgpack, keys of arrays as text; safe from any thread.
+
+    Raises:
+        UnencodableValue: it has no exact form; ``details["path"]`` tells where, as in ``info.x[3]``.
+    """
+    codec = _PER_THREAD.codec
+    if codec is None:
+        codec = _PER_THREAD.codec = Codec()
+    return codec.pack(obj)
+
+
+def unpack(data: bytes | memoryview) -> Any:
+    """The value that a message holds; safe from any thread.
+
+    Reads both key styles. Maps with a key twice keep the last value, as msgpack does: looking for that would
+    cost half as much again as reading. Nothing else is forgiven.
+
+    Args:
+        data: one whole message, from a peer.
+
+    Raises:
+        MalformedMessage: it is anything else than one value of this codec.
+    """
+    try:
+        return msgpack.unpackb(data, object_hook=_revive, ext_hook=_refuse_ext, max_ext_len=0)
+    except MalformedMessage:
+        raise
+    except Exception as exc:  # unpackb raises a dozen classes; hooks TypeError (a list in a set) and more
+        text = str(exc) or type(exc).__name__
+        raise MalformedMessage(f"not a message: {text[:200]}", size_bytes=_size(data)) from exc
+
+
+def _size(data: object) -> int:
+    return len(data) if isinstance(data, (bytes, bytearray, memoryview)) else -1
+
+
+def _refuse_ext(code: int, data: bytes) -> Any:
+    raise MalformedMessage(f"msgpack extension type {code} ({len(data)} bytes) is not of this protocol")
+
+
+# ------------------------------------------------------------------------- out
+
+
+def _is_native(value: Any) -> bool:
+    """Whether packer and :func:`_form` write the value exactly; a few C calls a container, none a value."""
+    kind = type(value)
+    if kind is dict:
+        if not (_RESERVED.isdisjoint(value) and _TEXT.issuperset(map(type, value))):
+            return False
+        value = value.values()
+    elif kind not in _SEQUENCES:
+        return kind in _LEAVES
+    if _LEAVES.issuperset(map(type, value)):
+        return True
+    return all(type(item) in _LEAVES or _is_native(item) for item in value)
+
+
+def _form(key_style: KeyStyle, value: Any) -> Any:
+    """One level of what the packer does not know: called by it, as its ``default``."""
+    kind = type(value)
+    if kind is np.ndarray:
+        return array_map(value, key_style)
+    if kind in SCALAR_TYPES:
+        return scalar_map(value, key_style)
+    if kind is tuple:
+        return {"py": "tuple", "v": list(value)}
+    if kind is int:
+        return {"py": "int", "v": hex(value)}  # hexadecimal: linear in length, and no limit on digits
+    if kind is complex:
+        return _complex_form(value, key_style)
+    if kind is set:
+        return {"py": "set", "v": list(value)}
+    if kind is frozenset:
+        return {"py": "frozenset", "v": list(value)}
+    if kind is GraphInstance:
+        return {"py": "graph", "v": list(value)}
+    raise _NotNative
+
+
+def _complex_form(value: complex, key_style: KeyStyle) -> dict[Any, Any]:
+    if value.real != value.real or value.imag != value.imag:  # NaN, whose bits repr loses
+        return {"py": "complex", "v": [value.real, value.imag]}
+    if key_style == "bytes":
+        return {b"complex": True, b"data": repr(value)}
+    return {"complex": True, "data": repr(value)}
+
+
+def _lower(value: Any, key_style: KeyStyle, path: str, depth: int) -> Any:
+    """The whole tree in the packer's own types: the slow path, for values that are not native and for errors.
+
+    Raises:
+        UnencodableValue: with the path of the first value that has no form.
+    """
+    if depth > _MAX_DEPTH:
+        raise UnencodableValue("the value is nested too deeply, or contains itself", path=path)
+    kind = type(value)
+    if kind in _NATIVE or (kind is int and -(1 << 63) <= value < 1 << 64):
+        return value
+    if isinstance(value, dict):
+        return _lower_dict(value, key_style, path, depth)
+    if kind is list:
+        return _lower_items(value, key_style, path, depth)
+    if isinstance(value, str) and not isinstance(value, np.str_):
+        return _lower_text(str.__str__(value))
+    if kind is bytearray:
+        return {"py": "bytearray", "v": bytes(value)}
+    base = _base(value)
+    if base is not value:
+        return _lower(base, key_style, path, depth)
+    try:
+        # by isinstance: np.longlong is a type of its own where np.int64 is a C long, with the same text
+        form = scalar_map(value, key_style) if isinstance(value, np.generic) else _form(key_style, value)
+    except (_NotNative, UnencodableValue) as exc:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        why = exc.message if isinstance(exc, UnencodableValue) else f"{name} has no exact form on the wire"
+        message = f"{path}: {why}" if path else why
+        raise UnencodableValue(message, path=path, type=name) from None
+    if isinstance(value, (tuple, set, frozenset)):
+        form["v"] = _lower_items(form["v"], key_style, path, depth)
+    return form
+
+
+_NATIVE: frozenset[type] = frozenset({type(None), bool, float, bytes})
+
+
+def _base(value: Any) -> Any:
+    """An instance of a subclass as its base type; anything else as it is."""
+    if type(value) in _LEAVES or type(value) in _SEQUENCES or isinstance(value, np.generic):
+        return value
+    if isinstance(value, int):
+        return int.__index__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, bytes):
+        return bytes(memoryview(value))
+    if isinstance(value, bytearray):
+        return bytearray(memoryview(value))
+    if isinstance(value, complex):
+        return complex(value.real, value.imag)
+    for base in (tuple, list, set, frozenset):
+        if isinstance(value, base):
+            return base(value)
+    return value
+
+
+def _lower_items(items: Iterable[Any], key_style: KeyStyle, path: str, depth: int) -> list[Any]:
+    return [_lower(item, key_style, f"{path}[{i}]", depth + 1) for i, item in enumerate(items)]
+
+
+def _lower_dict(value: dict[Any, Any], key_style: KeyStyle, path: str, depth: int) -> dict[str, Any]:
+    pairs = [
+        [_lower(k, key_style, _at(path, k), depth + 1), _lower(v, key_style, _at(path, k), depth + 1)]
+        for k, v in dict.items(value)
+    ]
+    if all(type(k) is str and k not in _RESERVED for k, _ in pairs):
+        plain = dict(pairs)
+        if len(plain) == len(pairs):
+            return plain
+    return {"py": "map", "v": pairs}
+
+
+def _lower_text(text: str) -> Any:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return {"py": "str", "v": text.encode("utf-8", "surrogatepass")}
+    return text
+
+
+def _at(path: str, key: object) -> str:
+    if type(key) is str and key.isidentifier():
+        return f"{path}.{key}" if path else key
+    return f"{path}[{str(key)[:40]!r}]" if isinstance(key, str) else f"{path}[{type(key).__name__}]"
+
+
+# -------------------------------------------------------------------------- in
+
+
+def _revive(form: dict[Any, Any]) -> Any:
+    """A map as it arrived, or the value it is a form of: called by the unpacker for each, innermost first."""
+    if _RESERVED.isdisjoint(form):
+        return form
+    if "nd" in form:
+        return from_map(form, "str")
+    if b"nd" in form:
+        return from_map(form, "bytes")
+    if "py" in form:
+        revive = _REVIVE.get(form["py"])
+        if revive is None or len(form) != 2 or "v" not in form:
+            raise MalformedMessage(f"a value of the unknown kind {str(form['py'])[:40]!r}")
+        return revive(form["v"])
+    return _complex_from_text(form)
+
+
+def _items(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise MalformedMessage(f"a value of several items, but they are {type(value).__name__}")
+    return value
+
+
+def _complex_from_text(form: dict[Any, Any]) -> complex:
+    flag, text = (form.get("complex"), form.get("data"))
+    if b"complex" in form:
+        flag, text = form[b"complex"], form.get(b"data")
+    if flag is not True or type(text) is not str or len(text) > _MAX_COMPLEX_TEXT or len(form) != 2:
+        raise MalformedMessage("a complex number without its text")
+    return complex(text)
+
+
+def _int(value: Any) -> int:
+    if type(value) is not str or not _INT.fullmatch(value):
+        raise MalformedMessage("a long int that is not hexadecimal")
+    return int(value, 16)
+
+
+def _complex(value: Any) -> complex:
+    items = _items(value)
+    if [type(part) for part in items] != [float, float]:
+        raise MalformedMessage("a complex number that is not two floats")
+    return complex(*items)
+
+
+def _graph(value: Any) -> GraphInstance:
+    items = _items(value)
+    if len(items) != 3:
+        raise MalformedMessage("a graph that is not nodes, edges and links")
+    return GraphInstance(*items)
+
+
+def _map(value: Any) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    for pair in _items(value):
+        if type(pair) is not list or len(pair) != 2:
+            raise MalformedMessage("a map whose entries are not pairs")
+        made[pair[0]] = pair[1]
+    if len(made) != len(value):
+        raise MalformedMessage("a map with a key twice")
+    return made
+
+
+def _set(value: Any) -> set[Any]:
+    made = set(_items(value))
+    if len(made) != len(value):
+        raise MalformedMessage("a set with an item twice")
+    return made
+
+
+def _bytearray(value: Any) -> bytearray:
+    if type(value) is not bytes:
+        raise MalformedMessage("a bytearray that is not bytes")
+    return bytearray(value)
+
+
+def _str(value: Any) -> str:
+    if type(value) is not bytes:
+        raise MalformedMessage("a text with surrogates that is not bytes")
+    return value.decode("utf-8", "surrogatepass")
+
+
+_REVIVE: dict[str, Callable[[Any], Any]] = {
+    "tuple": lambda value: tuple(_items(value)),
+    "set": _set,
+    "frozenset": lambda value: frozenset(_set(value)),
+    "map": _map,
+    "int": _int,
+    "complex": _complex,
+    "graph": _graph,
+    "bytearray": _bytearray,
+    "str": _str,
+}

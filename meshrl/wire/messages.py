@@ -1,0 +1,295 @@
+"""Control messages: everything but steps, as pydantic models.
+
+They are checked when they arrive and may grow: fields are only added, unknown ones are ignored, and an unknown major
+version is refused by name. ``schemas/v1`` has the same contract for other languages. Durations are in seconds;
+another machine's clock never travels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from meshrl.errors import MalformedMessage, UnsupportedVersion
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.subjects import MAX_NAME_CHARS, VERSION
+
+Kind = Literal["env", "agent"]
+Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+# A renewal, and a probe, names the sessions it means: this many a message keeps one below 100 KB.
+MAX_BATCH = 1000
+
+
+class Message(BaseModel):
+    """What every control message has: the protocol's major version."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    v: int = VERSION
+
+    def to_wire(self) -> bytes:
+        """The message as msgpack, without the fields that hold their default."""
+        return pack({"v": self.v, **self.model_dump(exclude_defaults=True)})
+
+
+M = TypeVar("M", bound=Message)
+
+
+def parse(model: type[M], data: bytes) -> M:
+    """Check ``data`` and give it as ``model``.
+
+    Raises:
+        UnsupportedVersion: it says another major version than this package speaks.
+        MalformedMessage: it is no msgpack map, or a field is missing or of a wrong type.
+    """
+    return check(model, unpack(data))
+
+
+def check(model: type[M], body: object) -> M:
+    """The same for a body that was unpacked already."""
+    if not isinstance(body, dict):
+        raise MalformedMessage(f"{model.__name__}: expected a map, got {type(body).__name__}")
+    check_version(body, model.__name__)
+    try:
+        return model.model_validate(body)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "message"
+        raise MalformedMessage(f"{model.__name__}.{where}: {first['msg']}") from None
+
+
+def check_version(body: dict[Any, Any], what: str) -> None:
+    """Refuse a body of another major version by name; one that says none is taken as of this version."""
+    version = body.get("v", VERSION)
+    if version != VERSION or isinstance(version, bool):
+        raise UnsupportedVersion(
+            f"{what}: the peer speaks version {version!r} of the protocol, this package version {VERSION}; "
+            "upgrade the older of the two",
+            spoken=VERSION,
+        )
+
+
+# --------------------------------------------------------------------------- registry
+
+
+class Advertisement(Message):
+    """What a worker says of one served name, every ``interval_s``; at most 1 KB.
+
+    Attributes:
+        slots: sub-environments the worker can hold at once, over all its names.
+        free: slots that are not taken now.
+        waiting: opens parked because none is free.
+        description: the hash by which the :class:`Description` is known; it changes when the description does.
+        left: the worker says goodbye; it is to be forgotten at once.
+        draining_s: seconds until a draining worker goes away.
+    """
+
+    kind: Kind
+    name: Name
+    worker: Id
+    slots: Count
+    free: Count
+    waiting: Count = 0
+    draining: bool = False
+    draining_s: Seconds | None = None
+    left: bool = False
+    interval_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    description: Annotated[str, StringConstraints(max_length=64)]
+
+
+class Description(Message):
+    """What a worker can tell of one served name; asked for once, then known by its hash.
+
+    Attributes:
+        observation_space: in the form of :func:`meshrl.wire.spaces.describe`; None when an agent takes any.
+        action_space: the same, of actions.
+        spec: what ``gymnasium.EnvSpec.to_json`` gives, if the env has a spec that can be written.
+        metadata: the env's ``metadata``, without what cannot travel.
+        capabilities: what the operator says of the worker's machine; ``where`` is matched against it.
+        allow_kwargs: names of constructor arguments that clients may pass; ``["*"]`` for any.
+        allow: public names that clients may call and set; ``["*"]`` for any.
+        step_deadline_s: how long a request may run before its session is given up.
+        stateful: an agent that is leased like an env, because it remembers.
+        versions: of Python, meshrl and the packages that the behaviour depends on.
+    """
+
+    kind: Kind
+    name: Name
+    worker: Id
+    observation_space: dict[str, Any] | None = None
+    action_space: dict[str, Any] | None = None
+    spec: str | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    capabilities: dict[str, Any] = Field(default_factory=dict)
+    allow_kwargs: list[str] = Field(default_factory=list)
+    allow: list[str] = Field(default_factory=list)
+    step_deadline_s: Seconds = 300.0
+    stateful: bool = False
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    def digest(self) -> str:
+        """A hash of all but the worker: 128 bits of BLAKE2b over the sorted JSON, as hexadecimal text."""
+        body = self.model_dump(exclude={"worker"})
+        text = json.dumps(body, sort_keys=True, default=repr, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Ask(Message):
+    """Asks for descriptions: of everything, of one name, or of one worker's.
+
+    A worker that serves on demand takes a ``name`` it could serve as a reason to begin.
+    """
+
+    kind: Kind | None = None
+    name: Name | None = None
+    worker: Id | None = None
+
+
+class Known(Message):
+    """A worker's answer to :class:`Ask`: its advertisements with their descriptions, at most 16 a message."""
+
+    advertisements: list[Advertisement]
+    descriptions: list[Description]
+
+
+# --------------------------------------------------------------------------- sessions
+
+
+class Load(Message):
+    """How busy a worker is: what :class:`Advertisement` says, at this moment."""
+
+    slots: Count
+    free: Count
+    waiting: Count = 0
+    draining: bool = False
+
+
+class Open(Message):
+    """Asks for a session; idempotent, since the client chooses its id (R4).
+
+    Attributes:
+        epoch: which incarnation of the session this is, from 1.
+        kwargs: for the env's or agent's constructor; checked against what the worker allows.
+        key_style: how arrays' map keys are written to this client: as text, or as msgpack-numpy's bytes.
+        lanes: how many lanes the session has, from 0; a single env has one.
+        believed_free: free slots that the client believes in; a worker that has fewer answers ``busier``, once.
+        park_s: how long the worker may keep the open waiting for a slot; 0 answers at once.
+        ticket: of an earlier answer ``full``: keeps the place in the queue.
+    """
+
+    session: Id
+    epoch: Annotated[int, Field(ge=1, lt=2**31)] = 1
+    kind: Kind = "env"
+    name: Name
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    render_mode: Annotated[str, StringConstraints(max_length=64)] | None = None
+    key_style: Literal["str", "bytes"] = "str"
+    lanes: Annotated[int, Field(ge=1, le=1)] = 1
+    believed_free: Count | None = None
+    park_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 0.0
+    ticket: Annotated[str, StringConstraints(max_length=64)] | None = None
+
+
+class Grant(Message):
+    """The session is open; the client renews at once, or it lapses after ``grant_s`` (R4).
+
+    Attributes:
+        lease_s: the lease's length; a client renews about three times in it.
+        step_deadline_s: how long a request may run.
+        description: of the env as constructed for this session, its kwargs applied.
+        load: the worker's, this session included.
+    """
+
+    session: Id
+    epoch: int
+    worker: Id
+    lease_s: Seconds
+    grant_s: Seconds
+    step_deadline_s: Seconds
+    render_mode: str | None = None
+    description: Description
+    load: Load
+
+
+class Full(Message):
+    """No slot is free (``ticket`` keeps the place), or the worker is busier than the client believed."""
+
+    load: Load
+    ticket: str | None = None
+    bounced: bool = False
+
+
+class Renew(Message):
+    """Renews the leases of many sessions of one worker at once; each entry is (session, epoch)."""
+
+    sessions: Annotated[list[tuple[Id, int]], Field(max_length=MAX_BATCH)]
+
+
+class Renewed(Message):
+    """The answer to :class:`Renew`: everything was renewed but what is listed.
+
+    Attributes:
+        lost: (session, reason) for each that this worker does not hold in that epoch.
+    """
+
+    lease_s: Seconds
+    lost: list[tuple[str, str]] = Field(default_factory=list)
+    draining: bool = False
+    draining_s: Seconds | None = None
+
+
+class Probe(Message):
+    """Asks what became of requests (R9); each entry is (session, epoch, lane, seq), seq 0 for the open."""
+
+    awaited: Annotated[list[tuple[Id, int, int, int]], Field(max_length=MAX_BATCH)]
+
+
+class Probed(Message):
+    """The answer to :class:`Probe`, in its order.
+
+    Attributes:
+        states: each ``unknown``, ``not_received``, ``running``, ``parked`` or ``answered``.
+    """
+
+    states: list[Literal["unknown", "not_received", "running", "parked", "answered"]]
+
+
+class Close(Message):
+    """Ends a session, or the wish for one; no answer when the epoch is another one."""
+
+    epoch: int
+
+
+class Closed(Message):
+    """The session is closed, or was not there."""
+
+    existed: bool
+
+
+class SessionState(Message):
+    """What ``env.state()`` tells.
+
+    Attributes:
+        steps: steps in the current episode.
+        episode: number of the current episode in this session, from 1; 0 before the first reset.
+        total_steps: steps over all episodes of the session.
+        seed: the last seed given to reset, None if none was.
+        phase: ``new`` before the first reset, ``running``, or ``ended`` after termination or truncation.
+    """
+
+    session: Id
+    worker: Id
+    name: Name
+    phase: Literal["new", "running", "ended"]
+    episode: Count
+    steps: Count
+    total_steps: int
+    seed: int | None = None
+    episode_return: float = 0.0

@@ -1,0 +1,108 @@
+"""Subjects: where each message of the mesh is published (design, section 4).
+
+Everything lies under ``meshrl.v1.<namespace>.``. Clients publish under their own user token, so that permissions
+rest on the subject and never on a body. A token is text in which everything but letters, digits and ``_-/:@+=`` is
+written as ``%XX`` of its UTF-8 bytes, because NATS gives ``.``, ``*``, ``>`` and blanks a meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from urllib.parse import quote, unquote
+
+from meshrl.errors import InvalidName
+
+ROOT = "meshrl"
+VERSION = 1
+
+# Long enough for "namespace/package.module:Environment-v12"; keeps a subject far below the server's 4 KB control line.
+MAX_NAME_CHARS = 128
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+
+
+def token(text: str) -> str:
+    """``text`` as one token of a subject.
+
+    Raises:
+        InvalidName: when it is empty or longer than 128 characters.
+    """
+    if not text or len(text) > MAX_NAME_CHARS:
+        raise InvalidName(f"a name has 1 to {MAX_NAME_CHARS} characters, not {len(text)}: {text[:40]!r}")
+    return quote(text, safe="/:@+=").replace(".", "%2E").replace("~", "%7E")
+
+
+def untoken(part: str) -> str:
+    """The text that :func:`token` wrote."""
+    return unquote(part)
+
+
+def is_id(text: object) -> bool:
+    """Whether ``text`` can stand as a session or worker id: 1 to 64 letters, digits, ``_`` and ``-``."""
+    return isinstance(text, str) and _ID.match(text) is not None
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The subjects of one namespace.
+
+    Attributes:
+        namespace: one mesh of several on the same NATS account.
+    """
+
+    namespace: str = "default"
+
+    @cached_property
+    def prefix(self) -> str:
+        """What all of them begin with, its last dot included."""
+        return f"{ROOT}.v{VERSION}.{token(self.namespace)}."
+
+    # registry
+
+    def advertisement(self, kind: str, name: str, worker: str) -> str:
+        """Where a worker says, again and again, that it serves ``name``."""
+        return f"{self.prefix}registry.{kind}.{token(name)}.{worker}"
+
+    @property
+    def advertisements(self) -> str:
+        """Every advertisement of every worker."""
+        return f"{self.prefix}registry.*.*.*"
+
+    @property
+    def ask(self) -> str:
+        """Asks every worker for its descriptions, and those that serve on demand for a name."""
+        return f"{self.prefix}registry.ask"
+
+    # workers
+
+    def worker(self, worker: str, op: str, user: str) -> str:
+        """``open``, ``probe``, ``renew`` or ``act`` at one worker."""
+        return f"{self.prefix}worker.{worker}.{op}.{user}"
+
+    def at_worker(self, worker: str, op: str) -> str:
+        """What a worker subscribes to for ``op``, from every user."""
+        return f"{self.prefix}worker.{worker}.{op}.*"
+
+    def any_open(self, name: str, user: str) -> str:
+        """An open at whichever worker NATS picks, for clients that keep no directory."""
+        return f"{self.prefix}env.{token(name)}.open.{user}"
+
+    def any_act(self, name: str, user: str) -> str:
+        """A stateless ``act`` at whichever worker NATS picks."""
+        return f"{self.prefix}agent.{token(name)}.act.{user}"
+
+    # sessions
+
+    def session(self, worker: str, user: str, session: str, op: str) -> str:
+        """One request of a session."""
+        return f"{self.prefix}session.{worker}.{user}.{session}.{op}"
+
+    def session_prefix(self, worker: str) -> str:
+        """What every session subject of a worker begins with; ``<user>.<session>.<op>`` follows."""
+        return f"{self.prefix}session.{worker}."
+
+    def sessions(self, worker: str) -> str:
+        """Every request of every session of a worker: one subscription, so that wire order is arrival order."""
+        return f"{self.prefix}session.{worker}.*.*.*"

@@ -1,0 +1,116 @@
+"""Factories: from what an operator wrote to an env or a policy.
+
+    text                    means
+    "CartPole-v1"           gymnasium.make("CartPole-v1", ...)
+    "package:Name-v1"       imports package, then gymnasium.make("Name-v1", ...)
+    "package.module:Class"  imports and calls it
+    a callable              calls it
+
+Texts come from the operator, or on the embedded mesh from the same user's own process; never from a stranger.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+
+from meshrl.errors import InvalidName
+
+_GYMNASIUM_ID = re.compile(r"^(?:(?P<module>[\w.]+):)?(?:[\w-]+/)?[\w:.-]*-v\d+$")
+
+EnvSource = str | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Factory:
+    """How to make one served env.
+
+    Attributes:
+        source: a Gymnasium id, ``module:Class`` or a callable that gives an env.
+        kwargs: the operator's own arguments for it; a client's allowed ones are laid over them.
+    """
+
+    source: EnvSource
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, kwargs: Mapping[str, Any], render_mode: str | None) -> Any:
+        """A new env, by whatever the source's own code does and raises."""
+        merged = {**self.kwargs, **kwargs}
+        if isinstance(self.source, str) and is_gymnasium_id(self.source):
+            return gymnasium.make(self.source, render_mode=render_mode, **merged)
+        made = load(self.source) if isinstance(self.source, str) else self.source
+        if render_mode is not None and _takes(made, "render_mode"):
+            merged["render_mode"] = render_mode
+        return made(**merged)
+
+
+def is_gymnasium_id(text: str) -> bool:
+    """Whether ``text`` has the form of a Gymnasium id, ``module:`` before it or not."""
+    return _GYMNASIUM_ID.match(text) is not None
+
+
+def load(text: str) -> Any:
+    """The object that ``module:name`` names.
+
+    Raises:
+        InvalidName: the text has another form, or there is no such module or name.
+    """
+    module_name, colon, attribute = text.partition(":")
+    if not colon or not attribute:
+        raise InvalidName(f"{text!r} is neither a Gymnasium id (Name-v1, module:Name-v1) nor module:Class")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as exc:
+        raise InvalidName(f"{text!r}: cannot import {module_name}: {exc}") from exc
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as exc:
+            raise InvalidName(f"{text!r}: {module_name} has no {attribute}") from exc
+    return found
+
+
+def as_factory(source: EnvSource | Factory) -> Factory:
+    """``source`` as a factory.
+
+    Raises:
+        InvalidName: it is a text of no known form, or not callable.
+    """
+    if isinstance(source, Factory):
+        return source
+    if isinstance(source, str):
+        if not is_gymnasium_id(source) and not callable(load(source)):
+            raise InvalidName(f"{source!r} names something that cannot be called")
+    elif not callable(source):
+        raise InvalidName(f"an env is served by its Gymnasium id, module:Class or a callable, not {source!r}")
+    return Factory(source)
+
+
+def registered(name: str) -> str | None:
+    """The Gymnasium id that ``name`` means for a worker that serves on demand, or None."""
+    from meshrl.protocol.names import resolve  # noqa: PLC0415  # only workers on demand resolve names
+
+    module, colon, rest = name.partition(":")
+    if colon:
+        if not is_gymnasium_id(name):
+            return None
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            return None
+        return name if rest in gymnasium.registry else None
+    return resolve(name, list(gymnasium.registry))
+
+
+def _takes(made: Any, name: str) -> bool:
+    try:
+        parameters = inspect.signature(made).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,0 +1,220 @@
+"""A hosted env: one env, one session, and the ops that a client may ask of it."""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+from meshrl.errors import MalformedMessage, NotAllowed, ResetNeeded
+from meshrl.protocol.pace import Pace
+from meshrl.protocol.seeds import check_seed
+from meshrl.wire.frames import Frame
+from meshrl.wire.messages import SessionState
+
+# A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
+SEED_BITS = 31
+
+
+class HostedEnv:
+    """An env under one session.
+
+    Args:
+        env: a ``gymnasium.Env``, or an object like one whose ``reset`` and ``step`` are coroutine functions.
+        name: as served.
+        session: its session's id.
+        worker: the worker's id.
+        allow: public names that clients may call and set; ``"*"`` in it for all.
+
+    Attributes:
+        pace: whether to step it on the event loop.
+        coroutine: whether its ``reset`` or ``step`` must be awaited.
+    """
+
+    def __init__(self, env: Any, *, name: str, session: str, worker: str, allow: Collection[str]) -> None:
+        self.env = env
+        self.name = name
+        self.session = session
+        self.worker = worker
+        self.pace = Pace()
+        bare = getattr(env, "unwrapped", env)
+        self.coroutine = any(
+            inspect.iscoroutinefunction(getattr(of, op, None)) for of in (env, bare) for op in ("reset", "step")
+        )
+        self._allow = allow
+        self._step = env.step
+        self._phase = "new"
+        self._episode = 0
+        self._steps = 0
+        self._total = 0
+        self._return = 0.0
+        self._seed: int | None = None
+        self._ops: dict[str, Callable[[Frame], Frame]] = {
+            "reset": self._op_reset,
+            "step": self._op_step,
+            "render": self._op_render,
+            "state": self._op_state,
+            "call": self._op_call,
+            "get_attr": self._op_get_attr,
+            "set_attr": self._op_set_attr,
+        }
+
+    def run(self, op: str, body: Frame) -> Frame:
+        """Carry out one op; gives the reply's own fields.
+
+        Raises:
+            MeshError: the request is refused and the env untouched.
+            Exception: whatever the env's own code raises; the session is over then.
+        """
+        known = self._ops.get(op)
+        if known is None:
+            raise MalformedMessage(f"an env session has no op {op!r}")
+        return known(body)
+
+    async def run_async(self, op: str, body: Frame) -> Frame:
+        """The same for an env whose ``reset`` and ``step`` are coroutine functions."""
+        if op == "reset":
+            seed, options = self._reset_arguments(body)
+            obs, info = await _awaited(self.env.reset(seed=seed, options=options))
+            return self._was_reset(obs, info)
+        if op == "step":
+            self._need_reset("step")
+            return self._stepped(*await _awaited(self._step(_action(body))))
+        if op == "call":
+            return {"value": await _awaited(self._op_call(body)["value"])}
+        if op == "render":
+            return {"frame": await _awaited(self._op_render(body)["frame"])}
+        return self.run(op, body)
+
+    def close(self) -> None:
+        """Close the env; what it raises is the caller's to report."""
+        self.env.close()
+
+    # ---------------------------------------------------------------- ops
+
+    def _op_reset(self, body: Frame) -> Frame:
+        seed, options = self._reset_arguments(body)
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._was_reset(obs, info)
+
+    def _reset_arguments(self, body: Frame) -> tuple[int | None, Any]:
+        seed, options = body.get("seed"), body.get("options")
+        if seed is not None:
+            seed = check_seed(seed)
+        elif self._seed is None:
+            seed = secrets.randbits(SEED_BITS)  # drawn and kept (R7); later unseeded resets go on with the generator
+        if options is not None and not isinstance(options, dict):
+            raise MalformedMessage(f"reset options are a map or nothing, not {type(options).__name__}")
+        if seed is not None:
+            self._seed = seed
+        return seed, options
+
+    def _was_reset(self, obs: Any, info: Any) -> Frame:
+        self._phase = "running"
+        self._episode += 1
+        self._steps = 0
+        self._return = 0.0
+        return {"obs": obs, "info": info}
+
+    def _op_step(self, body: Frame) -> Frame:
+        if self._phase == "new":
+            self._need_reset("step")
+        if "action" not in body:
+            raise MalformedMessage("a step needs an action")
+        obs, reward, terminated, truncated, info = self._step(body["action"])
+        return self._stepped(obs, reward, terminated, truncated, info)
+
+    def _stepped(self, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> Frame:
+        self._steps += 1
+        self._total += 1
+        self._return += reward
+        if terminated or truncated:
+            self._phase = "ended"
+        return {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "info": info}
+
+    def _op_render(self, _body: Frame) -> Frame:
+        self._need_reset("render")
+        return {"frame": self.env.render()}
+
+    def _op_state(self, _body: Frame) -> Frame:
+        state = SessionState.model_validate(
+            {
+                "session": self.session,
+                "worker": self.worker,
+                "name": self.name,
+                "phase": self._phase,
+                "episode": self._episode,
+                "steps": self._steps,
+                "total_steps": self._total,
+                "seed": self._seed,
+                "episode_return": float(self._return),
+            }
+        )
+        return {"state": state.model_dump()}
+
+    def _op_call(self, body: Frame) -> Frame:
+        name = self._public(body)
+        args, kwargs = body.get("args", []), body.get("kwargs", {})
+        if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
+            raise MalformedMessage("call takes a list of args and a map of kwargs")
+        self._check_allowed("call", name)
+        method = self._attribute(name)
+        if not callable(method):
+            raise NotAllowed(f"{self.name}: {name!r} is not a method; read it with get_attr", name=name)
+        return {"value": method(*args, **kwargs)}
+
+    def _op_get_attr(self, body: Frame) -> Frame:
+        return {"value": self._attribute(self._public(body))}
+
+    def _op_set_attr(self, body: Frame) -> Frame:
+        name = self._public(body)
+        self._check_allowed("set", name)
+        if "value" not in body:
+            raise MalformedMessage("set_attr needs a value")
+        if hasattr(self.env, "set_wrapper_attr"):
+            self.env.set_wrapper_attr(name, body["value"])
+        else:
+            setattr(self.env, name, body["value"])
+        return {}
+
+    # ---------------------------------------------------------------- checks
+
+    def _need_reset(self, op: str) -> None:
+        if self._phase == "new":
+            raise ResetNeeded(f"{self.name}: {op} before the first reset; call reset once", session=self.session)
+
+    def _public(self, body: Frame) -> str:
+        name = body.get("name")
+        if not isinstance(name, str) or not name.isidentifier():
+            raise MalformedMessage(f"{name!r} is not the name of an attribute")
+        if name.startswith("_"):
+            raise NotAllowed(f"{self.name}: {name!r} is private to the env; only public names can be reached", name=name)
+        return name
+
+    def _check_allowed(self, verb: str, name: str) -> None:
+        if "*" not in self._allow and name not in self._allow:
+            allowed = ", ".join(sorted(self._allow)) or "nothing"
+            raise NotAllowed(
+                f"{self.name}: the worker's operator does not let clients {verb} {name!r} (allowed: {allowed}); "
+                f"serve it with allow=({name!r},)",
+                name=name,
+                allowed=sorted(self._allow),
+            )
+
+    def _attribute(self, name: str) -> Any:
+        try:
+            find = getattr(self.env, "get_wrapper_attr", None)
+            return find(name) if find is not None else getattr(self.env, name)
+        except AttributeError as exc:
+            raise NotAllowed(f"{self.name}: the env has no attribute {name!r}", name=name) from exc
+
+
+def _action(body: Frame) -> Any:
+    if "action" not in body:
+        raise MalformedMessage("a step needs an action")
+    return body["action"]
+
+
+async def _awaited(value: Any) -> Any:
+    return await value if isinstance(value, Awaitable) else value

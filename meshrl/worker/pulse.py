@@ -1,0 +1,282 @@
+"""The pulse: a worker's second thread, with a connection of its own, that is never blocked (R10).
+
+Whatever the first thread is doing (a step of a minute, a constructor that downloads), this one advertises, renews
+leases, answers probes and asks, and finds the leases that ran out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from meshrl.bus.connection import Connection, connect
+from meshrl.bus.login import Credentials
+from meshrl.bus.micro import advertise_service
+from meshrl.errors import MeshError
+from meshrl.protocol.session import Session, SessionTable
+from meshrl.wire.codec import pack
+from meshrl.wire.frames import error_reply
+from meshrl.wire.messages import (
+    Advertisement,
+    Ask,
+    Description,
+    Kind,
+    Known,
+    Probe,
+    Probed,
+    Renew,
+    Renewed,
+    parse,
+)
+from meshrl.wire.subjects import Subjects
+
+log = logging.getLogger("meshrl.worker")
+
+ADVERTISE_S = 1.0
+SWEEP_S = 0.25
+KNOWN_A_MESSAGE = 16
+
+
+class Beating(Protocol):
+    """What the pulse reads of its worker; every method may be called from its thread."""
+
+    id: str
+    kind: Kind
+    table: SessionTable
+    subjects: Subjects
+
+    def descriptions(self) -> list[Description]:
+        """Of everything served now."""
+        ...
+
+    def waiting_count(self) -> int:
+        """Parked opens."""
+        ...
+
+    def is_parked(self, user: str, session: str) -> bool:
+        """Whether an open of that session is parked."""
+        ...
+
+    @property
+    def draining_s(self) -> float | None:
+        """Seconds until a draining worker goes; None while it stays."""
+        ...
+
+    def provide(self, name: str) -> Description | None:
+        """Begin to serve ``name`` if that is possible on demand; may take as long as constructing it."""
+        ...
+
+    def expire(self, sessions: list[Session]) -> None:
+        """End these; called from the pulse's thread."""
+        ...
+
+
+class Pulse:
+    """Runs the second thread of a worker from :meth:`start` to :meth:`stop`."""
+
+    def __init__(
+        self,
+        worker: Beating,
+        url: str,
+        credentials: str | Path | Credentials | None,
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        self._worker = worker
+        self._url = url
+        self._credentials = credentials
+        self._on_death = on_death
+        self._thread = threading.Thread(target=self._run, name=f"pulse-{worker.id}", daemon=True)
+        self._ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._failure: BaseException | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Start; returns when the worker is advertised. Blocks the calling thread: call it from one that may wait.
+
+        Raises:
+            MeshError: the connection could not be made.
+        """
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Say goodbye on the registry and end the thread; returns when it has ended, or after 3 s."""
+        loop, stopping = self._loop, self._stopping
+        if loop is not None and stopping is not None and self._thread.is_alive():
+            try:
+                loop.call_soon_threadsafe(stopping.set)
+            except RuntimeError:
+                return  # its loop has ended on its own
+            self._thread.join(timeout=3.0)
+
+    def nudge(self) -> None:
+        """Advertise now; from any thread."""
+        if self._loop is not None and self._connection is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._advertise, self._connection)
+            except RuntimeError:
+                return
+
+    _connection: Connection | None = None
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as exc:  # noqa: BLE001  # told to the worker, which cannot go on without a pulse
+            self._failure = exc
+            if self._ready.is_set():
+                self._on_death(exc)
+        finally:
+            self._ready.set()
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        worker, subjects = self._worker, self._worker.subjects
+        async with connect(self._url, name=f"pulse of {worker.id}", credentials=self._credentials) as connection:
+            fatal: asyncio.Future[MeshError] = self._loop.create_future()
+            connection.on_close.append(lambda why: fatal.done() or fatal.set_result(why))
+            connection.on_reconnect.append(lambda: self._back(connection))
+            await connection.subscribe(subjects.at_worker(worker.id, "probe"), self._answering(connection, self._probe))
+            await connection.subscribe(subjects.at_worker(worker.id, "renew"), self._answering(connection, self._renew))
+            await connection.subscribe(subjects.ask, lambda _s, reply, body: self._on_ask(connection, reply, body))
+            self._connection = connection
+            stop_service = await advertise_service(connection, worker.kind, worker.id, worker.descriptions())
+            self._advertise(connection)
+            await connection.flush()
+            self._ready.set()
+            try:
+                await self._beat(connection, fatal)
+            finally:
+                self._connection = None
+                await stop_service()
+                for task in self._tasks:
+                    task.cancel()
+                if connection.connected and not connection.closed:
+                    self._advertise(connection, left=True)
+                    await connection.flush(1.0)
+
+    async def _beat(self, connection: Connection, fatal: asyncio.Future[MeshError]) -> None:
+        assert self._stopping is not None
+        stopped = asyncio.get_running_loop().create_task(self._stopping.wait())
+        due = time.monotonic() + ADVERTISE_S
+        try:
+            while not stopped.done():
+                await asyncio.wait({stopped, fatal}, timeout=SWEEP_S, return_when=asyncio.FIRST_COMPLETED)
+                if fatal.done():
+                    raise fatal.result()
+                now = time.monotonic()
+                expired = self._worker.table.sweep(now, SWEEP_S, connected=connection.connected)
+                if expired:
+                    self._worker.expire(expired)
+                if now >= due:
+                    due = now + ADVERTISE_S
+                    self._advertise(connection)
+        finally:
+            stopped.cancel()
+
+    def _back(self, connection: Connection) -> None:
+        self._worker.table.grant_again(time.monotonic())
+        self._advertise(connection)
+
+    # ---------------------------------------------------------------- registry
+
+    def _advertisement(self, description: Description, *, left: bool = False) -> Advertisement:
+        worker = self._worker
+        draining_s = worker.draining_s
+        return Advertisement(
+            kind=description.kind,
+            name=description.name,
+            worker=worker.id,
+            slots=worker.table.slots,
+            free=worker.table.free,
+            waiting=worker.waiting_count(),
+            draining=draining_s is not None,
+            draining_s=draining_s,
+            left=left,
+            interval_s=ADVERTISE_S,
+            description=description.digest(),
+        )
+
+    def _advertise(self, connection: Connection, *, left: bool = False) -> None:
+        if connection.closed or not connection.connected:
+            return
+        for description in self._worker.descriptions():
+            subject = self._worker.subjects.advertisement(description.kind, description.name, self._worker.id)
+            connection.publish(subject, self._advertisement(description, left=left).to_wire())
+
+    def _on_ask(self, connection: Connection, reply: str, body: bytes) -> None:
+        try:
+            ask = parse(Ask, body)
+        except MeshError as exc:
+            if reply:
+                connection.publish(reply, pack(error_reply(exc)))
+            return
+        if (ask.worker or self._worker.id) != self._worker.id or (ask.kind or self._worker.kind) != self._worker.kind:
+            return
+        task = asyncio.get_running_loop().create_task(self._tell(connection, ask, reply))
+        self._tasks.add(task)
+        task.add_done_callback(self._told)
+
+    async def _tell(self, connection: Connection, ask: Ask, reply: str) -> None:
+        if ask.name is not None:
+            found = await asyncio.to_thread(self._worker.provide, ask.name)
+            told = [] if found is None else [found]
+        else:
+            told = self._worker.descriptions()
+        for at in range(0, len(told), KNOWN_A_MESSAGE):
+            some = told[at : at + KNOWN_A_MESSAGE]
+            known = Known(advertisements=[self._advertisement(d) for d in some], descriptions=some)
+            if reply:
+                connection.publish(reply, known.to_wire(), mark=(0, at, 0))
+        if ask.name is not None and told:
+            self._advertise(connection)
+
+    def _told(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.warning("worker %s could not describe itself: %s", self._worker.id, exc)
+
+    # ---------------------------------------------------------------- probes and leases
+
+    def _answering(
+        self, connection: Connection, answer: Callable[[str, bytes], bytes]
+    ) -> Callable[[str, str, bytes], None]:
+        def deliver(subject: str, reply: str, body: bytes) -> None:
+            try:
+                answered = answer(subject.rpartition(".")[2], body)
+            except MeshError as exc:
+                answered = pack(error_reply(exc))
+            if reply:
+                connection.publish(reply, answered)
+
+        return deliver
+
+    def _probe(self, user: str, body: bytes) -> bytes:
+        table, states = self._worker.table, []
+        for session, epoch, lane, seq in parse(Probe, body).awaited:
+            state = table.probe((user, session), epoch, lane, seq)
+            if seq == 0 and state == "not_received" and self._worker.is_parked(user, session):
+                state = "parked"
+            states.append(state)
+        return Probed(states=states).to_wire()
+
+    def _renew(self, user: str, body: bytes) -> bytes:
+        table, now, lost = self._worker.table, time.monotonic(), []
+        for session, epoch in parse(Renew, body).sessions:
+            why = table.renew((user, session), epoch, now)
+            if why is not None:
+                lost.append((session, why))
+        draining_s = self._worker.draining_s
+        return Renewed(
+            lease_s=table.lease_s, lost=lost, draining=draining_s is not None, draining_s=draining_s
+        ).to_wire()
