@@ -1,1 +1,1 @@
-"""adapters"""
+"""Other libraries' interfaces over the same client."""

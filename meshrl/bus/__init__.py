@@ -1,1 +1,1 @@
-"""bus"""
+"""The one package that imports nats: connections, logins, the embedded server."""

@@ -23,6 +23,7 @@ import nats.errors
 
 from meshrl.bus.login import Credentials, Login, login
 from meshrl.bus.plain import PlainPath
+from meshrl.bus.splitting import Joining, Window, whole
 from meshrl.bus.thin import ThinPath
 from meshrl.errors import (
     BusClosed,
@@ -33,7 +34,7 @@ from meshrl.errors import (
     RequestTimeout,
     SubjectNotPermitted,
 )
-from meshrl.wire.parts import Assembler, is_part, split
+from meshrl.wire.parts import split
 
 log = logging.getLogger("meshrl.bus")
 
@@ -48,23 +49,15 @@ RECONNECT_WAIT_S = (0.1, 0.5)
 # A server that froze is noticed in two missed pings.
 PING_INTERVAL_S = 10
 
-# At most this much of split messages is on its way before the server has said (by a pong) that it took it (D4).
-WINDOW_BYTES = 8 * 1024 * 1024
-# What may wait for its missing parts, over all peers of one connection.
-MAX_JOIN_BYTES = 512 * 1024 * 1024
-MAX_JOIN_AGE_S = 60.0
-
 
 def thin_supported() -> bool:
     """Whether the installed nats-py has what the thin path takes over, and the operator did not ask for the plain."""
     if os.environ.get("MESHRL_BUS") == "plain":
         return False
-    import nats.aio.client as module  # noqa: PLC0415
-    import nats.aio.transport as transport  # noqa: PLC0415
+    from nats.aio import client, transport  # noqa: PLC0415  # looked at, not used
 
-    client = module.Client
     wanted = ("_connect_to_server", "_process_err", "_process_op_err")
-    return all(callable(getattr(client, name, None)) for name in wanted) and hasattr(transport, "TcpTransport")
+    return all(callable(getattr(client.Client, name, None)) for name in wanted) and hasattr(transport, "TcpTransport")
 
 
 class Subscription:
@@ -108,8 +101,8 @@ class Connection:
         self._inbox_cut = len(self._inbox) + 1
         self._ids = itertools.count(1)
         self._waiting: dict[int, OnReply] = {}
-        self._joins = Assembler(max_bytes=MAX_JOIN_BYTES, max_age_s=MAX_JOIN_AGE_S)
-        self._window = asyncio.Lock()
+        self._joining = Joining()
+        self._window = Window(self.path.publish, self.flush)
         self._tasks: set[asyncio.Task[None]] = set()
         self._up_since: float | None = None
         self._refused: asyncio.Future[MeshError] | None = None
@@ -186,6 +179,7 @@ class Connection:
     def _end(self, why: MeshError) -> None:
         self.closed = True
         self._waiting.clear()
+        self._joining.close()
         for told in list(self.on_close):
             told(why)
 
@@ -229,22 +223,11 @@ class Connection:
         Raises:
             BusClosed: the connection is closed, or was while this waited.
         """
-        deliver = self._joining(handler) if join else _bodies(handler)
+        deliver = self._joining.handler(handler) if join else whole(handler)
         with self._translated():
             raw = await self.path.subscribe(subject, queue, deliver)
         await self.flush()
         return Subscription(self, raw)
-
-    def _joining(self, handler: Handler) -> Callable[[str, str, bytes, bytes], None]:
-        def deliver(subject: str, reply: str, body: bytes, _head: bytes) -> None:
-            if body and is_part(body):
-                whole = self._joins.feed(subject, body, time.monotonic())
-                if whole is not None:
-                    handler(subject, reply, whole)
-            else:
-                handler(subject, reply, body)
-
-        return deliver
 
     def publish(self, subject: str, body: bytes, reply: str = "", *, mark: tuple[int, int, int] | None = None) -> None:
         """Send ``body`` at the end of this turn of the event loop; while disconnected it is held.
@@ -273,19 +256,9 @@ class Connection:
             )
         lane, seq, attempt = mark
         parts = split(body, self.max_payload, lane=lane, seq=seq, attempt=attempt)
-        task = asyncio.get_running_loop().create_task(self._send(subject, reply, parts))
+        task = asyncio.get_running_loop().create_task(self._window.send(subject, reply, parts))
         self._tasks.add(task)
         task.add_done_callback(self._sent)
-
-    async def _send(self, subject: str, reply: str, parts: list[bytes]) -> None:
-        async with self._window:
-            under_way = 0
-            for part in parts:
-                self.path.publish(subject, reply, part)
-                under_way += len(part)
-                if under_way >= WINDOW_BYTES:
-                    await self.flush(MAX_JOIN_AGE_S)
-                    under_way = 0
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -411,13 +384,6 @@ class Connection:
         if not self.closed:
             self._up_since = None
             self._end(self._fatal or BusClosed(f"the connection to {self.url} was closed by the server"))
-
-
-def _bodies(handler: Handler) -> Callable[[str, str, bytes, bytes], None]:
-    def deliver(subject: str, reply: str, body: bytes, _head: bytes) -> None:
-        handler(subject, reply, body)
-
-    return deliver
 
 
 @contextlib.asynccontextmanager

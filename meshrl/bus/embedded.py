@@ -138,9 +138,7 @@ class EmbeddedServer:
             UsageError: another server uses that store.
             OSError: the store cannot be made.
         """
-        server = cls(
-            store=store, host=host, port=port, private=private, max_payload=max_payload, timeout_s=timeout_s
-        )
+        server = cls(store=store, host=host, port=port, private=private, max_payload=max_payload, timeout_s=timeout_s)
         atexit.register(server.stop)
         try:
             if store is not None:
@@ -257,9 +255,7 @@ class EmbeddedServer:
         with _private_file(config) as file:
             # The format of nats-server's configuration contains JSON.
             json.dump(self._config(ports_directory), file, indent=2, ensure_ascii=False)
-        self._guarded = Guarded.spawn(
-            [str(program), "--config", str(config)], log=self.log, remove=self._home
-        )
+        self._guarded = Guarded.spawn([str(program), "--config", str(config)], log=self.log, remove=self._home)
         deadline = time.monotonic() + self._timeout_s
         while (ports := _read_ports(ports_directory)) is None:
             if (code := self._guarded.poll()) is not None:
@@ -269,8 +265,7 @@ class EmbeddedServer:
                 )
             if time.monotonic() >= deadline:
                 raise MeshUnreachable(
-                    f"nats-server did not listen within {self._timeout_s:g} s; "
-                    f"its log ends with:\n{self._log_end()}",
+                    f"nats-server did not listen within {self._timeout_s:g} s; its log ends with:\n{self._log_end()}",
                     timeout_s=self._timeout_s,
                 )
             time.sleep(POLL_S)

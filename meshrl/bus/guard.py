@@ -96,9 +96,7 @@ class Guarded:
         # -I -S: neither the user's site packages nor PYTHON* variables, for speed and so that nothing there
         # can break the guard. The variables stay in the environment, where the command finds them.
         line = [sys.executable, "-I", "-S", __file__, *options, "--", *argv]
-        errors = (
-            subprocess.DEVNULL if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        )
+        errors = subprocess.DEVNULL if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         windows_flags: int = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
         try:
             process = subprocess.Popen(  # noqa: S603  # the command is the caller's, no shell reads it
@@ -182,9 +180,7 @@ class Guarded:
         self.stop()
 
     def __repr__(self) -> str:
-        return (
-            f"<Guarded {self.argv[0]} pid={self.pid} guard={self.guard_pid} code={self._process.returncode}>"
-        )
+        return f"<Guarded {self.argv[0]} pid={self.pid} guard={self.guard_pid} code={self._process.returncode}>"
 
 
 _GUARDED_HERE: weakref.WeakSet[Guarded] = weakref.WeakSet()
@@ -210,12 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the guard of the command after ``--``; returns the exit code to end with."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     first = given.index("--") if "--" in given else 0  # cut here by hand: the command may have its own "--"
-    parser = argparse.ArgumentParser(
-        prog="guard", description="Run a command that ends with the parent process."
-    )
-    parser.add_argument(
-        "--remove", metavar="DIR", help="delete it after the command's end if the parent is gone"
-    )
+    parser = argparse.ArgumentParser(prog="guard", description="Run a command that ends with the parent process.")
+    parser.add_argument("--remove", metavar="DIR", help="delete it after the command's end if the parent is gone")
     options, command = parser.parse_args(given[:first]), given[first + 1 :]
     if not command:
         parser.error("no command after --")
@@ -269,9 +261,7 @@ def _until_exit(child: subprocess.Popen[bytes], events: _Events) -> bool:
     terminated = False
     while True:
         try:
-            event, grace_s = events.get(
-                timeout=None if kill_at is None else max(0.0, kill_at - time.monotonic())
-            )
+            event, grace_s = events.get(timeout=None if kill_at is None else max(0.0, kill_at - time.monotonic()))
         except queue.Empty:
             _kill_group(child)
             kill_at = None
@@ -304,9 +294,7 @@ def _watch_parent(events: _Events) -> None:
 
 def _watch_child(child: subprocess.Popen[bytes], events: _Events) -> None:
     if hasattr(os, "waitid"):
-        os.waitid(
-            os.P_PID, child.pid, os.WEXITED | os.WNOWAIT
-        )  # leaves the zombie, so that its number stays taken
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # leaves the zombie, so that its number stays taken
     else:
         child.wait()
     events.put((_EXITED, 0.0))
@@ -334,9 +322,7 @@ def _tie_to_guard() -> Callable[[], None] | None:
         return None
     import ctypes  # noqa: PLC0415  # Linux only
 
-    prctl = ctypes.CDLL(
-        None, use_errno=True
-    ).prctl  # looked up before the fork: after it, as little as possible
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork: after it, as little as possible
     guard_pid = os.getpid()
 
     def tie() -> None:

@@ -85,7 +85,10 @@ def login(url: str, credentials: str | Path | Credentials | None = None) -> Logi
         user, options = _from_file(creds.file)
     elif creds.user is not None:
         user = creds.user
-        options = {"user": creds.user, "password": creds.password.get_secret_value() if creds.password else ""}
+        options = {
+            "user": creds.user,
+            "password": creds.password.get_secret_value() if creds.password else "",
+        }
     else:
         parts = urlsplit(servers[0])
         if parts.username and parts.password is not None:

@@ -42,9 +42,7 @@ async def advertise_service(
             metadata={"worker": worker, "names": names[:512]},
         ),
     )
-    await service.add_endpoint(
-        EndpointConfig(name="describe", subject=f"meshrl.describe.{worker}", handler=describe)
-    )
+    await service.add_endpoint(EndpointConfig(name="describe", subject=f"meshrl.describe.{worker}", handler=describe))
 
     async def stop() -> None:
         # svc.stop() drains its subscriptions over the connection, which may be gone already.

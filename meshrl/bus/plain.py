@@ -34,7 +34,12 @@ class PlainPath:
         async def deliver(message: Any) -> None:
             status = (message.headers or {}).get("Status")
             try:
-                handler(message.subject, message.reply, message.data, f"NATS/1.0 {status}".encode() if status else b"")
+                handler(
+                    message.subject,
+                    message.reply,
+                    message.data,
+                    f"NATS/1.0 {status}".encode() if status else b"",
+                )
             except Exception as exc:  # noqa: BLE001  # nats-py would only log it
                 self.failed(exc)
 

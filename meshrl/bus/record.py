@@ -71,8 +71,7 @@ def state_dir(*, create: bool = True) -> Path:
                 )
     except OSError as error:
         raise UsageError(
-            f"the state directory {directory} cannot be used ({error}): "
-            f"name another with {STATE_DIR_VARIABLE}",
+            f"the state directory {directory} cannot be used ({error}): name another with {STATE_DIR_VARIABLE}",
             path=str(directory),
         ) from error
     return directory

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, SupportsIndex
 from urllib.parse import ParseResult
 
 import nats.aio.client
@@ -49,7 +49,10 @@ class _Reader(asyncio.StreamReader):
         self._have = 0
         self._need = 0
 
-    def feed_data(self, data: bytes) -> None:
+    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
+        """Take what was read; the loop calls this."""
+        if type(data) is not bytes:
+            data = bytes(data)
         if self._chunks:
             self._chunks.append(data)
             self._have += len(data)
@@ -57,8 +60,6 @@ class _Reader(asyncio.StreamReader):
                 return
             data = b"".join(self._chunks)
             self._chunks.clear()
-        elif type(data) is not bytes:
-            data = bytes(data)
         self._scan(data)
 
     def _scan(self, data: bytes) -> None:
@@ -94,7 +95,10 @@ class _Reader(asyncio.StreamReader):
                 reply = words[2].decode() if len(words) == (4 if is_msg else 5) else ""
                 try:
                     handler(
-                        words[0].decode(), reply, data[eol + 2 + head : stop], data[eol + 2 : eol + 2 + head] if head else b""
+                        words[0].decode(),
+                        reply,
+                        data[eol + 2 + head : stop],
+                        data[eol + 2 : eol + 2 + head] if head else b"",
                     )
                 except Exception as exc:  # noqa: BLE001  # an exception here would end nats-py's read loop
                     self._path.failed(exc)
@@ -120,11 +124,12 @@ class _Transport(nats.aio.transport.TcpTransport):  # type: ignore[misc]
         return True  # nats-py replaces a transport that is false before it is connected
 
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: float) -> None:
+        assert uri.hostname is not None
         loop = asyncio.get_running_loop()
         reader = _Reader(self._path, buffer_size)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         async with asyncio.timeout(connect_timeout):
-            transport, _ = await loop.create_connection(lambda: protocol, uri.hostname, uri.port)
+            transport, _ = await loop.create_connection(lambda: protocol, uri.hostname, uri.port or 4222)
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         self._bare_io_reader = self._io_reader = reader
         self._bare_io_writer = self._io_writer = writer
@@ -137,9 +142,7 @@ class _Transport(nats.aio.transport.TcpTransport):  # type: ignore[misc]
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         hostname = uri if isinstance(uri, str) else uri.hostname
         async with asyncio.timeout(connect_timeout):
-            transport = await loop.start_tls(
-                self._io_writer.transport, protocol, ssl_context, server_hostname=hostname
-            )
+            transport = await loop.start_tls(self._io_writer.transport, protocol, ssl_context, server_hostname=hostname)
         assert transport is not None
         self._io_reader = reader
         self._io_writer = asyncio.StreamWriter(transport, protocol, reader, loop)

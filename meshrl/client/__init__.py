@@ -1,1 +1,1 @@
-"""client"""
+"""Using: the mesh, remote envs and remote agents."""

@@ -270,4 +270,3 @@ def _action_of(answer: bytes) -> Any:
     if "action" not in body:
         raise MalformedMessage("an answer to act has no action")
     return body["action"]
-

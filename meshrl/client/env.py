@@ -97,7 +97,9 @@ class RemoteEnv:
 
     # ---------------------------------------------------------------- an env's calls
 
-    async def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    async def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Begin an episode: ``gymnasium.Env.reset``. Settles a cancelled step and drops its result.
 
         Returns:

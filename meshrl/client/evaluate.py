@@ -75,10 +75,12 @@ async def evaluate(
     description = await mesh.describe(agent, "agent")
 
     async def run() -> None:
-        async with await mesh.env(env, env_kwargs) as remote:
-            async with await mesh.agent(agent, stateful=description.stateful, env=remote) as policy:
-                while seeds:
-                    done.append(await _episode(remote, policy, seeds.pop(), deterministic))
+        async with (
+            await mesh.env(env, env_kwargs) as remote,
+            await mesh.agent(agent, stateful=description.stateful, env=remote) as policy,
+        ):
+            while seeds:
+                done.append(await _episode(remote, policy, seeds.pop(), deterministic))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, episodes)):
@@ -108,5 +110,9 @@ async def _episode(env: Any, agent: Any, seed: int, deterministic: bool) -> Epis
         total += float(reward)
         length += 1
     return EpisodeReport(
-        seed=seed, episode_return=total, length=length, truncated=bool(truncated and not terminated), worker=env.worker
+        seed=seed,
+        episode_return=total,
+        length=length,
+        truncated=bool(truncated and not terminated),
+        worker=env.worker,
     )

@@ -47,11 +47,29 @@ class Flight:
     """
 
     __slots__ = (
-        "_flights", "attempt", "body", "deadline_s", "doubt", "entry", "future", "rid", "sent_at", "state", "subject", "worker",
-    )  # fmt: skip
+        "_flights",
+        "attempt",
+        "body",
+        "deadline_s",
+        "doubt",
+        "entry",
+        "future",
+        "rid",
+        "sent_at",
+        "state",
+        "subject",
+        "worker",
+    )
 
     def __init__(
-        self, flights: Flights, worker: str, entry: Entry, subject: str, body: bytes, deadline_s: float, now: float
+        self,
+        flights: Flights,
+        worker: str,
+        entry: Entry,
+        subject: str,
+        body: bytes,
+        deadline_s: float,
+        now: float,
     ) -> None:
         self._flights = flights
         self.worker = worker
@@ -185,7 +203,7 @@ class Flights:
         old = self._probes.pop(worker, None)
         if old is not None:
             self._connection.forget(old)
-        body = Probe(awaited=[tuple(flight.entry) for flight in flights]).to_wire()
+        body = Probe(awaited=[flight.entry for flight in flights]).to_wire()
         rid = self._connection.request(self._subjects.worker(worker, "probe", self._connection.user), body, answered)
         self._probes[worker] = rid
 

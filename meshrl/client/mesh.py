@@ -280,7 +280,14 @@ class Mesh:
         """
         self._check_open()
         return await evaluate(
-            self, env, agent, episodes, seed, env_kwargs=env_kwargs, deterministic=deterministic, concurrency=concurrency
+            self,
+            env,
+            agent,
+            episodes,
+            seed,
+            env_kwargs=env_kwargs,
+            deterministic=deterministic,
+            concurrency=concurrency,
         )
 
     async def open(

@@ -46,7 +46,14 @@ class Opening:
     """
 
     def __init__(
-        self, mesh: Mesh, kind: Kind, asked: str, *, wait: float, where: Mapping[str, Any] | None, request: dict[str, Any]
+        self,
+        mesh: Mesh,
+        kind: Kind,
+        asked: str,
+        *,
+        wait: float,
+        where: Mapping[str, Any] | None,
+        request: dict[str, Any],
     ) -> None:
         self._mesh = mesh
         self._kind: Kind = kind
@@ -133,7 +140,9 @@ class Opening:
         else:
             text = f"served are: {', '.join(known[:20])}; list them with `meshrl ls`"
         return UnknownName(
-            f"no {self._kind} {self._asked!r} is served at {self._mesh.connection.url}: {text}", name=self._asked, near=close
+            f"no {self._kind} {self._asked!r} is served at {self._mesh.connection.url}: {text}",
+            name=self._asked,
+            near=close,
         )
 
     async def _change(self, timeout: float) -> None:
@@ -161,7 +170,9 @@ class Opening:
         self._workers.add(worker)
         mesh.placement.asked(worker, time.monotonic())
         subject = mesh.subjects.worker(worker, "open", mesh.connection.user)
-        return mesh.flights.launch(worker, Entry(self._session, open_.epoch, 0, 0), subject, open_.to_wire(), CONSTRUCT_S)
+        return mesh.flights.launch(
+            worker, Entry(self._session, open_.epoch, 0, 0), subject, open_.to_wire(), CONSTRUCT_S
+        )
 
     async def _ask(self, choice: Choice, name: str) -> Grant | None:
         """Ask one worker; None when another choice has to be made."""
@@ -174,8 +185,8 @@ class Opening:
         trial: Flight | None = None
         try:
             while True:
-                pending = {f.future for f in (flight, trial) if f is not None}
-                changed = asyncio.ensure_future(self._mesh.changed.wait())
+                pending: set[asyncio.Future[Any]] = {f.future for f in (flight, trial) if f is not None}
+                changed: asyncio.Future[Any] = asyncio.ensure_future(self._mesh.changed.wait())
                 try:
                     await asyncio.wait({*pending, changed}, timeout=0.25, return_when=asyncio.FIRST_COMPLETED)
                 finally:
@@ -237,15 +248,19 @@ class Opening:
         return None
 
     def _full(self) -> MeshFull:
-        entries = [e for e in self._mesh.directory.entries(self._kind) if e.name == self._mesh.resolve(self._kind, self._asked)]
+        entries = [
+            e for e in self._mesh.directory.entries(self._kind) if e.name == self._mesh.resolve(self._kind, self._asked)
+        ]
         loads = {
             e.worker: {"slots": a.slots, "free": a.free, "waiting": a.waiting}
             for e in entries
             for a in (e.advertisement,)
         }
-        shown = ", ".join(f"{w}: {load['free']} of {load['slots']} free, {load['waiting']} waiting" for w, load in loads.items())
+        shown = ", ".join(
+            f"{w}: {load['free']} of {load['slots']} free, {load['waiting']} waiting" for w, load in loads.items()
+        )
         return MeshFull(
-            f"no slot for {self._asked!r} became free within {self._wait:g} s ({shown}); wait longer, close sessions, or "
+            f"no slot for {self._asked!r} became free within {self._wait:g} s ({shown}); wait longer, close sessions or "
             "start more workers",
             name=self._asked,
             wait_s=self._wait,

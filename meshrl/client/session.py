@@ -136,12 +136,14 @@ class RemoteSession:
     def _lose_as(self, reason: str, cause: str = "") -> SessionLost:
         why = {
             "session_expired": "its lease ran out and the slot was freed",
-            "ended": "its env raised an exception" if not cause else f"its env raised an exception: {cause.splitlines()[0]}",
+            "ended": "its env raised an exception"
+            if not cause
+            else f"its env raised an exception: {cause.splitlines()[0]}",
             "worker_stopped": "its worker was stopped",
         }.get(reason, f"its worker does not hold it any more ({reason})")
         grant = self.grant
         lost = SessionLost(
-            f"{grant.description.name}: session {grant.session} at worker {grant.worker} is lost: {why}; open a new one",
+            f"{grant.description.name}: session {grant.session} at worker {grant.worker} is lost: {why}; open another",
             reason=reason,
             session=grant.session,
             worker=grant.worker,

@@ -10,7 +10,7 @@ from meshrl.errors import UsageError
 
 
 class Window:
-    """Shows frames, height × width × 3 of uint8; opens with the first one."""
+    """Shows frames, height x width x 3 of uint8; opens with the first one."""
 
     def __init__(self, title: str) -> None:
         self._title = title

@@ -51,7 +51,17 @@ class Doubt:
         reason: why it is lost, once it is.
     """
 
-    __slots__ = ("_again_s", "_alone_since", "_due", "_heard", "_probing", "_started", "deadline_s", "reason", "silence_s")
+    __slots__ = (
+        "_again_s",
+        "_alone_since",
+        "_due",
+        "_heard",
+        "_probing",
+        "_started",
+        "deadline_s",
+        "reason",
+        "silence_s",
+    )
 
     def __init__(self, now: float, *, deadline_s: float, silence_s: float = FROZEN_S) -> None:
         self.deadline_s = deadline_s

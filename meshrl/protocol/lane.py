@@ -15,6 +15,7 @@ bytes again. The other three are errors and change nothing.
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 from meshrl.errors import LaneBusy, MeshError, SequenceGap, StaleRequest
 
@@ -87,13 +88,15 @@ class Lane:
 
     def refusal(self, verdict: Verdict, seq: int, session: str) -> MeshError:
         """The error for STALE, GAP or BUSY."""
-        facts = {"session": session, "seq": seq, "last_seq": self.seq}
+        facts: dict[str, Any] = {"session": session, "seq": seq, "last_seq": self.seq}
         if verdict is Verdict.GAP:
             return SequenceGap(
-                f"session {session}: request {seq} skips some after {self.seq}; a lane's requests rise by one", **facts
+                f"session {session}: request {seq} skips some after {self.seq}; a lane's requests rise by one",
+                **facts,
             )
         if verdict is Verdict.BUSY:
             return LaneBusy(
-                f"session {session}: request {seq} came while {self.seq} is running; a lane has one in flight", **facts
+                f"session {session}: request {seq} came while {self.seq} is running; a lane has one in flight",
+                **facts,
             )
         return StaleRequest(f"session {session}: request {seq} is older than {self.seq}, which began after it", **facts)

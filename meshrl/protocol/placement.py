@@ -155,9 +155,7 @@ class Placement:
         """The slots believed free at a worker, from 0 to all of them."""
         return self._view(entry).free
 
-    def choose(
-        self, entries: Iterable[Entry], *, draw: float, exclude: Collection[str] = ()
-    ) -> Choice | None:
+    def choose(self, entries: Iterable[Entry], *, draw: float, exclude: Collection[str] = ()) -> Choice | None:
         """The worker to ask for one slot.
 
         Args:
@@ -201,9 +199,7 @@ class Placement:
         """
         views = [view for view in map(self._view, entries) if view.slots]
         targets = [
-            view
-            for view in views
-            if view.worker != parked_at and view.free and not view.waiting and not view.draining
+            view for view in views if view.worker != parked_at and view.free and not view.waiting and not view.draining
         ]
         free = sum(view.free for view in targets)
         # At least this one waits, even where no advertisement says so yet.

@@ -76,7 +76,18 @@ class Session:
         held: what the worker keeps with it (the env), of no concern here.
     """
 
-    __slots__ = ("confirmed", "epoch", "grant", "held", "id", "lanes", "lease_until", "reply_to", "state", "user")
+    __slots__ = (
+        "confirmed",
+        "epoch",
+        "grant",
+        "held",
+        "id",
+        "lanes",
+        "lease_until",
+        "reply_to",
+        "state",
+        "user",
+    )
 
     def __init__(self, user: str, id_: str, epoch: int, lanes: int, reply_to: str) -> None:
         self.user = user
@@ -136,7 +147,7 @@ class SessionTable:
     def open(
         self, user: str, id_: str, epoch: int, reply_to: str, now: float, *, lanes: int = 1
     ) -> tuple[Opening, Session | None]:
-        """Take an open. NEW has made the session and taken its slot; RAISED asks the caller to end the old one first."""
+        """Take an open. NEW has made the session and taken its slot; RAISED wants the old one ended first."""
         session = self._sessions.get((user, id_))
         if session is None:
             if not self.free:
@@ -204,7 +215,7 @@ class SessionTable:
         session.confirmed = True
         session.lease_until = now + self.lease_s
 
-    def answered(self, session: Session, lane: Lane, reply: bytes) -> str:
+    def answered(self, lane: Lane, reply: bytes) -> str:
         """Keep a lane's answer; gives the reply subject that it goes to."""
         self.cached_bytes += len(reply) - len(lane.cached)
         return lane.answer(reply)

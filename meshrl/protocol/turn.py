@@ -72,7 +72,7 @@ class Turn:
         if op == "reset" or self.op in READING:
             return Begin.AFTER_LAST
         raise StepUnsettled(
-            f"{self.who}: a {self.op} was cancelled and may have run; call `await env.settle()` for its result, or reset",
+            f"{self.who}: a {self.op} was cancelled and may have run; `await env.settle()` gives its result, or reset",
             op=self.op,
             seq=self.seq,
         )

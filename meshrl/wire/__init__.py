@@ -1,1 +1,1 @@
-"""wire"""
+"""What travels: messages, frames, arrays, spaces, subjects, parts. No I/O and no clock."""

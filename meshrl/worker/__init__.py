@@ -1,1 +1,1 @@
-"""worker"""
+"""Serving: env workers and agent workers."""

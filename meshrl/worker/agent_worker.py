@@ -149,8 +149,8 @@ class AgentWorker(Service):
     Args:
         agents: what is served, by name:
 
-            - a callable ``policy(obs) -> action``, or an object with ``act(obs) -> action``: stateless. It gets those of
-              ``info, deterministic, seed, env_id, step, action_space`` that its signature names. With
+            - a callable ``policy(obs) -> action``, or an object with ``act(obs) -> action``: stateless. It gets what
+              it names of ``info, deterministic, seed, env_id, step, action_space`` in its signature. With
               ``act_batch(observations, offered) -> actions`` as well, requests that arrive together are answered by one
               call of it: lists of the same length, ``offered`` one dict a request.
             - a class with ``act``: stateful. Each lease gets an instance of its own; ``reset(seed)`` and
@@ -184,7 +184,12 @@ class AgentWorker(Service):
     ) -> None:
         valid_names(agents)
         super().__init__(
-            url=url, namespace=namespace, credentials=credentials, slots=slots, capabilities=capabilities, lease_s=lease_s
+            url=url,
+            namespace=namespace,
+            credentials=credentials,
+            slots=slots,
+            capabilities=capabilities,
+            lease_s=lease_s,
         )
         self._allow_kwargs = sorted(allow_kwargs)
         self._policies: dict[str, _Policy] = {}
@@ -200,7 +205,9 @@ class AgentWorker(Service):
                 continue
             act = getattr(agent, "act", agent)
             if not callable(act):
-                raise InvalidName(f"{name}: an agent is a callable, an object with act or a class with act, not {agent!r}")
+                raise InvalidName(
+                    f"{name}: an agent is a callable, an object with act or a class with act, not {agent!r}"
+                )
             self._policies[name] = _Policy(name, act, _taken(act), getattr(agent, "act_batch", None))
 
     async def _describe_all(self) -> dict[str, Description]:
@@ -250,7 +257,7 @@ class AgentWorker(Service):
             if policy is None:
                 raise MalformedMessage(f"worker {self.id}: an act sent to a worker says which agent (name)")
         except MeshError as exc:
-            self._refuse(reply, exc)
+            self._replies.refuse(reply, exc)
             return
         self._take_act(policy, reply, data)
 
@@ -261,11 +268,11 @@ class AgentWorker(Service):
                 raise MalformedMessage(f"an act is a map, not {type(body).__name__}")
             policy.waiting.append(_Request(reply, _obs(body), _offered(body, frozenset(OFFERED))))
         except MeshError as exc:
-            self._refuse(reply, exc)
+            self._replies.refuse(reply, exc)
             return
         if len(policy.waiting) == 1 and not policy.busy:
             # At the end of this turn of the loop: what arrived in the same read is answered as one batch.
-            self._loop.call_soon(self._turn, policy)
+            asyncio.get_running_loop().call_soon(self._turn, policy)
 
     def _turn(self, policy: _Policy) -> None:
         if policy.busy or not policy.waiting:
@@ -278,7 +285,7 @@ class AgentWorker(Service):
 
         def run() -> None:
             answers = self._run_batch(policy, batch)
-            self._soon(self._answer_acts, policy, batch, answers)
+            self._threads.back(self._answer_acts, policy, batch, answers)
 
         self._threads.submit(run)
 
@@ -320,7 +327,7 @@ class AgentWorker(Service):
                 packed = pack(answer)
             except UnencodableValue as exc:
                 packed = pack(error_reply(exc))
-            self._reply(request.reply, packed)
+            self._replies.send(request.reply, packed)
         if policy.waiting:
             asyncio.get_running_loop().call_soon(self._turn, policy)
 

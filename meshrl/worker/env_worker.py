@@ -68,7 +68,12 @@ class EnvWorker(Service):
         if not on_demand:
             valid_names(envs or {})
         super().__init__(
-            url=url, namespace=namespace, credentials=credentials, slots=slots, capabilities=capabilities, lease_s=lease_s
+            url=url,
+            namespace=namespace,
+            credentials=credentials,
+            slots=slots,
+            capabilities=capabilities,
+            lease_s=lease_s,
         )
         self._factories = {name: as_factory(source) for name, source in (envs or {}).items()}
         self._allow_kwargs = frozenset(allow_kwargs)
@@ -115,19 +120,20 @@ class EnvWorker(Service):
     def provide(self, name: str) -> Description | None:
         """The description of ``name``, made now if the worker serves on demand and Gymnasium knows the name."""
         with self._providing:
-            known = self._served.get(name)
+            served = self._admission.served
+            known = served.get(name)
             if known is not None or not self._on_demand:
                 return known
             found = registered(name)
-            if found is None or found in self._served:
-                return self._served.get(found or name)
+            if found is None or found in served:
+                return served.get(found or name)
             self._factories[found] = Factory(found)
             try:
                 described = self._describe(found)
             except MeshError:
                 del self._factories[found]
                 raise
-            self._served = {**self._served, found: described}
+            self._admission.served = {**served, found: described}
             return described
 
     def _construct(self, open_: Open, description: Description) -> tuple[HostedEnv, Description]:

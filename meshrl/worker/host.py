@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Coroutine
+from typing import Any
 
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.env_worker import EnvWorker
@@ -41,12 +43,12 @@ async def host(url: str, *, namespace: str = "default", agents: bool = True) -> 
         await workers[0].serve_forever()
 
 
-def run(main: object) -> None:
+def run(main: Coroutine[Any, Any, None]) -> None:
     """``asyncio.run`` on uvloop where it exists."""
     try:
         import uvloop  # noqa: PLC0415
     except ImportError:
-        asyncio.run(main)  # type: ignore[arg-type]
+        asyncio.run(main)
     else:
         uvloop.run(main)
 

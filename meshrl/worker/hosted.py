@@ -189,7 +189,9 @@ class HostedEnv:
         if not isinstance(name, str) or not name.isidentifier():
             raise MalformedMessage(f"{name!r} is not the name of an attribute")
         if name.startswith("_"):
-            raise NotAllowed(f"{self.name}: {name!r} is private to the env; only public names can be reached", name=name)
+            raise NotAllowed(
+                f"{self.name}: {name!r} is private to the env; only public names can be reached", name=name
+            )
         return name
 
     def _check_allowed(self, verb: str, name: str) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from meshrl.bus.connection import Connection, connect
 from meshrl.bus.login import Credentials
@@ -46,9 +46,13 @@ class Beating(Protocol):
     """What the pulse reads of its worker; every method may be called from its thread."""
 
     id: str
-    kind: Kind
     table: SessionTable
     subjects: Subjects
+
+    @property
+    def kind(self) -> Kind:
+        """``env`` or ``agent``."""
+        ...
 
     def descriptions(self) -> list[Description]:
         """Of everything served now."""
@@ -144,7 +148,7 @@ class Pulse:
         worker, subjects = self._worker, self._worker.subjects
         async with connect(self._url, name=f"pulse of {worker.id}", credentials=self._credentials) as connection:
             fatal: asyncio.Future[MeshError] = self._loop.create_future()
-            connection.on_close.append(lambda why: fatal.done() or fatal.set_result(why))
+            connection.on_close.append(fatal.set_result)
             connection.on_reconnect.append(lambda: self._back(connection))
             await connection.subscribe(subjects.at_worker(worker.id, "probe"), self._answering(connection, self._probe))
             await connection.subscribe(subjects.at_worker(worker.id, "renew"), self._answering(connection, self._renew))
@@ -167,11 +171,12 @@ class Pulse:
 
     async def _beat(self, connection: Connection, fatal: asyncio.Future[MeshError]) -> None:
         assert self._stopping is not None
-        stopped = asyncio.get_running_loop().create_task(self._stopping.wait())
+        stopped: asyncio.Future[Any] = asyncio.get_running_loop().create_task(self._stopping.wait())
+        ended: asyncio.Future[Any] = fatal
         due = time.monotonic() + ADVERTISE_S
         try:
             while not stopped.done():
-                await asyncio.wait({stopped, fatal}, timeout=SWEEP_S, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({stopped, ended}, timeout=SWEEP_S, return_when=asyncio.FIRST_COMPLETED)
                 if fatal.done():
                     raise fatal.result()
                 now = time.monotonic()

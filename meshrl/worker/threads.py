@@ -6,6 +6,8 @@ shutdown for good.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -17,9 +19,15 @@ Job = Callable[[], None]
 
 
 class Threads:
-    """Runs jobs on daemon threads, each at once; a job must not raise."""
+    """Runs jobs on daemon threads, each at once; a job must not raise.
+
+    Attributes:
+        loop: the event loop to which jobs bring their results :meth:`back`.
+        count: how many threads there are.
+    """
 
     def __init__(self, name: str) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._name = name
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -37,6 +45,12 @@ class Threads:
         self._jobs.put(job)
         if start:
             threading.Thread(target=self._work, name=f"{self._name}-{self.count}", daemon=True).start()
+
+    def back(self, call: Callable[..., object], *args: object) -> None:
+        """Call on the event loop, from any thread; a loop that has ended needs nothing any more."""
+        assert self.loop is not None, "the loop is set before the first job"
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(call, *args)
 
     def _work(self) -> None:
         while True:

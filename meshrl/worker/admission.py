@@ -1,0 +1,253 @@
+"""Admission: who gets a slot, and who waits for one (R4, R5)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from meshrl.errors import KwargsNotAllowed, MeshError, UnknownName, WorkerDraining, WrongEpoch
+from meshrl.protocol.names import near
+from meshrl.protocol.session import Key, Opening, Session, SessionTable, State
+from meshrl.protocol.waiting import Waiting
+from meshrl.wire.codec import Codec
+from meshrl.wire.messages import Description, Full, Grant, Kind, Load, Open, parse
+from meshrl.worker.execution import Execution, Held, Hold
+from meshrl.worker.replies import Replies
+from meshrl.worker.threads import Threads
+
+# How often parked opens are looked at whose time is over.
+PARKED_S = 0.1
+
+Construct = Callable[[Open, Description], tuple[Held, Description]]
+
+
+class Admission:
+    """Takes opens: grants, parks or refuses them.
+
+    Args:
+        worker: the worker's id.
+        kind: what it serves.
+        table: its sessions and slots.
+        replies: where answers go.
+        threads: where constructors run.
+        construct: makes what an open asks for, on a thread.
+    """
+
+    def __init__(
+        self,
+        worker: str,
+        kind: Kind,
+        table: SessionTable,
+        replies: Replies,
+        threads: Threads,
+        construct: Construct,
+    ) -> None:
+        self.served: Mapping[str, Description] = {}
+        self.draining_until: float | None = None
+        self.idle = asyncio.Event()
+        self.execution: Execution  # given by the service: the two know each other
+        self._worker = worker
+        self._kind = kind
+        self._table = table
+        self._replies = replies
+        self._threads = threads
+        self._construct = construct
+        self._waiting = Waiting()
+        self._parked: dict[Key, tuple[Open, str]] = {}
+        self._after_end: dict[Key, tuple[Open, str]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._codecs = {"str": Codec("str"), "bytes": Codec("bytes")}
+
+    # ---------------------------------------------------------------- open
+
+    def on_open(self, subject: str, reply: str, data: bytes) -> None:
+        """One open."""
+        try:
+            self._take(parse(Open, data), subject.rpartition(".")[2], reply)
+        except MeshError as exc:
+            self._replies.refuse(reply, exc)
+
+    def _take(self, open_: Open, user: str, reply: str) -> None:
+        key = (user, open_.session)
+        description = self._check(open_)
+        now = time.monotonic()
+        if self._table.get(key) is None:
+            if self.draining_until is not None:
+                raise self._draining()
+            # 1. Busier than the client believed: it may find better elsewhere, and asks without belief in the end.
+            if open_.believed_free is not None and self._table.free < open_.believed_free and key not in self._parked:
+                self._replies.send(reply, Full(load=self.load(), bounced=True).to_wire())
+                return
+            # 2. Others wait already: nobody overtakes them.
+            if self._parked:
+                self._park(open_, user, reply, now)
+                return
+        opening, session = self._table.open(user, open_.session, open_.epoch, reply, now, lanes=open_.lanes)
+        if session is None:
+            self._park(open_, user, reply, now)
+        elif opening is Opening.NEW:
+            self._begin(session, open_, description)
+        elif opening is Opening.REPEAT:
+            self._replies.send(reply, session.grant)
+        elif opening is Opening.WRONG_EPOCH:
+            raise WrongEpoch(
+                f"session {session.id} is in epoch {session.epoch}; an open of epoch {open_.epoch} comes too late",
+                session=session.id,
+                epoch=session.epoch,
+            )
+        elif opening is not Opening.JOIN:  # RAISED or WAIT: the old env is closed first
+            self._after_end[key] = (open_, reply)
+            self.execution.end(session, "wrong_epoch")
+
+    def _check(self, open_: Open) -> Description:
+        """What is asked for, if this worker serves it and lets clients pass those kwargs."""
+        description = self.served.get(open_.name)
+        if description is None or open_.kind != self._kind:
+            raise UnknownName(
+                f"worker {self._worker} serves no {open_.kind} {open_.name!r}; it serves {', '.join(self.served)}",
+                name=open_.name,
+                near=near(open_.name, self.served),
+            )
+        allowed = description.allow_kwargs
+        refused = [] if "*" in allowed else sorted(set(open_.kwargs) - set(allowed))
+        if refused:
+            raise KwargsNotAllowed(
+                f"{open_.name}: the worker's operator does not let clients pass {', '.join(refused)} "
+                f"(allowed: {', '.join(allowed) or 'nothing'}); serve it with allow_kwargs={tuple(refused)!r}",
+                refused=refused,
+                allowed=list(allowed),
+            )
+        return description
+
+    def _begin(self, session: Session, open_: Open, description: Description) -> None:
+        def construct() -> None:
+            try:
+                held, own = self._construct(open_, description)
+            except MeshError as exc:
+                self._threads.back(self._not_constructed, session, exc)
+            except BaseException as exc:  # noqa: BLE001  # whatever a constructor raises goes to the one who asked
+                crashed = self.execution.crashed(open_.name, "constructor", exc)
+                self._threads.back(self._not_constructed, session, crashed)
+            else:
+                self._threads.back(self._constructed, session, open_, held, own)
+
+        self._threads.submit(construct)
+
+    def _constructed(self, session: Session, open_: Open, held: Held, description: Description) -> None:
+        session.held = Hold(held, self._codecs[open_.key_style])
+        if session.state is State.ENDING:
+            self.execution.dispose_late(session)
+            return
+        grant = Grant(
+            session=session.id,
+            epoch=session.epoch,
+            worker=self._worker,
+            lease_s=self._table.lease_s,
+            grant_s=self._table.grant_s,
+            step_deadline_s=description.step_deadline_s,
+            render_mode=open_.render_mode,
+            description=description,
+            load=self.load(),
+        )
+        self._replies.send(self._table.granted(session, grant.to_wire(), time.monotonic()), session.grant)
+
+    def _not_constructed(self, session: Session, exc: MeshError) -> None:
+        self._replies.refuse(session.reply_to, exc)
+        self._table.ending(session, "not_constructed")
+        self._table.ended(session)
+        self.slot_freed(session.key)
+
+    # ---------------------------------------------------------------- waiting
+
+    def _park(self, open_: Open, user: str, reply: str, now: float) -> None:
+        key = (user, open_.session)
+        if open_.park_s > 0:
+            place = self._waiting.park(user, open_.session, now, now + open_.park_s, ticket=open_.ticket)
+            if place is not None:
+                self._parked[key] = (open_, reply)
+                if self._timer is None:
+                    self._timer = asyncio.get_running_loop().call_later(PARKED_S, self._look_at_parked)
+                return
+        self._replies.send(reply, Full(load=self.load()).to_wire())
+
+    def take_back(self, key: Key, epoch: int) -> bool:
+        """The client gave up a parked open."""
+        parked = self._parked.get(key)
+        if parked is None or parked[0].epoch != epoch:
+            return False
+        del self._parked[key]
+        self._waiting.leave(*key)
+        return True
+
+    def _look_at_parked(self) -> None:
+        self._timer = None
+        for waiter in self._waiting.due(time.monotonic()):
+            parked = self._parked.pop((waiter.user, waiter.session), None)
+            if parked is not None:
+                self._replies.send(parked[1], Full(load=self.load(), ticket=waiter.ticket).to_wire())
+        if self._parked:
+            self._timer = asyncio.get_running_loop().call_later(PARKED_S, self._look_at_parked)
+
+    def slot_freed(self, key: Key) -> None:
+        """A session's slot is free: an open that waits for just this session first, then one waiter a slot."""
+        after = self._after_end.pop(key, None)
+        if after is not None:
+            open_, reply = after
+            try:
+                self._take(open_.model_copy(update={"believed_free": None}), key[0], reply)
+            except MeshError as exc:
+                self._replies.refuse(reply, exc)
+        while self._table.free and self._parked:
+            waiter = self._waiting.next()
+            if waiter is None:
+                break
+            parked = self._parked.pop((waiter.user, waiter.session), None)
+            if parked is not None:
+                self._admit(*parked, waiter.user)
+        if not len(self._table):
+            self.idle.set()
+
+    def _admit(self, open_: Open, reply: str, user: str) -> None:
+        try:
+            description = self._check(open_)
+        except MeshError as exc:
+            self._replies.refuse(reply, exc)
+            return
+        now = time.monotonic()
+        _, session = self._table.open(user, open_.session, open_.epoch, reply, now, lanes=open_.lanes)
+        if session is not None:
+            self._begin(session, open_, description)
+
+    # ---------------------------------------------------------------- load and drain
+
+    def load(self) -> Load:
+        """How busy the worker is."""
+        table = self._table
+        draining = self.draining_until is not None
+        return Load(slots=table.slots, free=table.free, waiting=len(self._parked), draining=draining)
+
+    def waiting_count(self) -> int:
+        """Parked opens."""
+        return len(self._parked)
+
+    def is_parked(self, key: Key) -> bool:
+        """Whether an open of that session is parked."""
+        return key in self._parked
+
+    def drain(self, until: float) -> None:
+        """Take no new sessions any more; who waits is sent elsewhere."""
+        self.draining_until = until
+        for key, (_, reply) in self._parked.items():
+            self._waiting.leave(*key)
+            self._replies.refuse(reply, self._draining())
+        self._parked.clear()
+
+    def stop(self) -> None:
+        """Look at nothing any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _draining(self) -> WorkerDraining:
+        return WorkerDraining(f"worker {self._worker} is going away and takes no new sessions", worker=self._worker)

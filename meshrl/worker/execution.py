@@ -1,0 +1,285 @@
+"""Execution: the requests of granted sessions, each run at most once, and the end of a session (R1, R10).
+
+The step path of a worker is :meth:`Execution.on_session`: decode, find the session and its lane, run, encode, send.
+An env that has shown itself fast is stepped right there, on the event loop; any other on a thread, and a coroutine env
+in a task, so that no session waits for another's step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+from meshrl.errors import (
+    MalformedMessage,
+    MeshError,
+    SessionExpired,
+    SessionUnknown,
+    UnencodableValue,
+    WorkerError,
+    WrongEpoch,
+)
+from meshrl.protocol.lane import Lane, Verdict
+from meshrl.protocol.pace import Pace
+from meshrl.protocol.session import Key, Session, SessionTable, State
+from meshrl.wire.codec import Codec, pack, unpack
+from meshrl.wire.frames import Frame, check_request, error_reply
+from meshrl.wire.messages import Close, Closed, check
+from meshrl.worker.replies import Replies
+from meshrl.worker.threads import Threads
+
+log = logging.getLogger("meshrl.worker")
+
+# What of an exception travels: its message, and the end of its traceback.
+MAX_MESSAGE_CHARS = 2000
+MAX_TRACEBACK_CHARS = 20_000
+
+
+class Held(Protocol):
+    """What a session holds: an env, or a stateful agent."""
+
+    pace: Pace
+    coroutine: bool
+
+    def run(self, op: str, body: Frame) -> Frame:
+        """Carry out one op."""
+        ...
+
+    async def run_async(self, op: str, body: Frame) -> Frame:
+        """The same where it must be awaited."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+class Hold:
+    """What the worker keeps with a session: the env, how its client wants arrays, and the coroutine it runs."""
+
+    __slots__ = ("codec", "held", "task")
+
+    def __init__(self, held: Held, codec: Codec) -> None:
+        self.held = held
+        self.codec = codec
+        self.task: asyncio.Task[None] | None = None
+
+
+class Execution:
+    """Runs what granted sessions ask for.
+
+    Args:
+        worker: the worker's id.
+        table: its sessions.
+        replies: where answers go.
+        threads: where env code runs that may take its time.
+        crash: the error class for exceptions of what is held.
+        parked: takes back an open that is still parked; gives whether there was one.
+        freed: called when a session's slot is free again.
+    """
+
+    def __init__(
+        self,
+        worker: str,
+        table: SessionTable,
+        replies: Replies,
+        threads: Threads,
+        crash: type[WorkerError],
+        *,
+        parked: Callable[[Key, int], bool],
+        freed: Callable[[Key], None],
+    ) -> None:
+        self._worker = worker
+        self._table = table
+        self._replies = replies
+        self._threads = threads
+        self._crash = crash
+        self._take_back = parked
+        self._freed = freed
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.cut = 0  # where <user>.<session>.<op> begins in a session subject
+
+    # ---------------------------------------------------------------- the step path
+
+    def on_session(self, subject: str, reply: str, data: bytes) -> None:
+        """One request of a session."""
+        user, id_, op = subject[self.cut :].split(".")
+        now = time.monotonic()
+        try:
+            body = unpack(data)
+            if op == "close":
+                self._on_close((user, id_), reply, check(Close, body))
+                return
+            epoch, number, seq = check_request(body)
+        except MeshError as exc:
+            self._replies.refuse(reply, exc)
+            return
+        session = self._table.get((user, id_))
+        if session is None or session.state is not State.OPEN or epoch != session.epoch:
+            self._refuse_gone((user, id_), session, epoch, number, seq, reply)
+            return
+        if number >= len(session.lanes):
+            self._replies.refuse(reply, MalformedMessage(f"session {id_} has no lane {number}", session=id_), seq)
+            return
+        self._table.used(session, now)
+        lane = session.lanes[number]
+        verdict = lane.receive(seq, reply, now)
+        if verdict is Verdict.RUN:
+            self._run(session, lane, number, op, body, now)
+        elif verdict is Verdict.REPEAT:
+            self._replies.send(reply, lane.cached, number, seq)
+        elif verdict is not Verdict.JOIN:
+            self._replies.refuse(reply, lane.refusal(verdict, seq, id_), seq)
+
+    def _run(self, session: Session, lane: Lane, number: int, op: str, body: Frame, now: float) -> None:
+        held: Held = session.held.held
+        if held.coroutine:
+            task = asyncio.get_running_loop().create_task(self._run_coroutine(session, lane, number, op, body))
+            session.held.task = task
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif op == "step" and held.pace.inline:
+            try:
+                frame = held.run(op, body)
+            except MeshError as exc:
+                self._answer(session, lane, number, error_reply(exc))
+                return
+            except (Exception, SystemExit) as exc:  # noqa: BLE001  # env code may raise anything; its session ends
+                self._end_crashed(session, lane, number, op, exc)
+                return
+            held.pace.took(time.monotonic() - now)
+            self._answer(session, lane, number, frame)
+        else:
+            self._threads.submit(lambda: self._run_on_thread(session, lane, number, op, body))
+
+    def _run_on_thread(self, session: Session, lane: Lane, number: int, op: str, body: Frame) -> None:
+        held: Held = session.held.held
+        began = time.monotonic()
+        try:
+            frame = held.run(op, body)
+        except MeshError as exc:
+            self._threads.back(self._answer, session, lane, number, error_reply(exc))
+        except BaseException as exc:  # noqa: BLE001  # as above
+            self._threads.back(self._end_crashed, session, lane, number, op, exc)
+        else:
+            if op == "step":
+                held.pace.took(time.monotonic() - began)
+            self._threads.back(self._answer, session, lane, number, frame)
+
+    async def _run_coroutine(self, session: Session, lane: Lane, number: int, op: str, body: Frame) -> None:
+        held: Held = session.held.held
+        try:
+            frame = await held.run_async(op, body)
+        except MeshError as exc:
+            frame = error_reply(exc)
+        except asyncio.CancelledError:  # the session ended meanwhile; nobody waits for the answer
+            lane.running = False
+            self._dispose(session)
+            return
+        except Exception as exc:  # noqa: BLE001  # as above
+            self._end_crashed(session, lane, number, op, exc)
+            return
+        self._answer(session, lane, number, frame)
+
+    def _answer(self, session: Session, lane: Lane, number: int, frame: Frame) -> None:
+        frame["seq"] = lane.seq
+        try:
+            packed = session.held.codec.pack(frame)
+        except UnencodableValue as exc:
+            packed = pack(error_reply(exc, lane.seq))
+        self._replies.send(self._table.answered(lane, packed), packed, number, lane.seq)
+        if session.state is State.ENDING:
+            self._dispose(session)
+
+    def _end_crashed(self, session: Session, lane: Lane, number: int, op: str, exc: BaseException) -> None:
+        seq = lane.seq
+        packed = pack(error_reply(self.crashed(session.id, op, exc), seq))
+        self._replies.send(self._table.answered(lane, packed), packed, number, seq)
+        self._table.ending(session, "ended", last=(session.epoch, number, seq, packed))
+        self._dispose(session)
+
+    def crashed(self, what: str, op: str, exc: BaseException) -> WorkerError:
+        """The error for an exception of remote code, with its traceback."""
+        text = "".join(traceback.format_exception(exc))
+        return self._crash(
+            f"{what}: {op} raised {type(exc).__name__}: {exc}"[:MAX_MESSAGE_CHARS],
+            remote_traceback=text[-MAX_TRACEBACK_CHARS:],
+            type=type(exc).__name__,
+            op=op,
+            worker=self._worker,
+        )
+
+    # ---------------------------------------------------------------- the end
+
+    def _on_close(self, key: Key, reply: str, close: Close) -> None:
+        session = self._table.get(key)
+        if session is not None and session.epoch == close.epoch:
+            existed = True
+            self.end(session, "closed")
+        else:
+            existed = self._take_back(key, close.epoch)
+        self._replies.send(reply, Closed(existed=existed).to_wire())
+
+    def end(self, session: Session, reason: str) -> None:
+        """End a session; its slot is free when nothing of it runs any more and its env is closed."""
+        if not self._table.ending(session, reason) or session.held is None:
+            return  # it was ending already, or is still being constructed
+        if not any(lane.running for lane in session.lanes):
+            self._dispose(session)
+        elif session.held.task is not None:
+            session.held.task.cancel()
+
+    def dispose_late(self, session: Session) -> None:
+        """The session ended while its env was under construction; now it is there, and goes."""
+        self._dispose(session)
+
+    def _dispose(self, session: Session) -> None:
+        held: Held = session.held.held
+
+        def close() -> None:
+            try:
+                held.close()
+            except BaseException as exc:  # noqa: BLE001  # the env is going anyway
+                log.warning("worker %s: closing the env of session %s raised %r", self._worker, session.id, exc)
+            self._threads.back(self._disposed, session)
+
+        self._threads.submit(close)
+
+    def _disposed(self, session: Session) -> None:
+        self._table.ended(session)
+        self._freed(session.key)
+
+    def _refuse_gone(self, key: Key, session: Session | None, epoch: int, number: int, seq: int, reply: str) -> None:
+        """A request of a session that is not here, or not in that epoch."""
+        last = self._table.last_answer(key, epoch, number, seq)
+        why = self._table.why_gone(key)
+        exc: MeshError
+        if session is not None and session.state is State.OPEN:
+            exc = WrongEpoch(
+                f"session {key[1]} is in epoch {session.epoch}, not {epoch}", session=key[1], epoch=session.epoch
+            )
+        elif last is not None:
+            self._replies.send(reply, last, number, seq)
+            return
+        elif why == "session_expired":
+            exc = SessionExpired(
+                f"session {key[1]} was not renewed for {self._table.lease_s:g} s and its slot was freed; open another",
+                session=key[1],
+                lease_s=self._table.lease_s,
+                reason=why,
+            )
+        else:
+            exc = SessionUnknown(
+                f"worker {self._worker} has no session {key[1]} of user {key[0]} ({why})", session=key[1], reason=why
+            )
+        self._replies.refuse(reply, exc, seq)
+
+    async def stop(self) -> None:
+        """End every session; coroutines are cancelled, threads are left to end by themselves."""
+        for session in self._table:
+            self.end(session, "worker_stopped")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
