@@ -101,7 +101,7 @@ class Connection:
         self._inbox_cut = len(self._inbox) + 1
         self._ids = itertools.count(1)
         self._waiting: dict[int, OnReply] = {}
-        self._joining = Joining()
+        self._joining = Joining(self.publish)
         self._window = Window(self.path.publish, self.flush)
         self._tasks: set[asyncio.Task[None]] = set()
         self._up_since: float | None = None

@@ -178,6 +178,11 @@ class EmbeddedServer:
         return guarded.pid
 
     @property
+    def stopped(self) -> bool:
+        """Whether it was stopped for good."""
+        return self._guarded is None
+
+    @property
     def running(self) -> bool:
         """Whether the server process lives."""
         guarded = self._guarded
@@ -304,58 +309,6 @@ class EmbeddedServer:
         except OSError as error:
             return f"(no log: {error})"
         return "\n".join(lines[-LOG_LINES_IN_ERRORS:])
-
-
-class _SharedServer:
-    """The one embedded server that this process has started for itself and its children, if it has."""
-
-    def __init__(self) -> None:
-        self.starting = threading.Lock()
-        self.server: EmbeddedServer | None = None
-
-
-_SHARED = _SharedServer()  # by the process and not by the Mesh: two of them in one process shall meet
-
-
-def shared_server() -> EmbeddedServer:
-    """The embedded server of this process, started at the first call; children: see :func:`shared_url`.
-
-    A server that ended meanwhile is started again with the same url and store, so that connected clients come
-    back to it.
-
-    Raises:
-        MeshUnreachable: it cannot be started, as in :meth:`EmbeddedServer.start`.
-    """
-    with _SHARED.starting:
-        server = _SHARED.server
-        if server is None or server._guarded is None:  # noqa: SLF001  # None: stopped for good
-            server = _SHARED.server = EmbeddedServer.start()
-        elif not server.running:
-            server.restart()
-        os.environ[URL_VARIABLE] = server.url
-        return server
-
-
-def shared_url() -> str:
-    """The url of the embedded server of this process tree; started by this process if the tree has none.
-
-    Raises:
-        MeshUnreachable: it cannot be started, as in :meth:`EmbeddedServer.start`.
-    """
-    inherited = os.environ.get(URL_VARIABLE)
-    if inherited and (_SHARED.server is None or _SHARED.server.url != inherited):
-        return inherited
-    return shared_server().url
-
-
-def _forget_shared() -> None:
-    """In a forked process: the server is the parent's, and another thread may have held the lock."""
-    _SHARED.starting = threading.Lock()
-    _SHARED.server = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_shared)
 
 
 def _reachable(host: str) -> str:

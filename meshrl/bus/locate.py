@@ -10,16 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sys
-import threading
 from pathlib import Path
 
 from meshrl.bus.connection import connect
 from meshrl.bus.embedded import URL_VARIABLE as EMBEDDED_VARIABLE
-from meshrl.bus.embedded import shared_url
-from meshrl.bus.guard import Guarded
 from meshrl.bus.login import Credentials
 from meshrl.bus.record import read_record
+from meshrl.bus.shared import embedded_mesh
 from meshrl.errors import MeshUnreachable, RequestTimeout
 from meshrl.wire.messages import Ask
 from meshrl.wire.subjects import Subjects
@@ -28,20 +25,6 @@ URL_VARIABLE = "MESHRL_URL"
 LOCAL_URL = "nats://localhost:4222"
 # A registry on this machine answers in a millisecond; a stranger's server costs this once.
 REGISTRY_S = 0.5
-# The program that serves the embedded mesh. A name and not an import: the bus is below the workers.
-HOST_MODULE = "meshrl.worker.host"
-
-
-class _Host:
-    """The process that serves this process tree's embedded mesh, if this process started it."""
-
-    def __init__(self) -> None:
-        self.starting = threading.Lock()
-        self.guarded: Guarded | None = None
-        self.owner = 0
-
-
-_HOST = _Host()
 
 
 async def locate(
@@ -76,7 +59,7 @@ async def locate(
             raise MeshUnreachable(
                 "no mesh runs here; start one (meshrl up, docker compose up) or give its address (url=, MESHRL_URL)"
             )
-    return await asyncio.to_thread(_embedded)
+    return await asyncio.to_thread(embedded_mesh)
 
 
 async def _registry_answers(credentials: str | Path | Credentials | None, namespace: str) -> bool:
@@ -89,36 +72,3 @@ async def _registry_answers(credentials: str | Path | Credentials | None, namesp
             return await connection.ask(Subjects(namespace).ask, Ask().to_wire(), REGISTRY_S) is not None
     except (RequestTimeout, MeshUnreachable):
         return False
-
-
-def _embedded() -> str:
-    url = shared_url()
-    with _HOST.starting:
-        inherited = _HOST.owner not in {0, os.getpid()}
-        running = _HOST.guarded is not None and not inherited and _HOST.guarded.poll() is None
-        started_here = _owns_server()
-        if started_here and not running:
-            env = {**os.environ, URL_VARIABLE: url}
-            env.pop(EMBEDDED_VARIABLE, None)
-            _HOST.guarded = Guarded.spawn([sys.executable, "-m", HOST_MODULE], env=env)
-            _HOST.owner = os.getpid()
-    return url
-
-
-def _owns_server() -> bool:
-    from meshrl.bus import embedded  # noqa: PLC0415  # its state of this moment
-
-    return embedded._SHARED.server is not None  # noqa: SLF001  # two files, one concept: the process's own server
-
-
-def stop_embedded() -> None:
-    """Stop what this process started; tests and the command line do, others leave it to the interpreter's exit."""
-    from meshrl.bus import embedded  # noqa: PLC0415
-
-    with _HOST.starting:
-        if _HOST.guarded is not None and _HOST.owner == os.getpid():
-            _HOST.guarded.stop(timeout_s=5.0)
-            _HOST.guarded = None
-    server = embedded._SHARED.server  # noqa: SLF001
-    if server is not None:
-        server.stop()

@@ -6,6 +6,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from meshrl.errors import MeshError
+from meshrl.wire.codec import pack
+from meshrl.wire.frames import error_reply
 from meshrl.wire.parts import Assembler, is_part
 
 # At most this much of split messages is on its way before the server has said (by a pong) that it took it.
@@ -18,9 +21,14 @@ Deliver = Callable[[str, str, bytes], None]
 
 
 class Joining:
-    """Puts parts together; whole messages pass through."""
+    """Puts parts together; whole messages pass through.
 
-    def __init__(self) -> None:
+    Args:
+        answer: publishes to a reply subject; parts that make no message are refused there.
+    """
+
+    def __init__(self, answer: Callable[[str, bytes], None]) -> None:
+        self._answer = answer
         self._parts = Assembler(max_bytes=MAX_JOIN_BYTES, max_age_s=MAX_JOIN_AGE_S)
         self._timer: asyncio.TimerHandle | None = None
 
@@ -29,8 +37,14 @@ class Joining:
 
         def joined(subject: str, reply: str, body: bytes, _head: bytes) -> None:
             if body and is_part(body):
-                # A reply subject is of one request of one peer; where there is none, the subject is (an inbox).
-                whole = self._parts.feed(reply or subject, body, time.monotonic())
+                # A reply subject is of one request; the subject has the user, so that no other can add parts to it.
+                try:
+                    whole = self._parts.feed(f"{subject} {reply}", body, time.monotonic())
+                except MeshError as exc:
+                    if not reply:
+                        raise
+                    self._answer(reply, pack(error_reply(exc)))
+                    return
                 if whole is not None:
                     deliver(subject, reply, whole)
                 elif self._timer is None:

@@ -23,6 +23,7 @@ from meshrl.errors import (
 from meshrl.protocol.doubt import GRACE_AFTER_RECONNECT_S
 from meshrl.wire import spaces
 from meshrl.wire.codec import pack, unpack
+from meshrl.wire.frames import Frame
 from meshrl.wire.messages import Description, SessionState
 
 if TYPE_CHECKING:
@@ -129,16 +130,18 @@ class RemoteAgent:
             return (await self._session.request("act", fields)).get("action")
         if self._closed:
             raise SessionClosed(f"agent {self.name}: it was closed by this client")
-        return await self._act_anywhere(pack(fields))
+        return await self._act_anywhere(fields)
 
-    async def _act_anywhere(self, body: bytes) -> Any:
+    async def _act_anywhere(self, fields: Frame) -> Any:
         connection, timeout = self._mesh.connection, self._mesh.timeout
+        body = pack(fields)
         answers: asyncio.Queue[bytes | None] = asyncio.Queue()
         began = time.monotonic()
         if len(body) > connection.max_payload:
             # What must be split goes to one worker: the parts of a message on a queue group would be dealt out.
             worker = self._any_worker()
             subject = self._mesh.subjects.worker(worker, "act", connection.user)
+            body = pack({"name": self.name, **fields})  # there, the subject does not say which agent is meant
         else:
             subject = self._subject
         rid = connection.request(subject, body, answers.put_nowait, mark=(0, 0, 0))

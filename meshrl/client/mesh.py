@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from meshrl.protocol.placement import Placement
 from meshrl.wire.codec import unpack
 from meshrl.wire.messages import Advertisement, Ask, Description, Grant, Kind, Known, check, parse
 from meshrl.wire.subjects import Subjects
+
+log = logging.getLogger("meshrl.client")
 
 # At the start, workers answer the first ask within a few milliseconds; nobody is waited for longer than this.
 FIRST_ASK_S = 0.5
@@ -349,8 +352,15 @@ class Mesh:
         if not self.connection.closed:
             self.connection.again(self._ask_id, self.subjects.ask, ask.to_wire())
 
-    def _on_advertisement(self, _subject: str, _reply: str, body: bytes) -> None:
-        self._take_in(parse(Advertisement, body))
+    def _on_advertisement(self, subject: str, _reply: str, body: bytes) -> None:
+        try:
+            said = parse(Advertisement, body)
+        except MeshError as exc:
+            log.debug("ignored what came on %s: %s", subject, exc)
+            return
+        # Permissions rest on the subject: a body may not speak for another worker than it was published for.
+        if subject == self.subjects.advertisement(said.kind, said.name, said.worker):
+            self._take_in(said)
 
     def _take_in(self, advertisement: Advertisement) -> None:
         now = time.monotonic()
@@ -368,7 +378,7 @@ class Mesh:
         if isinstance(body, dict) and "error" in body:
             exc = from_wire(body["error"])
             asked = exc.details.get("asked")
-            if isinstance(asked, list) and len(asked) == 2:
+            if isinstance(asked, list) and [type(part) for part in asked] == [str, str]:
                 self.refusals[asked[0], asked[1]] = exc
                 self._notify()
             return

@@ -260,7 +260,7 @@ class Opening:
             f"{w}: {load['free']} of {load['slots']} free, {load['waiting']} waiting" for w, load in loads.items()
         )
         return MeshFull(
-            f"no slot for {self._asked!r} became free within {self._wait:g} s ({shown}); wait longer, close sessions or "
+            f"no slot for {self._asked!r} became free within {self._wait:g} s ({shown}); wait, close sessions or "
             "start more workers",
             name=self._asked,
             wait_s=self._wait,

@@ -96,14 +96,15 @@ class RemoteSession:
             # Shielded: the answer to a cancelled request is still wanted, by settle.
             data = await (flight.future if flight.future.done() else asyncio.shield(flight.future))
         except asyncio.CancelledError:
+            # Also when the answer is there already and only its way to the caller was cut short: settle has it.
             self._turn.cancelled()
             raise
-        except SessionLost as exc:
-            self._lose(exc)
+        except MeshError as exc:
+            self._turn.answered()
+            if isinstance(exc, SessionLost):
+                self._lose(exc)
             raise
-        finally:
-            if flight.future.done():
-                self._turn.answered()
+        self._turn.answered()
         try:
             return check_reply(unpack(data), flight.entry.seq)
         except _GONE as exc:

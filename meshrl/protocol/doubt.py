@@ -8,7 +8,7 @@ A request is *quiet* after ``QUIET_S``; then one probe asks its worker, and what
     not_received     send again
     answered         send again (the cached answer comes back)
     unknown          LOST session_unknown
-    no responders    send again while in grace, then LOST worker_lost
+    no responders    send again while in grace, then LOST worker_lost; no word after that is silence again
     (silence)        ask again; after ``FROZEN_S`` LOST worker_frozen
     (disconnected)   wait; when the connection is back, ask at once
 
@@ -56,6 +56,7 @@ class Doubt:
         "_alone_since",
         "_due",
         "_heard",
+        "_nobody",
         "_probing",
         "_started",
         "deadline_s",
@@ -73,6 +74,7 @@ class Doubt:
         self._again_s = QUIET_S
         self._probing = False
         self._alone_since: float | None = None  # since when nobody listens
+        self._nobody = False  # that was the last word, and it has not been tried again since
 
     def due(self) -> float:
         """When :meth:`tick` has something to say."""
@@ -84,10 +86,13 @@ class Doubt:
             self._heard = now  # nobody can be heard; their silence says nothing
             self._due = now + QUIET_S
             self._probing = False
+            self._alone_since = None
             return Do.WAIT
         if now < self._due:
             return Do.WAIT
-        if self._alone_since is not None:
+        if self._nobody:
+            # Once a word: where nobody listens the next word comes at once, else there is somebody to be asked.
+            self._nobody = False
             self._due = now + AGAIN_IN_GRACE_S
             return Do.SEND_AGAIN
         if self._probing and now - self._heard >= self.silence_s:
@@ -101,6 +106,7 @@ class Doubt:
         self._heard = now
         self._probing = False
         self._alone_since = None
+        self._nobody = False
         if state == "unknown":
             return self._lost("session_unknown")
         if state == "running":
@@ -109,17 +115,18 @@ class Doubt:
             self._later(now)
             return Do.WAIT
         self._later(now)
-        if state == "parked":
-            self._started = now
-            return Do.WAIT
-        return Do.SEND_AGAIN
+        if state in {"parked", "not_received"}:
+            self._started = now  # it was not running until now
+        return Do.WAIT if state == "parked" else Do.SEND_AGAIN
 
     def alone(self, now: float, up_for: float) -> Do:
         """NATS says that nobody listens, and this connection has been up for ``up_for`` seconds."""
+        # A word long after the last one says that this process slept, or that somebody listened in between.
+        if self._alone_since is None or now - self._heard > GRACE_S:
+            self._alone_since = now
         self._heard = now
         self._probing = False
-        if self._alone_since is None:
-            self._alone_since = now
+        self._nobody = True
         # A connection that is younger than the longer grace may have come back before the worker's did.
         grace = GRACE_S if up_for - (now - self._alone_since) > GRACE_AFTER_RECONNECT_S else GRACE_AFTER_RECONNECT_S
         if now - self._alone_since >= grace:
@@ -131,6 +138,7 @@ class Doubt:
         """The connection is back: what was under way may be lost in either direction."""
         self._heard = now
         self._alone_since = None
+        self._nobody = False
         self._probing = False
         self._again_s = QUIET_S
         self._due = now

@@ -55,5 +55,5 @@ def check_seed(seed: object) -> int:
         raise InvalidSeed(f"a seed is a non-negative integer, not {type(seed).__name__}: {seed!r}")
     value = operator.index(seed)
     if value < 0:
-        raise InvalidSeed(f"a seed is a non-negative integer, not {value}")
+        raise InvalidSeed(f"a seed is a non-negative integer, not {value if value > -(1 << 63) else 'a negative one'}")
     return value

@@ -175,7 +175,8 @@ def _array(text: object, shape: object, data: bytes) -> np.ndarray[Any, Any]:
     if type(shape) is not list:
         raise MalformedMessage("an array without a shape")
     for length in shape:
-        if type(length) is not int or length < 0:
+        # bounded, because the product of long ints takes minutes
+        if type(length) is not int or not 0 <= length < 1 << 63:
             raise MalformedMessage("an array whose shape is not of natural numbers")
     # Python's integers do not overflow; numpy itself refuses more dimensions than it has.
     if len(shape) > 64 or math.prod(shape) * dtype.itemsize != len(data):

@@ -75,6 +75,6 @@ def shape_of(value: object) -> tuple[int, ...]:
     Raises:
         MalformedMessage: it is anything else.
     """
-    if not isinstance(value, list) or len(value) > 64 or not all(type(n) is int and n >= 0 for n in value):
+    if not isinstance(value, list) or len(value) > 64 or not all(type(n) is int and 0 <= n < 1 << 63 for n in value):
         raise MalformedMessage(f"a space of shape {str(value)[:40]}")
     return tuple(value)

@@ -25,16 +25,26 @@ OPS = frozenset({"reset", "step", "render", "state", "call", "get_attr", "set_at
 
 Frame = dict[str, Any]
 
+# Longer ints exist in the codec, and some cannot even be printed in an error.
+_MAX_INTEGER = (1 << 63) - 1
+
 
 def check_request(body: object) -> tuple[int, int, int]:
     """The epoch, lane and sequence number of a request.
 
     Raises:
-        MalformedMessage: it is no map, or one of the three is missing, not an int or negative.
+        MalformedMessage: it is no map, or one of the three is missing, no int or not from 0 (lane) or 1 to 2**63 - 1.
     """
     if type(body) is dict:
         epoch, lane, seq = body.get("epoch"), body.get("lane"), body.get("seq")
-        if type(epoch) is int and type(lane) is int and type(seq) is int and epoch > 0 <= lane and seq > 0:
+        if (
+            type(epoch) is int
+            and type(lane) is int
+            and type(seq) is int
+            and 0 < epoch <= _MAX_INTEGER
+            and 0 <= lane <= _MAX_INTEGER
+            and 0 < seq <= _MAX_INTEGER
+        ):
             return epoch, lane, seq
     raise MalformedMessage("a session request is a map with the whole numbers epoch, lane and seq")
 
@@ -50,8 +60,9 @@ def check_reply(body: object, seq: int) -> Frame:
         raise MalformedMessage(f"a reply is a map, not {type(body).__name__}")
     if "error" in body:
         raise from_wire(body["error"])
-    if body.get("seq") != seq:
-        raise MalformedMessage(f"a reply to request {body.get('seq')!r} arrived in place of {seq}")
+    answered = body.get("seq")
+    if type(answered) is not int or answered != seq:
+        raise MalformedMessage(f"a reply to another request arrived in place of {seq}", seq=seq)
     return body
 
 

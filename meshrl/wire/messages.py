@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints, ValidationError
 
 from meshrl.errors import MalformedMessage, UnsupportedVersion
 from meshrl.wire.codec import pack, unpack
@@ -23,6 +23,13 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+# Entries of batches are plain arrays on the wire: as tuples they would travel in the codec's form for Python's, which
+# other languages had to know of.
+_AsArray = PlainSerializer(list, return_type=list[Any])
+Lease = Annotated[tuple[Id, int], Field(strict=False), _AsArray]
+Lost = Annotated[tuple[str, str], Field(strict=False), _AsArray]
+Awaited = Annotated[tuple[Id, int, int, int], Field(strict=False), _AsArray]
+
 # A renewal, and a probe, names the sessions it means: this many a message keeps one below 100 KB.
 MAX_BATCH = 1000
 
@@ -30,7 +37,8 @@ MAX_BATCH = 1000
 class Message(BaseModel):
     """What every control message has: the protocol's major version."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    # strict: "3", True and 3.0 are no whole numbers, so that both sides of the schema accept the same
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     v: int = VERSION
 
@@ -61,16 +69,18 @@ def check(model: type[M], body: object) -> M:
         return model.model_validate(body)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "message"
+        where = ".".join(str(part)[:40] for part in first["loc"]) or "message"
         raise MalformedMessage(f"{model.__name__}.{where}: {first['msg']}") from None
 
 
 def check_version(body: dict[Any, Any], what: str) -> None:
     """Refuse a body of another major version by name; one that says none is taken as of this version."""
     version = body.get("v", VERSION)
-    if version != VERSION or isinstance(version, bool):
+    # By type first: what a peer wrote may be an array, or an int too long to be printed.
+    if type(version) is not int or version != VERSION:
+        said = version if type(version) is int and abs(version) < 1 << 63 else f"({type(version).__name__})"
         raise UnsupportedVersion(
-            f"{what}: the peer speaks version {version!r} of the protocol, this package version {VERSION}; "
+            f"{what}: the peer speaks version {said} of the protocol, this package version {VERSION}; "
             "upgrade the older of the two",
             spoken=VERSION,
         )
@@ -229,7 +239,7 @@ class Full(Message):
 class Renew(Message):
     """Renews the leases of many sessions of one worker at once; each entry is (session, epoch)."""
 
-    sessions: Annotated[list[tuple[Id, int]], Field(max_length=MAX_BATCH)]
+    sessions: Annotated[list[Lease], Field(max_length=MAX_BATCH)]
 
 
 class Renewed(Message):
@@ -240,7 +250,7 @@ class Renewed(Message):
     """
 
     lease_s: Seconds
-    lost: list[tuple[str, str]] = Field(default_factory=list)
+    lost: list[Lost] = Field(default_factory=list)
     draining: bool = False
     draining_s: Seconds | None = None
 
@@ -248,7 +258,7 @@ class Renewed(Message):
 class Probe(Message):
     """Asks what became of requests (R9); each entry is (session, epoch, lane, seq), seq 0 for the open."""
 
-    awaited: Annotated[list[tuple[Id, int, int, int]], Field(max_length=MAX_BATCH)]
+    awaited: Annotated[list[Awaited], Field(max_length=MAX_BATCH)]
 
 
 class Probed(Message):

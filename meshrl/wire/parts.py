@@ -93,9 +93,7 @@ class Assembler:
         buffered_bytes: what the incomplete messages take now.
     """
 
-    def __init__(
-        self, max_bytes: int = 2 * MAX_MESSAGE_BYTES, max_parts: int = 65536, max_age_s: float = 30.0
-    ) -> None:
+    def __init__(self, max_bytes: int = 2 * MAX_MESSAGE_BYTES, max_parts: int = 65536, max_age_s: float = 30.0) -> None:
         self.max_bytes = max_bytes
         self.max_parts = max_parts
         self.max_age_s = max_age_s
@@ -140,9 +138,7 @@ class Assembler:
         incoming.heard_at = now
         if count != incoming.count:
             self._drop(key)
-            raise MalformedMessage(
-                f"a message of {incoming.count} parts has a part of {count}", seq=seq, lane=lane
-            )
+            raise MalformedMessage(f"a message of {incoming.count} parts has a part of {count}", seq=seq, lane=lane)
         known = incoming.parts.get(index)
         if known is not None:
             if known != chunk:
@@ -169,16 +165,12 @@ class Assembler:
         if not is_part(data):
             raise MalformedMessage("not a part of a message")
         try:
-            fields: list[Any] = msgpack.unpackb(
-                data, max_array_len=6, max_map_len=0, max_str_len=0, max_ext_len=0
-            )
+            fields: list[Any] = msgpack.unpackb(data, max_array_len=6, max_map_len=0, max_str_len=0, max_ext_len=0)
         except Exception as exc:  # as in the codec: unpackb raises a dozen classes
             raise MalformedMessage(f"not a part of a message: {str(exc)[:200]}") from exc
         for number in fields[:5]:
             if type(number) is not int or not 0 <= number <= _MAX_INTEGER:
-                raise MalformedMessage(
-                    "a part whose lane, seq, attempt, index and count are not natural numbers"
-                )
+                raise MalformedMessage("a part whose lane, seq, attempt, index and count are not natural numbers")
         lane, seq, attempt, index, count, chunk = fields
         if type(chunk) is not bytes or not chunk:
             raise MalformedMessage("a part without bytes")
@@ -188,10 +180,7 @@ class Assembler:
 
     def _add(self, key: tuple[str, int, int], incoming: _Incoming, index: int, chunk: bytes) -> None:
         room_bytes = len(chunk) + _PART_ROOM_BYTES
-        if (
-            incoming.size_bytes + len(chunk) > MAX_MESSAGE_BYTES
-            or incoming.room_bytes + room_bytes > self.max_bytes
-        ):
+        if incoming.size_bytes + len(chunk) > MAX_MESSAGE_BYTES or incoming.room_bytes + room_bytes > self.max_bytes:
             self._drop(key)
             limit = min(self.max_bytes, MAX_MESSAGE_BYTES)
             raise MessageTooLarge(f"the parts of a message are over {limit} bytes", limit_bytes=limit)

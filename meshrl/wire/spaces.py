@@ -116,9 +116,7 @@ def rebuild(description: object) -> spaces.Space[Any]:
     except MalformedMessage:
         raise
     except Exception as exc:  # constructors assert, and raise ValueError, TypeError, OverflowError, KeyError
-        raise MalformedMessage(
-            f"not the description of a space: {str(exc)[:200] or type(exc).__name__}"
-        ) from exc
+        raise MalformedMessage(f"not the description of a space: {str(exc)[:200] or type(exc).__name__}") from exc
 
 
 def _rebuild(description: object, budget: _Budget) -> spaces.Space[Any]:
@@ -178,9 +176,7 @@ def _add(converter: _Converter) -> None:
 def _field(description: Description, name: str, kind: type) -> Any:
     value = description.get(name)
     if type(value) is not kind:
-        raise MalformedMessage(
-            f"a space of kind {description['space']} whose {name} is {type(value).__name__}"
-        )
+        raise MalformedMessage(f"a space of kind {description['space']} whose {name} is {type(value).__name__}")
     return value
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 
 from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
 from meshrl.errors import AgentError, InvalidName, MalformedMessage, MeshError, NotAllowed, UnencodableValue
 from meshrl.protocol.pace import Pace
+from meshrl.protocol.seeds import check_seed
 from meshrl.wire import spaces
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, error_reply
@@ -99,10 +101,11 @@ class HostedAgent:
             close()
 
     def _reset(self, body: Frame) -> Frame:
+        if body.get("seed") is not None:
+            self._seed = check_seed(body["seed"])
         self._episode += 1
         self._steps = 0
         self._return = 0.0
-        self._seed = body.get("seed", self._seed)
         self._phase = "running"
         reset = getattr(self.agent, "reset", None)
         if reset is not None:
@@ -114,8 +117,11 @@ class HostedAgent:
         reward, terminated, truncated = body.get("reward"), body.get("terminated"), body.get("truncated")
         if reward is None or terminated is None or truncated is None:
             raise MalformedMessage("observe takes reward, terminated and truncated")
+        if not isinstance(reward, (int, float, np.integer, np.floating)):
+            raise MalformedMessage(f"a reward is a number, not {type(reward).__name__}")
+        ended = _flag(body, "terminated") or _flag(body, "truncated")
         self._return += float(reward)
-        if terminated or truncated:
+        if ended:
             self._phase = "ended"
         observe = getattr(self.agent, "observe", None)
         if observe is not None:
@@ -251,8 +257,11 @@ class AgentWorker(Service):
     def _on_directed(self, _subject: str, reply: str, data: bytes) -> None:
         try:
             body = unpack(data)
-            policy = self._policies.get(body.get("name", "")) if isinstance(body, dict) else None
-            if policy is None and len(self._policies) == 1:
+            if not isinstance(body, dict):
+                raise MalformedMessage(f"an act is a map, not {type(body).__name__}")
+            name = body.get("name")
+            policy = self._policies.get(name) if isinstance(name, str) else None
+            if policy is None and name is None and len(self._policies) == 1:
                 policy = next(iter(self._policies.values()))
             if policy is None:
                 raise MalformedMessage(f"worker {self.id}: an act sent to a worker says which agent (name)")
@@ -353,11 +362,18 @@ def _obs(body: Frame) -> Any:
     return body["obs"]
 
 
+def _flag(body: Frame, name: str, *, default: bool | None = None) -> bool:
+    value = body.get(name, default)
+    if not isinstance(value, (bool, np.bool_)):
+        raise MalformedMessage(f"{name} is true or false, not {type(value).__name__}")
+    return bool(value)
+
+
 def _offered(body: Frame, takes: frozenset[str]) -> dict[str, Any]:
     """What the policy's signature names, of what the request says."""
     offered: dict[str, Any] = {
         "info": body.get("info"),
-        "deterministic": bool(body.get("deterministic", False)),
+        "deterministic": _flag(body, "deterministic", default=False),
         "seed": body.get("seed"),
         "env_id": body.get("env_id", 0),
         "step": body.get("step", 0),

@@ -9,8 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+
+from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
 from meshrl.errors import EnvError, MeshError, UnknownName
+from meshrl.protocol.names import near
 from meshrl.wire.messages import Description, Open
 from meshrl.worker.describe import describe_env
 from meshrl.worker.factories import EnvSource, Factory, as_factory, registered
@@ -88,6 +92,12 @@ class EnvWorker(Service):
             described[name] = await asyncio.to_thread(self._describe, name)
         return described
 
+    async def _subscribe(self, connection: Connection) -> None:
+        # For clients that keep no directory. What is served on demand is asked for first, and then known to a directory.
+        for name in self._factories:
+            subject = self.subjects.any_open(name, "*")
+            await connection.subscribe(subject, self._admission.on_open, queue="open", join=False)
+
     def _describe(self, name: str) -> Description:
         """Make one env to see its spaces; on a thread, since constructors take their time."""
         try:
@@ -125,8 +135,14 @@ class EnvWorker(Service):
             if known is not None or not self._on_demand:
                 return known
             found = registered(name)
-            if found is None or found in served:
-                return served.get(found or name)
+            if found is None:
+                close = near(name, [*served, *gymnasium.registry])
+                hint = f"did you mean {', '.join(close)}?" if close else "gymnasium.pprint_registry() lists its ids"
+                raise UnknownName(
+                    f"no env {name!r} is served, nor is it in Gymnasium's registry: {hint}", name=name, near=close
+                )
+            if found in served:
+                return served[found]
             self._factories[found] = Factory(found)
             try:
                 described = self._describe(found)

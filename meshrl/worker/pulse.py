@@ -72,7 +72,11 @@ class Beating(Protocol):
         ...
 
     def provide(self, name: str) -> Description | None:
-        """Begin to serve ``name`` if that is possible on demand; may take as long as constructing it."""
+        """Begin to serve ``name`` if that is possible on demand; may take as long as constructing it.
+
+        Raises:
+            MeshError: it serves on demand, and why it cannot serve this.
+        """
         ...
 
     def expire(self, sessions: list[Session]) -> None:
@@ -234,7 +238,13 @@ class Pulse:
 
     async def _tell(self, connection: Connection, ask: Ask, reply: str) -> None:
         if ask.name is not None:
-            found = await asyncio.to_thread(self._worker.provide, ask.name)
+            try:
+                found = await asyncio.to_thread(self._worker.provide, ask.name)
+            except MeshError as exc:
+                exc.details["asked"] = [self._worker.kind, ask.name]
+                if reply:
+                    connection.publish(reply, pack(error_reply(exc)))
+                return
             told = [] if found is None else [found]
         else:
             told = self._worker.descriptions()

@@ -95,7 +95,7 @@ class Service(ABC):
     def _construct(self, open_: Open, description: Description) -> tuple[Held, Description]:
         """Make what an open asks for, on a thread; gives it with its own description."""
 
-    async def _subscribe(self, connection: Connection) -> None:  # noqa: B027  # env workers answer nothing more
+    async def _subscribe(self, connection: Connection) -> None:  # noqa: B027  # not every kind has something
         """Subscribe to what only this kind of worker answers."""
 
     def provide(self, name: str) -> Description | None:

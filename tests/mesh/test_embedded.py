@@ -18,7 +18,8 @@ import nats
 import pytest
 from nats.aio.client import Client
 
-from meshrl.bus.embedded import URL_VARIABLE, EmbeddedServer, find_nats_server, shared_server, shared_url
+from meshrl.bus.embedded import URL_VARIABLE, EmbeddedServer, find_nats_server
+from meshrl.bus.shared import shared_server, shared_url
 from meshrl.errors import MeshUnreachable, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,8 @@ def monitored(server: EmbeddedServer, page: str) -> dict[str, object]:
 
 def run_python(body: str, *, python: str = sys.executable, **env: str) -> subprocess.Popen[str]:
     head = (
-        "import os, signal, sys\nfrom meshrl.bus.embedded import EmbeddedServer, shared_server, shared_url\n"
+        "import os, signal, sys\nfrom meshrl.bus.embedded import EmbeddedServer\n"
+        "from meshrl.bus.shared import shared_server, shared_url\n"
     )
     return subprocess.Popen(
         [python, "-c", head + body],
@@ -273,9 +275,7 @@ def test_missing_program_is_named_with_the_remedy(tmp_path: Path) -> None:
 
 
 def test_server_goes_with_its_files_when_its_process_is_killed() -> None:
-    with run_python(
-        "s = EmbeddedServer.start(); print(s.pid, s.log.parent, flush=True); signal.pause()"
-    ) as parent:
+    with run_python("s = EmbeddedServer.start(); print(s.pid, s.log.parent, flush=True); signal.pause()") as parent:
         pid, home = line_of(parent).split()
         guard_pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         parent.kill()

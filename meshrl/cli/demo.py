@@ -1,0 +1,430 @@
+"""``meshrl demo``: a whole mesh on this machine, with learners that share it, from nothing to a solved env.
+
+Every part is a process of its own: nats-server, the env workers, the agent worker and the learners. Each runs under a
+:mod:`guard <meshrl.bus.guard>`, so that none outlives this one. What a process has to say it writes to its log,
+as lines of JSON; the rest of the log is for people.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+
+from meshrl.bus.embedded import URL_VARIABLE as EMBEDDED_VARIABLE
+from meshrl.bus.embedded import EmbeddedServer
+from meshrl.bus.guard import Guarded
+from meshrl.bus.locate import URL_VARIABLE
+from meshrl.cli.demo_pictures import Curve, colour_of, draw_curves, film
+from meshrl.cli.learner import EVALUATION_SEEDS, Episode, Generation, Result, Settings
+from meshrl.client.evaluate import Report
+from meshrl.client.mesh import Mesh
+from meshrl.errors import MeshError, WorkerError
+
+ENV = "CartPole-v1"
+TARGET, QUICK_TARGET = 475.0, 100.0
+EPISODES = 20
+# The seeds of the demo's own episodes: neither trained on nor used by a learner's evaluation.
+DEMO_SEEDS = EVALUATION_SEEDS + 1_000_000_000
+# Python and its imports, seven processes at once on two cores.
+START_S = 60.0
+# How often the logs are read; the bars move that often.
+LOOK_S = 0.1
+LOG_LINES_IN_ERRORS = 8
+# The extra "demo": the import and the package that has it.
+NEEDED = {"matplotlib": "matplotlib", "PIL": "pillow", "pygame": "pygame"}
+
+
+# --------------------------------------------------------------------------- processes
+
+
+class Child:
+    """A guarded Python program, and what it writes to its log.
+
+    Args:
+        label: what it is called in messages.
+        log: its log file; replaced.
+        arguments: of the interpreter.
+        url: of the mesh.
+    """
+
+    def __init__(self, label: str, log: Path, arguments: Sequence[str], url: str) -> None:
+        self.label = label
+        self.log = log
+        log.unlink(missing_ok=True)
+        log.touch(mode=0o600)
+        env = {**os.environ, URL_VARIABLE: url}
+        env.pop(EMBEDDED_VARIABLE, None)
+        self.guarded = Guarded.spawn([sys.executable, *arguments], log=log, env=env)
+        self._read_bytes = 0
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The JSON lines that were written since the last call."""
+        with self.log.open("rb") as file:
+            file.seek(self._read_bytes)
+            for line in file:
+                if not line.endswith(b"\n"):  # the rest of it is on its way
+                    return
+                self._read_bytes += len(line)
+                if line.startswith(b'{"event":'):
+                    yield json.loads(line)
+
+    def last_lines(self) -> str:
+        """The end of its log without the events: what went wrong."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join([line for line in lines if not line.startswith('{"event":')][-LOG_LINES_IN_ERRORS:])
+
+    def check_running(self) -> None:
+        """Raise if it has ended.
+
+        Raises:
+            WorkerError: with the end of its log.
+        """
+        code = self.guarded.poll()
+        if code is not None:
+            raise WorkerError(
+                f"{self.label} ended with code {code}; {self.log} ends with:\n{self.last_lines()}", code=code
+            )
+
+
+@dataclass
+class Run:
+    """One learner as the demo sees it."""
+
+    number: int
+    child: Child
+    curve: Curve = field(default_factory=Curve)
+    generation: int = 0
+    latest: Episode | None = None
+    result: Result | None = None
+    failed: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes of it."""
+        return self.failed or self.result is not None
+
+
+# --------------------------------------------------------------------------- what is shown
+
+
+class Show:
+    """Live bars on a terminal, plain lines elsewhere.
+
+    Args:
+        console: to write to.
+        learners: how many.
+        target: the return that fills a bar.
+    """
+
+    def __init__(self, console: Console, learners: int, target: float) -> None:
+        self._console = console
+        self._target = target
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✔"),
+            TextColumn("[bold {task.fields[colour]}]{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[now]:>5.0f} / {task.total:.0f}"),
+            TextColumn("[dim]{task.fields[steps]:>7,} env steps  {task.fields[rate]:>5,.0f}/s"),
+            TextColumn("{task.fields[doing]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: list[TaskID] = [
+            self._bars.add_task(
+                f"learner {index + 1}",
+                total=target,
+                colour=colour_of(index + 1),
+                now=0.0,
+                steps=0,
+                rate=0.0,
+                doing="starts",
+            )
+            for index in range(learners)
+        ]
+
+    def say(self, text: str) -> None:
+        """A line, above the bars if there are any."""
+        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> Show:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._bars.stop()
+
+    def episode(self, run: Run, episode: Episode) -> None:
+        """An episode of a learner has ended."""
+        now = run.curve.recent()
+        self._bars.update(
+            self._tasks[run.number - 1],
+            completed=min(now, self._target * 0.99),  # full only when the evaluation says so
+            now=now,
+            steps=episode.steps,
+            rate=episode.steps / max(episode.seconds, 1e-3),
+            doing="evaluates" if episode.evaluation else f"generation {run.generation + 1}",
+        )
+
+    def generation(self, run: Run, generation: Generation) -> None:
+        """A generation of a learner has been tried."""
+        if not self._console.is_terminal:
+            self.say(
+                f"learner {run.number}: generation {generation.number}, mean return {generation.mean_return:.1f} "
+                f"after {generation.steps:,} env steps"
+            )
+
+    def result(self, run: Run, result: Result) -> None:
+        """A learner has ended."""
+        reached = "reached the target" if result.reached else "did not reach the target"
+        if not self._console.is_terminal:
+            self.say(
+                f"learner {run.number}: {reached}, mean return {result.mean_return:.1f} of {EPISODES} evaluation "
+                f"episodes after {result.steps:,} env steps"
+            )
+        self._bars.update(
+            self._tasks[run.number - 1],
+            completed=self._target if result.reached else result.mean_return,
+            now=result.mean_return,
+            steps=result.steps,
+            rate=result.steps / result.seconds,
+            doing="[green]solved" if result.reached else "[red]gave up",
+        )
+
+    def failure(self, run: Run) -> None:
+        """A learner's process ended without a result."""
+        self._bars.update(self._tasks[run.number - 1], doing="[red]failed")
+        self.say(f"learner {run.number} failed; {run.child.log} ends with:\n{run.child.last_lines()}")
+
+    def table(self, runs: Sequence[Run], names: dict[str, str]) -> None:
+        """What came of the learners; ``names`` are the env workers' numbers by id."""
+        table = Table(title=f"{ENV}, learned on one shared pool", title_justify="left", title_style="bold")
+        table.add_column("learner")
+        for heading in ("env steps", "episodes", "final return", "steps/s"):
+            table.add_column(heading, justify="right")
+        table.add_column("by env worker")
+        for run in runs:
+            result = run.result
+            if result is None:
+                table.add_row(str(run.number), *["-"] * 3, "[red]failed", "-")
+                continue
+            colour = "green" if result.reached else "red"
+            served = sorted((names.get(worker, worker), count) for worker, count in result.workers.items())
+            table.add_row(
+                str(run.number),
+                f"{result.steps:,}",
+                f"{result.episodes:,}",
+                f"[{colour}]{result.mean_return:.1f}",
+                f"{result.steps / result.seconds:,.0f}",
+                ", ".join(f"{name}: {count / max(result.steps, 1):.0%}" for name, count in served),
+            )
+        self._console.print(table)
+
+
+# --------------------------------------------------------------------------- the course of it
+
+
+class Demo:
+    """The demo from the first process to the last picture.
+
+    Args:
+        out: the directory for pictures and logs.
+        settings: of the learners, but for their seeds.
+        learners: how many.
+        workers: how many env workers.
+        console: to write to.
+    """
+
+    def __init__(self, out: Path, settings: Settings, learners: int, workers: int, console: Console) -> None:
+        self._out = out
+        self._settings = settings
+        self._learners = learners
+        self._workers = workers
+        self._console = console
+        self._show = Show(console, learners, settings.target)
+        self._stack = contextlib.ExitStack()
+        self._best = out / "best-policy.json"
+
+    def run(self) -> bool:
+        """Run it; gives whether every learner reached the target.
+
+        Raises:
+            MeshError: the server or a worker does not start, or went away.
+        """
+        self._best.unlink(missing_ok=True)
+        (self._out / "logs").mkdir(parents=True, exist_ok=True)
+        with self._stack:
+            server = self._stack.enter_context(EmbeddedServer.start())
+            return asyncio.run(self._run(server))
+
+    def _start(self, label: str, url: str, *arguments: str) -> Child:
+        log = self._out / "logs" / f"{label.replace(' ', '-')}.log"
+        child = Child(label, log, ["-m", *arguments], url)
+        self._stack.enter_context(child.guarded)
+        return child
+
+    async def _run(self, server: EmbeddedServer) -> bool:
+        began = time.monotonic()
+        url, show = server.url, self._show
+        workers = [
+            self._start(f"env worker {n + 1}", url, "meshrl.cli.demo_workers", "envs", ENV)
+            for n in range(self._workers)
+        ]
+        agents = self._start("agent worker", url, "meshrl.cli.demo_workers", "agents", ENV, str(self._best))
+        show.say(f"nats-server with JetStream on 127.0.0.1:{server.port}, pid {server.pid}")
+        names = {await self._serving(child): child.label.removeprefix("env worker ") for child in workers}
+        await self._serving(agents)
+        show.say(f"{self._workers} env workers and 1 agent worker serve; {self._learners} learners start")
+
+        async with Mesh(url) as mesh:
+            learned_from = time.monotonic()
+            runs = [self._start_learner(number, url) for number in range(1, self._learners + 1)]
+            chance = await mesh.evaluate(ENV, "random", EPISODES, DEMO_SEEDS)
+            with show:
+                await self._follow(runs, [*workers, agents])
+            seconds = time.monotonic() - learned_from
+            show.table(runs, names)
+            results = [run.result for run in runs if run.result is not None]
+            steps = sum(result.steps for result in results)
+            show.say(f"{steps:,} env steps in {seconds:.1f} s: {steps / seconds:,.0f} steps/s in all")
+            if results:
+                await self._best_episodes(mesh, runs, chance)
+        draw_curves(
+            self._out / "learning-curves.png",
+            [run.curve for run in runs],
+            env=ENV,
+            target=self._settings.target,
+            random_return=chance.mean_return,
+        )
+        show.say(f"{self._out / 'learning-curves.png'}: the returns on the way")
+        show.say(f"all of it took {time.monotonic() - began:.1f} s")
+        return all(run.result is not None and run.result.reached for run in runs)
+
+    def _start_learner(self, number: int, url: str) -> Run:
+        seed = self._settings.seed * self._learners + number - 1
+        settings = Settings(**{**vars(self._settings), "seed": seed})
+        child = self._start(f"learner {number}", url, "meshrl.cli.learner", *settings.command_line())
+        return Run(number, child)
+
+    async def _serving(self, child: Child) -> str:
+        """Wait until a worker serves; gives its id."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            for event in child.events():
+                if event["event"] == "serving":
+                    return str(event["worker"])
+            child.check_running()
+            await asyncio.sleep(LOOK_S / 2)
+        raise WorkerError(f"{child.label} did not serve within {START_S:g} s; its log is {child.log}")
+
+    async def _follow(self, runs: Sequence[Run], workers: Sequence[Child]) -> None:
+        """Read what the learners report until all are over."""
+        while not all(run.over for run in runs):
+            for child in workers:
+                child.check_running()
+            for run in runs:
+                if not run.over:
+                    # Asked before the log is read: what it wrote before its end is in there then.
+                    ended = run.child.guarded.poll() is not None
+                    self._take_in(run)
+                    if ended and run.result is None:
+                        run.failed = True
+                        self._show.failure(run)
+            await asyncio.sleep(LOOK_S)
+
+    def _take_in(self, run: Run) -> None:
+        for event in run.child.events():
+            match event["event"]:
+                case "episode":
+                    episode = run.latest = Episode.model_validate(event)
+                    if not episode.evaluation:
+                        run.curve.steps.append(episode.steps)
+                        run.curve.returns.append(episode.episode_return)
+                    self._show.episode(run, episode)
+                case "generation":
+                    generation = Generation.model_validate(event)
+                    run.generation = generation.number
+                    self._show.generation(run, generation)
+                case "result":
+                    result = run.result = Result.model_validate(event)
+                    run.curve.final = (result.steps, result.mean_return)
+                    self._show.result(run, result)
+
+    async def _best_episodes(self, mesh: Mesh, runs: Sequence[Run], chance: Report) -> None:
+        """Hand the best policy to the agent worker, evaluate it there, and film an episode."""
+        ended = [(run, run.result) for run in runs if run.result is not None]
+        best, result = max(ended, key=lambda pair: (pair[1].mean_return, -pair[1].steps))
+        # Written beside and moved: the agent worker reads it whole or not at all.
+        written = self._best.with_suffix(".tmp")
+        written.write_text(json.dumps({"learner": best.number, "weights": result.weights}) + "\n", encoding="utf-8")
+        written.replace(self._best)
+        report = await mesh.evaluate(ENV, "best", EPISODES, DEMO_SEEDS, concurrency=EPISODES)
+        self._show.say(
+            f"agent best (learner {best.number}'s policy): mean return {report.mean_return:.1f} of {EPISODES} episodes "
+            f"that nobody has seen; agent random: {chance.mean_return:.1f}"
+        )
+        gif = self._out / "episode.gif"
+        total = await film(
+            mesh,
+            gif,
+            env=ENV,
+            agent="best",
+            seed=DEMO_SEEDS,
+            caption=f"{ENV}, learner {best.number}'s policy",
+            colour=colour_of(best.number),
+        )
+        self._show.say(f"{gif}: one of these episodes, return {total:.0f}")
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def missing() -> list[str]:
+    """The packages of the extra ``demo`` that are not installed."""
+    return [package for name, package in NEEDED.items() if importlib.util.find_spec(name) is None]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the pictures and logs.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the learners; the same seed learns the same.")] = 0,
+    learners: Annotated[int, typer.Option(min=1, max=16, help="Learner processes.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, max=16, help="Env worker processes.")] = 2,
+    target: Annotated[
+        float | None, typer.Option(help="Mean return of 20 evaluation episodes to reach. [default: 475]")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(min=1, help="Env steps after which a learner gives up.")] = 200_000,
+    quick: Annotated[bool, typer.Option("--quick", help="A small run: a target of 100.")] = False,
+) -> None:
+    """Run a mesh here, with learners that share one pool of CartPole until they have solved it."""
+    console = Console()
+    absent = missing()
+    if absent:
+        typer.echo(f"the demo needs {', '.join(absent)}: pip install 'meshrl[demo]'", err=True)
+        raise typer.Exit(2)
+    wanted = target if target is not None else QUICK_TARGET if quick else TARGET
+    settings = Settings(env=ENV, seed=seed, target=wanted, episodes=EPISODES, max_steps=max_steps)
+    try:
+        solved = Demo(out, settings, learners, workers, console).run()
+    except MeshError as exc:
+        typer.echo(f"the demo failed: {exc}", err=True)
+        raise typer.Exit(1) from exc
+    if not solved:
+        typer.echo(f"not every learner reached {wanted:g}", err=True)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(demo)

@@ -1,0 +1,88 @@
+"""Options that several commands have, and how their texts are read."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from meshrl.bus.locate import URL_VARIABLE
+from meshrl.errors import UsageError
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help="NATS server, such as nats://host:4222. [default: found as Mesh() finds it]",
+        envvar=URL_VARIABLE,
+        show_default=False,
+        show_envvar=True,
+        metavar="URL",
+    ),
+]
+Namespace = Annotated[
+    str,
+    typer.Option(help="One mesh of several on the same NATS account.", envvar="MESHRL_NAMESPACE", metavar="NAME"),
+]
+CredentialsFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Credentials (.creds) or NKEY seed file.",
+        envvar="MESHRL_CREDENTIALS",
+        show_default=False,
+        metavar="FILE",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Wait = Annotated[
+    float, typer.Option(help="Seconds to wait for the NATS server at the start.", min=0.0, metavar="S")
+]
+Slots = Annotated[int, typer.Option(help="Sessions held at once, over all names.", min=1, metavar="N")]
+AllowKwargs = Annotated[
+    str,
+    typer.Option(
+        help="Constructor arguments that clients may pass: a,b or '*'.", show_default=False, metavar="NAMES"
+    ),
+]
+Capability = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE that clients may ask for by where=; repeatable.", metavar="KEY=VALUE"),
+]
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """``a, b`` as a tuple of names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """A JSON object given on the command line.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as exc:
+        raise UsageError(f"""{option} is a JSON object such as '{{"size": 5}}', not {text!r}: {exc}""") from exc
+    if not isinstance(value, dict):
+        raise UsageError(f"""{option} is a JSON object such as '{{"size": 5}}', not {text!r}""")
+    return value
+
+
+def capabilities_in(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """``gpu=true`` and the like: values that read as JSON are what they say, others are texts.
+
+    Raises:
+        UsageError: one has no ``=``.
+    """
+    read: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--capability is KEY=VALUE such as gpu=true, not {pair!r}")
+        try:
+            read[key] = json.loads(text)
+        except ValueError:
+            read[key] = text
+    return read

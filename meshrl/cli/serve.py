@@ -1,0 +1,131 @@
+"""``meshrl serve``: an env worker in this process."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium
+import typer
+
+from meshrl.cli.options import (
+    AllowKwargs,
+    Capability,
+    CredentialsFile,
+    Namespace,
+    Slots,
+    Url,
+    Wait,
+    capabilities_in,
+    json_object,
+    names_in,
+)
+from meshrl.cli.running import reach, run, until_stopped
+from meshrl.errors import InvalidName, UsageError
+from meshrl.protocol.names import near, resolve
+from meshrl.worker.env_worker import EnvWorker
+from meshrl.worker.factories import Factory, is_gymnasium_id
+
+
+def serve(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Envs: an id (CartPole-v1, or cartpole for the newest), module:Name-v1, module:Class; "
+            "or a name of its own for one (cartpole=CartPole-v1).",
+            metavar="NAME[=ID]...",
+            show_default=False,
+        ),
+    ] = None,
+    slots: Slots = 64,
+    kwargs: Annotated[
+        str, typer.Option(help="Arguments for the envs' constructors.", show_default=False, metavar="JSON")
+    ] = "{}",
+    allow_kwargs: AllowKwargs = "",
+    allow: Annotated[
+        str,
+        typer.Option(
+            help="Public names of the env that clients may call and set: a,b or '*'.",
+            show_default=False,
+            metavar="NAMES",
+        ),
+    ] = "",
+    capability: Capability = None,
+    on_demand: Annotated[
+        bool, typer.Option("--on-demand", help="Serve any id of Gymnasium's registry when somebody asks.")
+    ] = False,
+    wait: Wait = 30.0,
+    url: Url = None,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """Serve environments from this process until Ctrl-C or SIGTERM."""
+    if not names and not on_demand:
+        raise UsageError("serve needs a name (meshrl serve cartpole), or --on-demand")
+    import_from_here()
+    envs = served_envs(names or [], json_object(kwargs, "--kwargs"))
+    capabilities = capabilities_in(capability)
+
+    async def stay() -> None:
+        address = await reach(url, credentials=credentials, namespace=namespace, wait_s=wait)
+        worker = EnvWorker(
+            envs,
+            address,
+            namespace=namespace,
+            credentials=credentials,
+            slots=slots,
+            capabilities=capabilities,
+            allow_kwargs=names_in(allow_kwargs),
+            allow=names_in(allow),
+            on_demand=on_demand,
+        )
+        async with worker:
+            what = ", ".join([*envs, *(["Gymnasium's registry on demand"] if on_demand else [])])
+            print(f"serving {what} at {worker.url} (worker {worker.id}, {slots} slots)", flush=True)
+            await worker.serve_forever()
+
+    run(until_stopped(stay()))
+
+
+def import_from_here() -> None:
+    """Let modules of the current directory be found, as ``python -m`` does and an installed script does not."""
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def served_envs(names: Sequence[str], kwargs: Mapping[str, Any]) -> dict[str, Factory]:
+    """What ``NAME[=ID]...`` serves, by name.
+
+    A name alone is served under the id that it means, the module before a colon left out.
+
+    Raises:
+        InvalidName: an id is not in Gymnasium's registry; near ones are listed.
+        UsageError: a name stands twice.
+    """
+    envs: dict[str, Factory] = {}
+    for text in names:
+        name, equals, source = text.partition("=")
+        if equals and not (name and source):
+            raise UsageError(f"{text!r} is not NAME or NAME=ID, such as cartpole=CartPole-v1")
+        source = _source(source or name)
+        name = name if equals else source.rpartition(":")[2]
+        if name in envs:
+            raise UsageError(f"{name} is named twice; give one another name: other={source}")
+        envs[name] = Factory(source, kwargs)
+    return envs
+
+
+def _source(text: str) -> str:
+    if ":" in text:
+        return text
+    found = resolve(text, gymnasium.registry)
+    if found is not None:
+        return found
+    close = near(text, gymnasium.registry)
+    hint = f"did you mean {', '.join(close)}?" if close else "gymnasium.pprint_registry() lists what it has"
+    package = text if is_gymnasium_id(text) else f"{text}-v0"
+    raise InvalidName(
+        f"Gymnasium has no env {text!r}: {hint} (one that a package registers is written package:{package}, "
+        "a class module:Class)"
+    )

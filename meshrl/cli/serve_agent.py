@@ -1,0 +1,86 @@
+"""``meshrl serve-agent``: an agent worker in this process."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from meshrl.cli.options import (
+    AllowKwargs,
+    Capability,
+    CredentialsFile,
+    Namespace,
+    Slots,
+    Url,
+    Wait,
+    capabilities_in,
+    names_in,
+)
+from meshrl.cli.running import reach, run, until_stopped
+from meshrl.cli.serve import import_from_here
+from meshrl.errors import UsageError
+from meshrl.worker.agent_worker import AgentWorker
+from meshrl.worker.policies import random_policy
+
+BUILT_IN = {"random": random_policy}
+
+
+def serve_agent(
+    agents: Annotated[
+        list[str],
+        typer.Argument(
+            help="Agents: a callable, an object or a class with act (mine=module:object), or the built-in random.",
+            metavar="NAME=MODULE:OBJECT...",
+            show_default=False,
+        ),
+    ],
+    slots: Slots = 64,
+    allow_kwargs: AllowKwargs = "",
+    capability: Capability = None,
+    wait: Wait = 30.0,
+    url: Url = None,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """Serve agents from this process until Ctrl-C or SIGTERM."""
+    import_from_here()
+    sources = served_agents(agents)
+    capabilities = capabilities_in(capability)
+
+    async def stay() -> None:
+        address = await reach(url, credentials=credentials, namespace=namespace, wait_s=wait)
+        worker = AgentWorker(
+            sources,
+            address,
+            namespace=namespace,
+            credentials=credentials,
+            slots=slots,
+            capabilities=capabilities,
+            allow_kwargs=names_in(allow_kwargs),
+        )
+        async with worker:
+            print(f"serving {', '.join(sources)} at {worker.url} (agent worker {worker.id})", flush=True)
+            await worker.serve_forever()
+
+    run(until_stopped(stay()))
+
+
+def served_agents(agents: Sequence[str]) -> dict[str, Any]:
+    """What ``NAME=MODULE:OBJECT...`` serves, by name.
+
+    Raises:
+        UsageError: a text has another form, or a name stands twice.
+    """
+    sources: dict[str, Any] = {}
+    for text in agents:
+        name, equals, source = text.partition("=")
+        if not equals and name in BUILT_IN:
+            found: Any = BUILT_IN[name]
+        elif name and ":" in source:
+            found = source
+        else:
+            raise UsageError(f"{text!r} is not NAME=MODULE:OBJECT, such as greedy=policies:greedy")
+        if name in sources:
+            raise UsageError(f"{name} is named twice; give one another name")
+        sources[name] = found
+    return sources

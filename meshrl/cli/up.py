@@ -1,0 +1,152 @@
+"""``meshrl up``: a whole mesh on this machine, until Ctrl-C."""
+
+import contextlib
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from meshrl.bus.embedded import EmbeddedServer
+from meshrl.bus.login import login
+from meshrl.bus.record import UpLock, write_record
+from meshrl.cli.crew import Crew, Hand
+from meshrl.cli.options import CredentialsFile, Namespace, Url, Wait
+from meshrl.cli.running import reach, run, until_stopped
+from meshrl.errors import MeshUnreachable, UsageError
+
+HOST = "127.0.0.1"
+NATS_PORT = 4222
+ANY_PORT = -1
+
+
+def up(
+    url: Url = None,
+    workers: Annotated[int, typer.Option(help="Worker processes.", min=1, metavar="N")] = 2,
+    slots: Annotated[int, typer.Option(help="Sessions held at once by each worker.", min=1, metavar="N")] = 64,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for JetStream's files, kept afterwards. [default: a temporary one]",
+            show_default=False,
+            metavar="DIR",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port of the server; 0 for any. [default: 4222 if it is free, else any]",
+            show_default=False,
+            min=0,
+            max=65535,
+        ),
+    ] = None,
+    wait: Wait = 30.0,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """Run a NATS server (unless --url names one) and workers for any id in Gymnasium's registry."""
+    if url is not None and (store is not None or port is not None):
+        raise UsageError("--store and --port are for a server of meshrl's own; leave them out with --url")
+    console = Console(highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+    async def stay() -> None:
+        with contextlib.ExitStack() as stack:
+            server = None
+            if url is None:
+                stack.enter_context(UpLock())
+                server = stack.enter_context(start_server(store, port))
+                address = server.url
+            else:
+                address = await reach(url, credentials=credentials, namespace=namespace, wait_s=wait)
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshrl-up-")))
+            options = ["--namespace", namespace, "--slots", str(slots)]
+            options += ["--credentials", str(credentials.absolute())] if credentials else []
+            options += ["--private"] if server else []
+            hands = [
+                Hand(n, [*options, *(["--agents"] if n == 1 else [])], address, home, say)
+                for n in range(1, workers + 1)
+            ]
+            crew = Crew(hands, server, say)
+            try:
+                await crew.start()
+                if server is not None:
+                    write_record(server.url, monitor_url=server.monitor_url)
+                console.print(how_to_connect(address, workers, namespace, own=server is not None), soft_wrap=True)
+                await crew.watch()
+            finally:
+                await crew.stop()
+
+    run(until_stopped(stay()))
+
+
+def start_server(store: Path | None, port: int | None) -> EmbeddedServer:
+    """A server of this command's own, on the loopback address and with a password.
+
+    Args:
+        store: for JetStream's files.
+        port: the one asked for; 0 for any, None for NATS's own if it is free.
+
+    Raises:
+        UsageError: the port asked for is taken.
+        MeshUnreachable: the server does not start.
+    """
+    if port is None and is_free(NATS_PORT):
+        try:
+            return EmbeddedServer.start(store=store, host=HOST, port=NATS_PORT)
+        except MeshUnreachable:
+            if is_free(NATS_PORT):  # it was not the port
+                raise
+    if port and not is_free(port):
+        raise UsageError(f"port {port} is taken by another program; leave --port out, or use --port 0 for any")
+    return EmbeddedServer.start(store=store, host=HOST, port=port or ANY_PORT)
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on that loopback port now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        if os.name == "posix":  # ports of connections that have just ended count as free, as for nats-server
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def how_to_connect(url: str, workers: int, namespace: str, *, own: bool) -> Text:
+    """What stands on the screen while the mesh is up.
+
+    Args:
+        url: where to connect, password included.
+        workers: how many.
+        namespace: of the mesh.
+        own: whether the server was started here, so that this user's processes find it by themselves.
+    """
+    shown = url if own else login(url).url
+    who = f"{workers} worker{'s' if workers > 1 else ''}"
+    given = [] if own else [repr(shown)]
+    given += [f"namespace={namespace!r}"] if namespace != "default" else []
+    more = [] if own else ["--url", shown]
+    more += ["--namespace", namespace] if namespace != "default" else []
+    text = Text()
+    text.append("meshrl is up: ", "bold green")
+    text.append(f"{who} for any id in Gymnasium's registry, and the agent random.\n\n")
+    text.append("  From Python:\n")
+    text.append(f"    async with meshrl.Mesh({', '.join(given)}) as m:\n", "cyan")
+    text.append('        env = await m.env("cartpole")\n\n', "cyan")
+    text.append("  What is there, and whether an env keeps its promises:\n")
+    text.append(f"    meshrl {' '.join(['ls', *more])}\n", "cyan")
+    text.append(f"    meshrl {' '.join(['check', 'cartpole', *more])}\n\n", "cyan")
+    if own:
+        text.append("  From other users, languages and tools on this machine:\n")
+        text.append(f"    MESHRL_URL={shown}\n\n", "cyan")
+    text.append("Ctrl-C ends it.")
+    return text

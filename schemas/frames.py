@@ -1,0 +1,327 @@
+"""The JSON Schemas that no pydantic model stands for: frames, values, arrays, spaces, errors and parts.
+
+Written by hand, after :mod:`meshrl.wire.frames`, :mod:`meshrl.wire.codec`, :mod:`meshrl.wire.arrays`,
+:mod:`meshrl.wire.spaces` and :mod:`meshrl.wire.parts`. Each describes msgpack as a plain decoder gives it, before any
+form becomes a value; a bin is ``{"type": "string", "contentEncoding": "base64"}``, because JSON has no bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from meshrl.errors import MeshError
+
+Schema = dict[str, Any]
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+MAX_INTEGER = (1 << 63) - 1
+
+BIN: Schema = {"type": "string", "contentEncoding": "base64"}
+VALUE: Schema = {"$ref": "value.json"}
+DTYPE = (
+    r"^(\|b1|\|i1|\|u1|[<>][iu][248]|[<>]f[248]|[<>]c(8|16)|\|S[1-9][0-9]{0,5}|[<>]U[1-9][0-9]{0,5}"
+    r"|[<>][Mm]8(\[([1-9][0-9]{0,5})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?)$"
+)
+# Text scalars may be empty, and longer than the items of an array.
+SCALAR_DTYPE = DTYPE[:-2] + r"|\|S(0|[1-9][0-9]{0,8})|[<>]U(0|[1-9][0-9]{0,8}))$"
+
+_SEED: Schema = {
+    "description": "A whole number from 0; null, or no field at all, for none.",
+    "anyOf": [
+        {"type": ["integer", "null"], "minimum": 0},
+        {"$ref": "value.json#/$defs/int"},
+        {"$ref": "array.json#/$defs/scalar"},
+    ],
+}
+_NAME: Schema = {"type": "string", "pattern": "^[^\\W\\d_]\\w*$", "description": "A public name of the env."}
+_ARGS: Schema = {"anyOf": [{"type": "array", "items": VALUE}, {"$ref": "value.json#/$defs/tuple"}]}
+_OFFERED: Schema = {
+    "info": {**VALUE, "description": "The env's info; legal actions as action_mask in it."},
+    "deterministic": {"type": "boolean", "description": "The best action rather than a sample."},
+    "seed": {**VALUE, "description": "With env_id and step it makes a random policy's answer repeatable."},
+    "env_id": {**VALUE, "description": "Index of the sub-environment; 0 when absent."},
+    "step": {**VALUE, "description": "Number of the step in its episode; 0 when absent."},
+    "action_space": {
+        "anyOf": [{"$ref": "space.json"}, {"type": "null"}],
+        "description": "Told to agents that declare none.",
+    },
+}
+_OUTCOME: Schema = {"reward": VALUE, "terminated": VALUE, "truncated": VALUE}
+
+# op: (what it is for, the request's own fields, which of them are needed, the reply's own fields, which of them)
+OPS: dict[str, tuple[str, Schema, list[str], Schema, list[str]]] = {
+    "reset": (
+        "Begin an episode. An agent's reply has neither obs nor info.",
+        {"seed": _SEED, "options": {"type": ["object", "null"]}},
+        [],
+        {"obs": VALUE, "info": VALUE},
+        [],
+    ),
+    "step": (
+        "One step of the env.",
+        {"action": VALUE},
+        ["action"],
+        {"obs": VALUE, **_OUTCOME, "info": VALUE},
+        ["obs", "reward", "terminated", "truncated", "info"],
+    ),
+    "render": ("A picture, in the render_mode that the open asked for.", {}, [], {"frame": VALUE}, ["frame"]),
+    "state": ("Where the session stands.", {}, [], {"state": {"$ref": "session_state.json"}}, ["state"]),
+    "call": (
+        "Call a method that the operator allows.",
+        {"name": _NAME, "args": _ARGS, "kwargs": {"type": "object"}},
+        ["name"],
+        {"value": VALUE},
+        ["value"],
+    ),
+    "get_attr": ("Read a public attribute.", {"name": _NAME}, ["name"], {"value": VALUE}, ["value"]),
+    "set_attr": (
+        "Set an attribute that the operator allows.",
+        {"name": _NAME, "value": VALUE},
+        ["name", "value"],
+        {},
+        [],
+    ),
+    "act": ("An action of a leased agent.", {"obs": VALUE, **_OFFERED}, ["obs"], {"action": VALUE}, ["action"]),
+    "observe": (
+        "Tell a leased agent what its action led to.",
+        {
+            "reward": {"anyOf": [{"type": "number"}, {"$ref": "array.json#/$defs/scalar"}]},
+            "terminated": {"anyOf": [{"type": "boolean"}, {"$ref": "array.json#/$defs/scalar"}]},
+            "truncated": {"anyOf": [{"type": "boolean"}, {"$ref": "array.json#/$defs/scalar"}]},
+        },
+        ["reward", "terminated", "truncated"],
+        {},
+        [],
+    ),
+}
+
+
+def frames() -> dict[str, Schema]:
+    """Every hand-written schema by file name."""
+    written: dict[str, Schema] = {
+        "value.json": _value(),
+        "array.json": _array(),
+        "space.json": _space(),
+        "error.json": _error(),
+        "part.json": _part(),
+        "act_anywhere.request.json": _object(
+            "An act of a stateless agent. It has no seq: it may run more than once (R12).",
+            {
+                "name": {"type": "string", "description": "Which agent; needed on worker.<worker>.act of several."},
+                "obs": VALUE,
+                **_OFFERED,
+            },
+            ["obs"],
+        ),
+        "act_anywhere.reply.json": _object("Its answer.", {"action": VALUE}, ["action"]),
+    }
+    for op, (purpose, asked, needed, told, sure) in OPS.items():
+        lane: Schema = {
+            "epoch": {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER, "description": "Of the grant."},
+            "lane": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": MAX_INTEGER,
+                "description": "0 where the session has one.",
+            },
+            "seq": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_INTEGER,
+                "description": "1 for a lane's first request, then one more each, errors included. The same number "
+                "again runs nothing: it gets the same bytes.",
+            },
+        }
+        written[f"{op}.request.json"] = _object(purpose, {**lane, **asked}, ["epoch", "lane", "seq", *needed])
+        seq = {"seq": {"type": "integer", "minimum": 1, "description": "Of the request."}}
+        written[f"{op}.reply.json"] = _object(f"The answer to {op}.", {**seq, **told}, ["seq", *sure])
+    return {name: {"$schema": DIALECT, "title": name.removesuffix(".json"), **s} for name, s in written.items()}
+
+
+def _object(description: str, properties: Schema, required: list[str]) -> Schema:
+    made: Schema = {"description": description, "type": "object", "properties": properties}
+    return {**made, "required": required} if required else made
+
+
+def _form(kind: str, value: Schema, description: str) -> Schema:
+    return {
+        "description": description,
+        "type": "object",
+        "properties": {"py": {"const": kind}, "v": value},
+        "required": ["py", "v"],
+        "maxProperties": 2,
+    }
+
+
+def _value() -> Schema:
+    items: Schema = {"type": "array", "items": {"$ref": "#"}}
+    pair: Schema = {"type": "array", "prefixItems": [{"$ref": "#"}, {"$ref": "#"}], "minItems": 2, "maxItems": 2}
+    forms: dict[str, Schema] = {
+        "tuple": _form("tuple", items, "A Python tuple."),
+        "set": _form("set", items, "A set; no item twice."),
+        "frozenset": _form("frozenset", items, "An immutable set."),
+        "map": _form(
+            "map", {"type": "array", "items": pair}, "A map with keys that are not text, or with a reserved one."
+        ),
+        "int": _form("int", {"type": "string", "pattern": "^-?0x[0-9a-f]+$"}, "An integer beyond 64 bit."),
+        "complex_bits": _form(
+            "complex",
+            {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+            "A complex number with NaN: real and imaginary part.",
+        ),
+        "graph": _form(
+            "graph", {**items, "minItems": 3, "maxItems": 3}, "Gymnasium's GraphInstance: nodes, edges, links."
+        ),
+        "bytearray": _form("bytearray", BIN, "A mutable bytes."),
+        "str": _form("str", BIN, "A text with lone surrogates, as UTF-8 that passes them."),
+        "complex": {
+            "description": "A complex number as Python writes it.",
+            "type": "object",
+            "properties": {"complex": {"const": True}, "data": {"type": "string", "maxLength": 64}},
+            "required": ["complex", "data"],
+            "maxProperties": 2,
+        },
+    }
+    reserved = [{"required": [key]} for key in ("nd", "py", "complex")]
+    return {
+        "description": "Any value that travels. A map with one of the keys nd, py and complex is a form that stands "
+        "for a value of another type; every other map is a map.",
+        "if": {"type": "object", "anyOf": reserved},
+        "then": {"oneOf": [{"$ref": "array.json"}, *({"$ref": f"#/$defs/{name}"} for name in forms)]},
+        "else": {
+            "type": ["null", "boolean", "number", "string", "array", "object"],
+            "items": {"$ref": "#"},
+            "additionalProperties": {"$ref": "#"},
+        },
+        "$defs": forms,
+    }
+
+
+def _array() -> Schema:
+    return {
+        "description": "An array or a NumPy scalar, as msgpack-numpy writes it, with keys as text. An open with "
+        "key_style bytes gets the same keys as bins, which JSON cannot show. data is the items' bytes in C order; its "
+        "length is the product of shape times the item's size, exactly.",
+        "oneOf": [{"$ref": "#/$defs/array"}, {"$ref": "#/$defs/scalar"}],
+        "$defs": {
+            "array": {
+                "type": "object",
+                "properties": {
+                    "nd": {"const": True},
+                    "type": {"type": "string", "pattern": DTYPE, "description": "Byte order, kind, bytes an item."},
+                    "kind": {"const": "", "description": "Empty. The others of msgpack-numpy (V, O) never travel."},
+                    "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 64},
+                    "data": BIN,
+                },
+                "required": ["nd", "type", "shape", "data"],
+            },
+            "scalar": {
+                "type": "object",
+                "properties": {
+                    "nd": {"const": False},
+                    "type": {"type": "string", "pattern": SCALAR_DTYPE},
+                    "data": BIN,
+                },
+                "required": ["nd", "type", "data"],
+            },
+        },
+    }
+
+
+def _space() -> Schema:
+    number: Schema = {"anyOf": [{"type": ["number", "boolean"]}, {"enum": ["inf", "-inf"]}]}
+    numbers: Schema = {"anyOf": [number, {"type": "array", "items": number}]}
+    shape: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 64}
+    dtype: Schema = {"type": "string", "pattern": DTYPE}
+    parts: Schema = {"type": "array", "items": {"$ref": "#"}}
+    entry: Schema = {
+        "type": "array",
+        "prefixItems": [{"type": ["string", "integer"]}, {"$ref": "#"}],
+        "minItems": 2,
+        "maxItems": 2,
+    }
+    whole: Schema = {"type": "integer"}
+    kinds: dict[str, tuple[Schema, list[str]]] = {
+        "box": (
+            {
+                "dtype": dtype,
+                "shape": shape,
+                "low": numbers,
+                "high": numbers,
+                "bounded_below": numbers,
+                "bounded_above": numbers,
+            },
+            ["dtype", "shape", "low", "high"],
+        ),
+        "discrete": ({"dtype": dtype, "n": whole, "start": whole}, ["dtype", "n", "start"]),
+        "multi_discrete": (
+            {"dtype": dtype, "shape": shape, "nvec": numbers, "start": numbers},
+            ["dtype", "shape", "nvec", "start"],
+        ),
+        "multi_binary": ({"n": {"anyOf": [whole, shape]}}, ["n"]),
+        "text": (
+            {"min_length": whole, "max_length": whole, "charset": {"type": "string"}},
+            ["min_length", "max_length", "charset"],
+        ),
+        "dict": ({"spaces": {"type": "array", "items": entry}, "sort_keys": {"type": "boolean"}}, ["spaces"]),
+        "tuple": ({"spaces": parts}, ["spaces"]),
+        "one_of": ({"spaces": parts}, ["spaces"]),
+        "sequence": ({"feature": {"$ref": "#"}, "stack": {"type": "boolean"}}, ["feature", "stack"]),
+        "graph": ({"node": {"$ref": "#"}, "edge": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, ["node", "edge"]),
+    }
+    return {
+        "description": "A space of Gymnasium's. One number stands for an array whose items are all the same. Kinds "
+        "that are not listed are an operator's own; a client that does not know one can still step the env.",
+        "type": "object",
+        "properties": {"space": {"type": "string"}},
+        "required": ["space"],
+        "allOf": [
+            {
+                "if": {"properties": {"space": {"const": kind}}},
+                "then": {"properties": properties, "required": required},
+            }
+            for kind, (properties, required) in kinds.items()
+        ],
+    }
+
+
+def _error() -> Schema:
+    known = [{"const": code, "description": text} for code, text in sorted(_codes().items())]
+    error: Schema = {
+        "type": "object",
+        "properties": {
+            "code": {"anyOf": [*known, {"type": "string", "description": "Of a later version: take it for worker."}]},
+            "message": {"type": "string", "description": "What happened, to what, and what to do."},
+            "details": {"type": "object", "description": "Facts by name; numbers carry their unit in it."},
+            "traceback": {"type": "string", "description": "Of remote code, where some raised."},
+        },
+        "required": ["code", "message"],
+    }
+    properties: Schema = {"error": error, "seq": {"type": "integer", "description": "Of the request, if it had one."}}
+    return _object("What any request may be answered with in place of its own reply.", properties, ["error"])
+
+
+def _codes() -> dict[str, str]:
+    """Each code that can travel, and the first line of its class's docstring."""
+    found: dict[str, str] = {}
+    classes: list[type[MeshError]] = [MeshError]
+    while classes:
+        cls = classes.pop()
+        # unescaped by the generator, as the docstrings of messages are
+        found[cls.code] = (cls.__doc__ or "").strip().splitlines()[0]
+        classes += cls.__subclasses__()
+    return found
+
+
+def _part() -> Schema:
+    natural: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}
+    return {
+        "description": "A piece of a message over the server's payload limit: lane, seq, attempt, index, count, bytes. "
+        "Every other message is a map, so the first byte (0x96) tells. The bytes of all count pieces, in order of "
+        "index, are the message. Only on directed subjects; a sending again has the next attempt.",
+        "type": "array",
+        "prefixItems": [natural, natural, natural, natural, {**natural, "minimum": 1, "maximum": 65536}, BIN],
+        "minItems": 6,
+        "maxItems": 6,
+    }

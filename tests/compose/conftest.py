@@ -1,0 +1,42 @@
+"""An engine for the compose tests, or the reason why they are skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import docker
+import pytest
+
+from tests.compose.stack import Stack, Unavailable, connect_engine, free_port
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[docker.DockerClient]:
+    """The Docker engine; where there must be one (``MESHRL_REQUIRE_DOCKER``), its absence is an error."""
+    try:
+        client = connect_engine()
+    except Unavailable as exc:
+        if os.environ.get("MESHRL_REQUIRE_DOCKER"):
+            raise
+        pytest.skip(str(exc))
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@pytest.fixture(scope="module")
+def stack(engine: docker.DockerClient) -> Iterator[Stack]:
+    """The stack, up, beside whatever else runs here; afterwards nothing of it is left."""
+    with Stack(engine, free_port()) as up:
+        yield up
+
+
+@pytest.fixture
+def up(stack: Stack, request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """The stack; its logs are printed when the test fails."""
+    failed_before = request.session.testsfailed
+    yield stack
+    if request.session.testsfailed > failed_before:
+        print(stack.logs())
