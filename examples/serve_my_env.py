@@ -18,17 +18,19 @@ from gymnasium.spaces import Discrete
 from meshrl import EnvWorker, Mesh
 
 
-class GuessTheNumber(gym.Env[int, int]):
+class GuessTheNumber(gym.Env[Any, Any]):
     """A number from 0 to 99 is to be found; the observation says 0: too low, 1: too high, 2: found, 3: no guess yet."""
 
     observation_space, action_space = Discrete(4), Discrete(100)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """Draw the number."""
         super().reset(seed=seed, options=options)
         self.number = int(self.np_random.integers(100))
         return 3, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        """Answer a guess."""
         found = action == self.number
         return 2 if found else int(action > self.number), -1.0, found, False, {}
 

@@ -9,6 +9,7 @@
 """
 
 from meshrl import errors
+from meshrl.adapters.gymnasium import make
 from meshrl.bus.login import Credentials
 from meshrl.client.agent import RemoteAgent
 from meshrl.client.env import RemoteEnv
@@ -29,4 +30,5 @@ __all__ = [
     "RemoteEnv",
     "__version__",
     "errors",
+    "make",
 ]

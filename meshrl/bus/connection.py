@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import random
 import secrets
@@ -151,7 +152,8 @@ class Connection:
                 "(url=, MESHRL_URL)",
                 url=self.url,
             ) from cause
-        self._up_since = time.monotonic()
+        # Nobody this connection knows of is known from before it: word that nobody listens is to be believed at once.
+        self._up_since = -math.inf
         await self.subscribe(f"{self._inbox}.*", self._on_inbox)
 
     async def _drop(self) -> None:
@@ -191,7 +193,7 @@ class Connection:
         return self._up_since is not None
 
     def up_for(self, now: float) -> float:
-        """Seconds since the last connect or reconnect; 0 while disconnected."""
+        """Seconds since the last reconnect, infinite before the first; 0 while disconnected."""
         return 0.0 if self._up_since is None else now - self._up_since
 
     @property

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import typer
 from rich.console import Console
@@ -160,7 +160,7 @@ class Show:
         """A line, above the bars if there are any."""
         self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def __enter__(self) -> Show:
+    def __enter__(self) -> Self:
         self._bars.start()
         return self
 

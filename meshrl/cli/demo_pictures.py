@@ -60,7 +60,7 @@ def draw_curves(path: Path, curves: Sequence[Curve], *, env: str, target: float,
     for number, curve in enumerate(curves, 1):
         colour = colour_of(number)
         axes.scatter(curve.steps, curve.returns, s=9, color=colour, alpha=0.22, linewidths=0, zorder=2)
-        means = [np.mean(curve.returns[max(0, end - WINDOW) : end]) for end in range(1, len(curve.returns) + 1)]
+        means = [float(np.mean(curve.returns[max(0, end - WINDOW) : end])) for end in range(1, len(curve.returns) + 1)]
         axes.plot(curve.steps, means, color=colour, linewidth=2.2, label=f"learner {number}", zorder=3)
         if curve.final is not None and means:
             steps, final = curve.final

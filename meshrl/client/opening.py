@@ -248,16 +248,19 @@ class Opening:
         return None
 
     def _full(self) -> MeshFull:
-        entries = [
-            e for e in self._mesh.directory.entries(self._kind) if e.name == self._mesh.resolve(self._kind, self._asked)
-        ]
+        mesh, name = self._mesh, self._mesh.resolve(self._kind, self._asked)
         loads = {
-            e.worker: {"slots": a.slots, "free": a.free, "waiting": a.waiting}
-            for e in entries
-            for a in (e.advertisement,)
+            e.worker: {
+                "slots": e.advertisement.slots,
+                "free": mesh.placement.believed_free(e),
+                "waiting": e.advertisement.waiting,
+            }
+            for e in mesh.directory.entries(self._kind)
+            if e.name == name
         }
         shown = ", ".join(
-            f"{w}: {load['free']} of {load['slots']} free, {load['waiting']} waiting" for w, load in loads.items()
+            f"{worker}: {load['free']} of {load['slots']} free, {load['waiting']} waiting"
+            for worker, load in loads.items()
         )
         return MeshFull(
             f"no slot for {self._asked!r} became free within {self._wait:g} s ({shown}); wait, close sessions or "

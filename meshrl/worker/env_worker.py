@@ -93,7 +93,7 @@ class EnvWorker(Service):
         return described
 
     async def _subscribe(self, connection: Connection) -> None:
-        # For clients that keep no directory. What is served on demand is asked for first, and then known to a directory.
+        # For clients that keep no directory; what is served on demand has to be asked for first, in the registry.
         for name in self._factories:
             subject = self.subjects.any_open(name, "*")
             await connection.subscribe(subject, self._admission.on_open, queue="open", join=False)

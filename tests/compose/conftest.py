@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import docker
 import pytest
 
-from tests.compose.stack import Stack, Unavailable, connect_engine, free_port
+from tests.compose.stack import Engine, Stack, Unavailable, connect_engine, free_port
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[docker.DockerClient]:
+def engine() -> Iterator[Engine]:
     """The Docker engine; where there must be one (``MESHRL_REQUIRE_DOCKER``), its absence is an error."""
     try:
         client = connect_engine()
@@ -27,7 +26,7 @@ def engine() -> Iterator[docker.DockerClient]:
 
 
 @pytest.fixture(scope="module")
-def stack(engine: docker.DockerClient) -> Iterator[Stack]:
+def stack(engine: Engine) -> Iterator[Stack]:
     """The stack, up, beside whatever else runs here; afterwards nothing of it is left."""
     with Stack(engine, free_port()) as up:
         yield up
@@ -39,4 +38,4 @@ def up(stack: Stack, request: pytest.FixtureRequest) -> Iterator[Stack]:
     failed_before = request.session.testsfailed
     yield stack
     if request.session.testsfailed > failed_before:
-        print(stack.logs())
+        print(stack.logs())  # noqa: T201  # pytest shows it with the failure

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import docker
-import docker.errors
+import docker  # type: ignore[import-untyped]
 import requests
+import yaml
 from testcontainers.compose import DockerCompose
+
+Engine = docker.DockerClient
 
 ROOT = Path(__file__).parents[2]
 BUILD_S = 600.0
@@ -70,13 +72,11 @@ def compose_command() -> tuple[str, ...]:
 
 def base_images() -> list[str]:
     """The images that compose.yml starts from, as compose reads it."""
-    import yaml
-
     services = yaml.safe_load(run(*compose_command(), "config"))["services"]
     return [services["nats"]["image"], services["env"]["build"]["args"]["PYTHON_IMAGE"]]
 
 
-def connect_engine() -> docker.DockerClient:
+def connect_engine() -> Engine:
     """A client of the engine, after the images that everything starts from are there.
 
     Raises:
@@ -116,7 +116,7 @@ class Stack(DockerCompose):
         url: where its NATS is.
     """
 
-    def __init__(self, engine: docker.DockerClient, port: int) -> None:
+    def __init__(self, engine: Engine, port: int) -> None:
         # testcontainers would wait by `up --wait`, which docker-compose 1.29 does not have.
         super().__init__(context=ROOT, build=True, wait=False)
         self.engine = engine
@@ -135,7 +135,7 @@ class Stack(DockerCompose):
     def _run_command(
         self,
         cmd: str | list[str],
-        context: str | None = None,  # noqa: ARG002  # testcontainers' signature
+        context: str | None = None,  # testcontainers' signature
     ) -> subprocess.CompletedProcess[bytes]:
         parts = cmd.split() if isinstance(cmd, str) else cmd
         printed = run(*parts, env=self._env, timeout_s=BUILD_S if "--build" in parts else COMMAND_S)
@@ -150,16 +150,23 @@ class Stack(DockerCompose):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        """Take everything away, by force what compose leaves."""
+        """Take everything away.
+
+        Raises:
+            AssertionError: compose left something; it is removed all the same.
+        """
         try:
             if exc_val is not None:
-                print(self.logs())
+                print(self.logs())  # noqa: T201  # pytest shows it with the failure
             super().__exit__(exc_type, exc_val, exc_tb)
         finally:
-            for leftover in self.leftovers():
-                if isinstance(leftover, docker.models.images.Image):
-                    continue
-                leftover.remove(**({"force": True, "v": True} if hasattr(leftover, "kill") else {}))
+            left = self.leftovers()
+            for leftover in left:
+                if isinstance(leftover, docker.models.containers.Container):
+                    leftover.remove(force=True, v=True)
+                else:
+                    leftover.remove()
+        assert not left, f"compose down left {left}"
 
     def compose(self, *arguments: str) -> str:
         """Run a compose command on the project."""

@@ -158,7 +158,7 @@ class Worker:
             reply = error_reply(EnvError("crash") if outcome == "crashes" else ResetNeeded("refused"), seq)
         packed = pack(reply)
         self.world.produced[session.id, session.epoch, seq].append(packed)
-        self.world.reply(int(self.table.answered(session, lane, packed)), packed)
+        self.world.reply(int(self.table.answered(lane, packed)), packed)
         if outcome == "crashes":
             self.table.ending(session, "ended", last=(session.epoch, 0, seq, packed))
 
@@ -184,6 +184,15 @@ class Worker:
     def restart_countdowns(self) -> None:
         for session in self.table:
             session.held.since = self.world.now if session.state is State.OPEN else float("inf")
+
+    def work(self) -> None:
+        for session in self.table:
+            if not session.held.constructed:
+                self.construct(session, fails=False)
+            if session.lanes[0].running:
+                self.finish(session, "returns")
+        for session in self.closable():
+            self.close_env(session)
 
     def closable(self) -> list[Session]:
         return [s for s in self.table if s.state is State.ENDING and s.held.constructed and not s.lanes[0].running]
@@ -400,6 +409,9 @@ class ExactlyOnce(RuleBasedStateMachine):
     @initialize(end=st.sampled_from(["heals", "heals", "worker is silent", "worker is gone"]))
     def how_it_will_end(self, end: str) -> None:
         self.end = end
+        for n in range(SLOTS):  # so that most of the time there is something to lose
+            self.open(n, resume=False)
+        self.all_goes_well_for_a_while()
 
     # the network
 
@@ -421,12 +433,6 @@ class ExactlyOnce(RuleBasedStateMachine):
     def drop(self, at: int) -> None:
         self.world.net.pop(at % len(self.world.net))
 
-    @rule(up=st.booleans())
-    def client_connection(self, up: bool) -> None:
-        if up and not self.world.client_up:
-            self.world.reconnect_client()
-        self.world.client_up = up
-
     # the clients
 
     @rule(n=CLIENT, resume=st.booleans())
@@ -439,6 +445,14 @@ class ExactlyOnce(RuleBasedStateMachine):
         elif client.state == "out":
             self.world.opened += 1
             client.open(f"s{self.world.opened}", 1)
+
+    @rule(n=CLIENT, count=st.integers(1, 3))
+    def steps_that_go_well(self, n: int, count: int) -> None:
+        client = self.world.clients[n]
+        for _ in range(count):
+            if client.state == "open" and client.turn.phase is Phase.FREE:
+                client.request("step")
+                self.all_goes_well_for_a_while()
 
     @rule(n=CLIENT, op=st.sampled_from(["step", "step", "reset", "render"]), action=st.integers(1, 9))
     def request(self, n: int, op: str, action: int) -> None:
@@ -457,22 +471,14 @@ class ExactlyOnce(RuleBasedStateMachine):
         else:
             client.request(op, action)
 
-    @rule(n=CLIENT)
-    def cancel(self, n: int) -> None:
-        if self.world.clients[n].state == "open":
-            self.world.clients[n].cancel()
-
-    @rule(n=CLIENT)
-    def settle(self, n: int) -> None:
+    @rule(n=CLIENT, settle=st.booleans())
+    def cancel_or_settle(self, n: int, settle: bool) -> None:
         client = self.world.clients[n]
-        if client.state == "open":
+        if client.state == "open" and settle:
             with suppress(NothingUnsettled, ConcurrentStep):
                 client.settle()
-
-    @rule(n=CLIENT)
-    def close(self, n: int) -> None:
-        if self.world.clients[n].state != "out":
-            self.world.clients[n].close()
+        elif client.state == "open":
+            client.cancel()
 
     @rule(n=CLIENT, again=st.booleans())
     def say_again(self, n: int, again: bool) -> None:
@@ -484,33 +490,45 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     # the worker
 
-    @rule(at=st.integers(0, 2), fails=st.sampled_from([False, False, False, True]))
-    def construct(self, at: int, fails: bool) -> None:
-        new = [s for s in self.world.worker.table if not s.held.constructed]
-        if new:
-            self.world.worker.construct(new[at % len(new)], fails=fails)
-
     @rule(at=st.integers(0, 2), outcome=st.sampled_from(["returns"] * 4 + ["refuses", "crashes"]))
-    def finish(self, at: int, outcome: str) -> None:
-        running = [s for s in self.world.worker.table if s.lanes[0].running]
+    def the_worker_works(self, at: int, outcome: str) -> None:
+        worker = self.world.worker
+        new = [s for s in worker.table if not s.held.constructed]
+        running = [s for s in worker.table if s.lanes[0].running]
         if running:
-            self.world.worker.finish(running[at % len(running)], outcome)
+            worker.finish(running[at % len(running)], outcome)
+        elif new:
+            worker.construct(new[at % len(new)], fails=outcome == "crashes")
+        for session in worker.closable()[:at]:
+            worker.close_env(session)
 
     @rule()
-    def close_env(self) -> None:
-        for session in self.world.worker.closable()[:1]:
-            self.world.worker.close_env(session)
+    def all_goes_well_for_a_while(self) -> None:
+        for _ in range(3):
+            for message in list(self.world.net):
+                if message in self.world.net:
+                    self.world.net.remove(message)
+                    self.world.deliver(message)
+            self.world.worker.work()
 
-    @rule(up=st.booleans())
-    def worker_connection(self, up: bool) -> None:
-        if up and not self.world.worker.connected:
-            self.world.reconnect_worker()
-        self.world.worker.connected = up
+    # trouble
 
-    @rule()
-    def worker_dies_and_another_starts(self) -> None:
-        self.world.workers += 1
-        self.world.worker = Worker(self.world, f"w{self.world.workers}")
+    @rule(n=CLIENT, what=st.sampled_from(["close", "close", "cut", "cut", "back", "worker cut", "worker back", "death"]))
+    def trouble(self, n: int, what: str) -> None:
+        world = self.world
+        if what == "close" and world.clients[n].state != "out":
+            world.clients[n].close()
+        elif what == "cut":
+            world.client_up = False
+        elif what == "back" and not world.client_up:
+            world.reconnect_client()
+        elif what == "worker cut":
+            world.worker.connected = False
+        elif what == "worker back" and not world.worker.connected:
+            world.reconnect_worker()
+        elif what == "death":
+            world.workers += 1
+            world.worker = Worker(world, f"w{world.workers}")
 
     # time
 
@@ -586,13 +604,7 @@ class ExactlyOnce(RuleBasedStateMachine):
             if not message.to or self.end != "worker is silent":
                 world.deliver(message)
         if self.end == "heals":
-            for session in list(world.worker.table):
-                if not session.held.constructed:
-                    world.worker.construct(session, fails=False)
-                if session.lanes[0].running:
-                    world.worker.finish(session, "returns")
-            for session in world.worker.closable():
-                world.worker.close_env(session)
+            world.worker.work()
 
 
 TestExactlyOnce = ExactlyOnce.TestCase
