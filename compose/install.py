@@ -1,9 +1,9 @@
 # ruff: noqa: INP001  # a program, not a module of a package
-"""Install what the worker image needs, and nothing else, at the versions and hashes of ``requirements.lock``.
+"""Install what the worker image needs, and nothing else, at the versions and hashes of a lock file.
 
-The lock serves the whole repository, linters included. So pip first says, with the lock's versions as constraints,
-which packages a worker comes to; then exactly their lines of the lock are installed, hashes checked. Without a lock,
-pip chooses versions from ``pyproject.toml``. For the Dockerfile beside it: standard library alone.
+The repository's locks serve more than workers: plots, linters. So pip first says, with the lock's versions as
+constraints, which packages are needed here; then exactly their lines of the lock are installed, hashes checked.
+Without a lock, pip chooses versions by ``pyproject.toml``. For the Dockerfile beside it: standard library alone.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ def main() -> None:
     """Install into the environment of ``--python``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", type=Path, required=True, help="the interpreter to install for")
+    parser.add_argument("--lock", type=Path, required=True, help="the lock file, which may be absent")
     parser.add_argument("--build-system", action="store_true", help="what builds the package, not what it needs")
     arguments = parser.parse_args()
 
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     needs = [need for need in project["project"]["dependencies"] if not need.startswith(NOT_IN_WORKERS)]
-    lock = read_lock(Path("requirements.lock"))
+    lock = read_lock(arguments.lock)
     wanted = project["build-system"]["requires"] if arguments.build_system else [*needs, ENVS]
     # Constraints may have neither hashes (pip would want one of every requirement) nor extras.
     pins = [re.sub(r"\[[^]]*\]|\s--hash=\S+", "", line) for lines in lock.values() for line in lines]
@@ -75,7 +76,7 @@ def main() -> None:
         name, version = item["metadata"]["name"], item["metadata"]["version"]
         locked = lock.get(canonical(name))
         if lock and not locked:
-            sys.exit(f"requirements.lock has no {name}, which a worker image needs: write the lock again")
+            sys.exit(f"{arguments.lock} has no {name}, which is needed here: write it again (make lock)")
         chosen += locked or [f"{name}=={version}"]
     Path("chosen.txt").write_text("\n".join(chosen), encoding="utf-8")
     pip("--python", arguments.python, "install", "--no-deps", "-r", "chosen.txt")

@@ -190,7 +190,7 @@ def _value() -> Schema:
         "if": {"type": "object", "anyOf": reserved},
         "then": {"oneOf": [{"$ref": "array.json"}, *({"$ref": f"#/$defs/{name}"} for name in forms)]},
         "else": {
-            "type": ["null", "boolean", "number", "string", "array", "object"],
+            "anyOf": [{"type": ["null", "boolean", "number", "string", "array", "object"]}, BIN],
             "items": {"$ref": "#"},
             "additionalProperties": {"$ref": "#"},
         },

@@ -45,6 +45,7 @@ def control(name: str, model: type[messages.Message]) -> Schema:
         for field, schema in raw["properties"].items()
     }
     properties["v"] = {
+        "type": "integer",
         "const": VERSION,
         "default": VERSION,
         "description": "The protocol's major version.",

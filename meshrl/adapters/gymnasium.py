@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
@@ -19,12 +18,13 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from meshrl.adapters.portal import Call, Portal, lease
+from meshrl.adapters.spec import own_metadata, own_spec
 from meshrl.client.env import RemoteEnv, Step
 from meshrl.client.window import Window
 from meshrl.errors import (
     MeshError,
-    NothingUnsettled,
     NotAllowed,
+    NothingUnsettled,
     ResetNeeded,
     SessionClosed,
     StepUnsettled,
@@ -42,9 +42,6 @@ SEED_BITS = 31
 # Wrappers at the client draw from a stream of their own: with the env's own seed alone they would draw the very
 # numbers that the env draws.
 CLIENT_STREAM = 1
-# By Gymnasium's rule for ids.
-_NOT_IN_NAMESPACE = re.compile(r"[^\w:-]")
-_NOT_IN_NAME = re.compile(r"[^\w:.-]")
 
 
 class MeshEnv(gymnasium.Env[Any, Any]):
@@ -87,9 +84,11 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         self.render_mode = render_mode
         self._open()
         remote = self._remote
-        self.metadata = _metadata(remote.metadata)
+        self.metadata = own_metadata(remote.metadata)
         self._window = Window(remote.name) if render_mode == "human" else None
-        self.spec = self._own_spec(remote.remote_spec)
+        given = {"render_mode": render_mode, "mesh": self._mesh, "where": self._where}
+        kwargs = {**self._env_kwargs, **{key: value for key, value in given.items() if value}}
+        self.spec = own_spec(name, ENTRY_POINT, kwargs, remote.remote_spec)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else repr(self._remote)
@@ -139,10 +138,8 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         return self._np_random
 
     @np_random.setter
-    def np_random(self, value: np.random.Generator) -> None:
-        raise UsageError(
-            f"{self._name}: the env's generator lives on its worker and cannot be set from here; seed it: reset(seed=...)"
-        )
+    def np_random(self, _value: np.random.Generator) -> None:
+        raise UsageError(f"{self._name}: the env's generator lives on its worker; seed it by reset(seed=...)")
 
     def _start_from(self, seed: int) -> None:
         self._np_random_seed = seed
@@ -363,8 +360,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         portal = self._portal
         if portal.inherited:
             raise ResetNeeded(
-                f"{self._name}: {op} in a forked process, whose parent goes on with this env; reset leases an env for this "
-                "process",
+                f"{self._name}: {op} in a forked process, whose parent has this env; reset leases one for this process",
                 op=op,
             )
         call = Call(op, made, *args)
@@ -383,10 +379,9 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         call = self._interrupted
         assert call is not None
         call.wait()
-        # What "settle" gave is the result of an interrupted call too.
-        if not (call.cancelled or call.error is not None or op in {"reset", "settle"} or call.op in READING):
+        if not (call.cancelled or call.error is not None or op == "reset" or call.op in READING):
             raise StepUnsettled(
-                f"env {self._name}: a {call.op} was interrupted after it had run; call env.settle() for its result, or reset",
+                f"env {self._name}: {call.op} was interrupted, and it ran; call env.settle() for its result, or reset",
                 op=call.op,
             )
         self._interrupted = None
@@ -397,22 +392,6 @@ class MeshEnv(gymnasium.Env[Any, Any]):
             self._was_reset = True
             self._start_from(operator.index(self._sent_seed))
             self._sent_seed = None
-
-    def _own_spec(self, remote: EnvSpec | None) -> EnvSpec:
-        kwargs: dict[str, Any] = {"name": self._name, **self._env_kwargs}
-        for key, value in (("render_mode", self.render_mode), ("mesh", self._mesh), ("where", self._where)):
-            if value:
-                kwargs[key] = value
-        return EnvSpec(
-            id=_id(self._name),
-            entry_point=ENTRY_POINT,
-            reward_threshold=None if remote is None else remote.reward_threshold,
-            nondeterministic=remote is not None and remote.nondeterministic,
-            # The worker's wrappers check, order and truncate; none of them belongs on top of a remote env again.
-            order_enforce=False,
-            disable_env_checker=True,
-            kwargs=kwargs,
-        )
 
 
 def make(
@@ -457,22 +436,3 @@ def _again(
     env_kwargs: Mapping[str, Any],
 ) -> MeshEnv:
     return MeshEnv(name, render_mode=render_mode, mesh=mesh, where=where, env_kwargs=env_kwargs)
-
-
-def _id(name: str) -> str:
-    """The name, with what Gymnasium takes in no id replaced; the name itself stands in the spec's kwargs."""
-    namespace, slash, rest = name.rpartition("/")
-    namespace, rest = _NOT_IN_NAMESPACE.sub("_", namespace), _NOT_IN_NAME.sub("_", rest)
-    return (f"{namespace or '_'}/" if slash else "") + (rest or "_")
-
-
-def _metadata(remote: Mapping[str, Any]) -> dict[str, Any]:
-    """The remote's, with ``human`` among the render modes exactly if there are frames to show here."""
-    metadata = dict(remote)
-    modes = metadata.get("render_modes")
-    if isinstance(modes, list | tuple):
-        if "rgb_array" in modes and "human" not in modes:
-            metadata["render_modes"] = type(modes)(["human", *modes])
-        elif "human" in modes and "rgb_array" not in modes:
-            metadata["render_modes"] = type(modes)([mode for mode in modes if mode != "human"])
-    return metadata

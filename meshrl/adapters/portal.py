@@ -157,6 +157,11 @@ class Portal:
         same_place = "url" in arguments or self._said_url == os.environ.get(URL_VARIABLE)
         return same_place and self.arguments == arguments
 
+    @property
+    def running(self) -> bool:
+        """Whether its thread lives."""
+        return self._thread.is_alive()
+
     # ---------------------------------------------------------------- from any thread
 
     def run(self, call: Call[T]) -> T:
@@ -196,9 +201,10 @@ class Portal:
 
     def end(self) -> None:
         """Close the mesh and end the thread; returns when it has ended, or after 5 s."""
-        if self.over or self.inherited:
+        if self.inherited:
             return
-        self._later(self._shut())
+        if not self.over:
+            self._later(self._shut())
         if threading.get_ident() != self._thread.ident:
             self._thread.join(END_S)
 
@@ -273,6 +279,8 @@ class _Portals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: list[Portal] = []
+        # Those whose threads run: one that is left to itself while the interpreter ends can crash it.
+        self._running: list[Portal] = []
         self._inherited: list[Portal] = []
 
     def lease(self, arguments: Mapping[str, Any]) -> Portal:
@@ -281,6 +289,7 @@ class _Portals:
             if portal is None:
                 portal = Portal(arguments)
                 self._open.append(portal)
+                self._running = [*(p for p in self._running if p.running), portal]
             portal.users += 1
             return portal
 
@@ -305,17 +314,17 @@ class _Portals:
 
     def close_all(self) -> None:
         with self._lock:
-            portals, self._open = self._open, []
+            portals, self._open = self._running, []
         for portal in portals:
             portal.end()
 
     def forked(self) -> None:
         """In the child: what there is belongs to the parent. It is kept, since freeing it would touch its sockets."""
         self._lock = threading.Lock()
-        for portal in self._open:
+        for portal in self._running:
             portal.inherited = True
-        self._inherited += self._open
-        self._open = []
+        self._inherited += self._running
+        self._open, self._running = [], []
 
 
 _PORTALS = _Portals()

@@ -47,6 +47,8 @@ OnReply = Callable[[bytes | None], None]
 CONNECT_TIMEOUT_S = 5.0
 # A client comes back within half a second of its server; the spread keeps a thousand from doing so at once.
 RECONNECT_WAIT_S = (0.1, 0.5)
+# A connection that is closed waits this long for the server to take what is left.
+CLOSE_S = 1.0
 # A server that froze is noticed in two missed pings.
 PING_INTERVAL_S = 10
 
@@ -72,6 +74,7 @@ class Subscription:
         """End it. Safe to cancel, and to call twice."""
         raw, self._raw = self._raw, None
         if raw is not None and not self._connection.closed:
+            self._connection.ended(raw)
             with contextlib.suppress(nats.errors.Error):
                 await self._connection.path.unsubscribe(raw)
 
@@ -100,6 +103,7 @@ class Connection:
         self._client = self.path.client
         self._inbox = f"_INBOX.{login_.user}.{secrets.token_hex(8)}"
         self._inbox_cut = len(self._inbox) + 1
+        self._subscriptions: list[Any] = []
         self._ids = itertools.count(1)
         self._waiting: dict[int, OnReply] = {}
         self._joining = Joining(self.publish)
@@ -169,11 +173,15 @@ class Connection:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.path.write_out()
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(1.0):
+        with contextlib.suppress(Exception):  # whatever is wrong with it, it is being closed
+            async with asyncio.timeout(CLOSE_S):
                 if self._client.is_connected:
-                    await self._client.flush(timeout=1)
+                    # First no interest any more, then the end: what the server would still route here meanwhile is lost
+                    # in silence, where "no responders" tells its sender at once.
+                    for raw in self._subscriptions:
+                        await self.path.unsubscribe(raw)
+                    await self.path.flush()
+                    await self.path.flush()
         with contextlib.suppress(Exception):
             await self._client.close()
         self._end(BusClosed("the connection was closed"))
@@ -228,8 +236,12 @@ class Connection:
         deliver = self._joining.handler(handler) if join else whole(handler)
         with self._translated():
             raw = await self.path.subscribe(subject, queue, deliver)
-        await self.flush()
+        self._subscriptions.append(raw)
         return Subscription(self, raw)
+
+    def ended(self, raw: Any) -> None:
+        """A subscription was closed by its owner."""
+        self._subscriptions.remove(raw)
 
     def publish(self, subject: str, body: bytes, reply: str = "", *, mark: tuple[int, int, int] | None = None) -> None:
         """Send ``body`` at the end of this turn of the event loop; while disconnected it is held.
@@ -318,11 +330,10 @@ class Connection:
             RequestTimeout: it did not within ``timeout`` seconds.
             BusClosed: the connection was closed meanwhile.
         """
-        await self.path.drain_out()
         with self._translated():
             try:
                 async with asyncio.timeout(timeout):
-                    await self._client.flush(timeout=max(1, round(timeout)))
+                    await self.path.flush()
             except (TimeoutError, nats.errors.TimeoutError):
                 if self._client.is_connected:
                     raise RequestTimeout(f"{self.url} did not take what was sent", timeout_s=timeout) from None

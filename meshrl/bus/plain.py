@@ -16,6 +16,9 @@ import nats.errors
 
 from meshrl.bus.thin import MAX_HELD_BYTES, RawHandler
 
+# What may wait for handlers before nats-py calls this connection a slow consumer.
+MAX_PENDING_BYTES = 512 * 1024 * 1024
+
 
 class PlainPath:
     """Subscribes and publishes through nats-py's public API, with handlers called in order of arrival."""
@@ -29,7 +32,7 @@ class PlainPath:
         self._writer: asyncio.Task[None] | None = None
 
     async def subscribe(self, subject: str, queue: str, handler: RawHandler) -> Any:
-        """Subscribe; the server knows it after the next flush."""
+        """Subscribe; the server knows it when this returns."""
 
         async def deliver(message: Any) -> None:
             status = (message.headers or {}).get("Status")
@@ -43,7 +46,11 @@ class PlainPath:
             except Exception as exc:  # noqa: BLE001  # nats-py would only log it
                 self.failed(exc)
 
-        return await self.client.subscribe(subject, queue=queue, cb=deliver, pending_bytes_limit=512 * 1024 * 1024)
+        subscription = await self.client.subscribe(
+            subject, queue=queue, cb=deliver, pending_bytes_limit=MAX_PENDING_BYTES
+        )
+        await self.flush()
+        return subscription
 
     async def unsubscribe(self, subscription: Any) -> None:
         """End a subscription."""
@@ -66,10 +73,12 @@ class PlainPath:
         if self._out and (self._writer is None or self._writer.done()):
             self._writer = asyncio.get_running_loop().create_task(self._write())
 
-    async def drain_out(self) -> None:
-        """Wait until nats-py has been given everything that was published."""
+    async def flush(self) -> None:
+        """Wait until the server has taken everything published before."""
         if self._writer is not None and not self._writer.done():
             await asyncio.wait({self._writer})
+        await self.client.flush()  # the first only gets it written: nats-py's PING overtakes what is pending
+        await self.client.flush()
 
     async def _write(self) -> None:
         while self._out and self.client.is_connected:

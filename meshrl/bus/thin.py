@@ -187,6 +187,8 @@ class ThinPath:
         # nats-py keeps the subscription (and repeats it after a reconnect); its own callback never sees a message.
         subscription = await self.client.subscribe(subject, queue=queue, cb=_never)
         self.handlers[str(subscription._id).encode()] = handler  # noqa: SLF001
+        await self.client.flush()  # the first only gets the SUB written: nats-py's PING overtakes what is pending
+        await self.client.flush()
         return subscription
 
     async def unsubscribe(self, subscription: Any) -> None:
@@ -203,9 +205,10 @@ class ThinPath:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self.write_out)
 
-    async def drain_out(self) -> None:
-        """Give the socket everything that was published."""
+    async def flush(self) -> None:
+        """Wait until the server has taken everything published before."""
         self.write_out()
+        await self.client.flush()
 
     def write_out(self) -> None:
         """Write what was published; while disconnected, hold it."""

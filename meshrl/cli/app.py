@@ -61,9 +61,7 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def options(
     ctx: typer.Context,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and the log.", envvar="MESHRL_DEBUG")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.", envvar="MESHRL_DEBUG")] = False,
     version: Annotated[  # noqa: ARG001  # its callback does it
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version)
     ] = False,

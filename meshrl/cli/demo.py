@@ -32,9 +32,11 @@ from meshrl.cli.demo_pictures import Curve, colour_of, draw_curves, film
 from meshrl.cli.learner import EVALUATION_SEEDS, Episode, Generation, Result, Settings
 from meshrl.client.evaluate import Report
 from meshrl.client.mesh import Mesh
-from meshrl.errors import MeshError, WorkerError
+from meshrl.errors import UsageError, WorkerError
 
 ENV = "CartPole-v1"
+# The program of the processes; a name, since nothing of it is needed here.
+PARTS = "meshrl.cli.demo_parts"
 TARGET, QUICK_TARGET = 475.0, 100.0
 EPISODES = 20
 # The seeds of the demo's own episodes: neither trained on nor used by a learner's evaluation.
@@ -52,12 +54,12 @@ NEEDED = {"matplotlib": "matplotlib", "PIL": "pillow", "pygame": "pygame"}
 
 
 class Child:
-    """A guarded Python program, and what it writes to its log.
+    """A guarded process, and what it writes to its log.
 
     Args:
         label: what it is called in messages.
         log: its log file; replaced.
-        arguments: of the interpreter.
+        arguments: of :data:`PARTS`.
         url: of the mesh.
     """
 
@@ -68,7 +70,7 @@ class Child:
         log.touch(mode=0o600)
         env = {**os.environ, URL_VARIABLE: url}
         env.pop(EMBEDDED_VARIABLE, None)
-        self.guarded = Guarded.spawn([sys.executable, *arguments], log=log, env=env)
+        self.guarded = Guarded.spawn([sys.executable, "-m", PARTS, *arguments], log=log, env=env)
         self._read_bytes = 0
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -136,7 +138,7 @@ class Show:
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✔"),
             TextColumn("[bold {task.fields[colour]}]{task.description}"),
-            BarColumn(bar_width=28),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[now]:>5.0f} / {task.total:.0f}"),
             TextColumn("[dim]{task.fields[steps]:>7,} env steps  {task.fields[rate]:>5,.0f}/s"),
             TextColumn("{task.fields[doing]}"),
@@ -219,7 +221,7 @@ class Show:
         for run in runs:
             result = run.result
             if result is None:
-                table.add_row(str(run.number), *["-"] * 3, "[red]failed", "-")
+                table.add_row(str(run.number), "-", "-", "[red]failed", "-", "-")
                 continue
             colour = "green" if result.reached else "red"
             served = sorted((names.get(worker, worker), count) for worker, count in result.workers.items())
@@ -258,8 +260,8 @@ class Demo:
         self._stack = contextlib.ExitStack()
         self._best = out / "best-policy.json"
 
-    def run(self) -> bool:
-        """Run it; gives whether every learner reached the target.
+    def run(self) -> list[Run]:
+        """Run it; gives the learners as they ended.
 
         Raises:
             MeshError: the server or a worker does not start, or went away.
@@ -272,18 +274,15 @@ class Demo:
 
     def _start(self, label: str, url: str, *arguments: str) -> Child:
         log = self._out / "logs" / f"{label.replace(' ', '-')}.log"
-        child = Child(label, log, ["-m", *arguments], url)
+        child = Child(label, log, arguments, url)
         self._stack.enter_context(child.guarded)
         return child
 
-    async def _run(self, server: EmbeddedServer) -> bool:
+    async def _run(self, server: EmbeddedServer) -> list[Run]:
         began = time.monotonic()
         url, show = server.url, self._show
-        workers = [
-            self._start(f"env worker {n + 1}", url, "meshrl.cli.demo_workers", "envs", ENV)
-            for n in range(self._workers)
-        ]
-        agents = self._start("agent worker", url, "meshrl.cli.demo_workers", "agents", ENV, str(self._best))
+        workers = [self._start(f"env worker {n + 1}", url, "envs", ENV) for n in range(self._workers)]
+        agents = self._start("agent worker", url, "agents", ENV, str(self._best))
         show.say(f"nats-server with JetStream on 127.0.0.1:{server.port}, pid {server.pid}")
         names = {await self._serving(child): child.label.removeprefix("env worker ") for child in workers}
         await self._serving(agents)
@@ -311,12 +310,12 @@ class Demo:
         )
         show.say(f"{self._out / 'learning-curves.png'}: the returns on the way")
         show.say(f"all of it took {time.monotonic() - began:.1f} s")
-        return all(run.result is not None and run.result.reached for run in runs)
+        return runs
 
     def _start_learner(self, number: int, url: str) -> Run:
         seed = self._settings.seed * self._learners + number - 1
         settings = Settings(**{**vars(self._settings), "seed": seed})
-        child = self._start(f"learner {number}", url, "meshrl.cli.learner", *settings.command_line())
+        child = self._start(f"learner {number}", url, "learner", *settings.command_line())
         return Run(number, child)
 
     async def _serving(self, child: Child) -> str:
@@ -399,7 +398,9 @@ def missing() -> list[str]:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the pictures and logs.")] = Path("demo-out"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the learners; the same seed learns the same.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Of the learners; the same seed learns the same.")
+    ] = 0,
     learners: Annotated[int, typer.Option(min=1, max=16, help="Learner processes.")] = 4,
     workers: Annotated[int, typer.Option(min=1, max=16, help="Env worker processes.")] = 2,
     target: Annotated[
@@ -409,22 +410,12 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A small run: a target of 100.")] = False,
 ) -> None:
     """Run a mesh here, with learners that share one pool of CartPole until they have solved it."""
-    console = Console()
     absent = missing()
     if absent:
-        typer.echo(f"the demo needs {', '.join(absent)}: pip install 'meshrl[demo]'", err=True)
-        raise typer.Exit(2)
+        raise UsageError(f"the demo needs {', '.join(absent)}: pip install 'meshrl[demo]'", missing=absent)
     wanted = target if target is not None else QUICK_TARGET if quick else TARGET
     settings = Settings(env=ENV, seed=seed, target=wanted, episodes=EPISODES, max_steps=max_steps)
-    try:
-        solved = Demo(out, settings, learners, workers, console).run()
-    except MeshError as exc:
-        typer.echo(f"the demo failed: {exc}", err=True)
-        raise typer.Exit(1) from exc
-    if not solved:
-        typer.echo(f"not every learner reached {wanted:g}", err=True)
-        raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(demo)
+    runs = Demo(out, settings, learners, workers, Console()).run()
+    short = [f"learner {run.number}" for run in runs if run.result is None or not run.result.reached]
+    if short:
+        raise WorkerError(f"{', '.join(short)} did not reach {wanted:g}; their logs are in {out / 'logs'}")

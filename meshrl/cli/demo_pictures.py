@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,8 @@ class Curve:
 
 def draw_curves(path: Path, curves: Sequence[Curve], *, env: str, target: float, random_return: float) -> None:
     """Write the learning curves as a PNG of 1600 x 960 pixels."""
+    # It warns when it takes its time to list this machine's fonts, which it does once.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from matplotlib.figure import Figure  # noqa: PLC0415  # of the extra "demo"; no pyplot, so no display
 
     figure = Figure(figsize=(10, 6), dpi=160, layout="constrained")
@@ -67,7 +70,9 @@ def draw_curves(path: Path, curves: Sequence[Curve], *, env: str, target: float,
             way = ([curve.steps[-1], steps], [means[-1], final])
             axes.plot(*way, color=colour, linewidth=1.1, linestyle=(0, (2, 2)), alpha=0.8, zorder=2)
             axes.plot(steps, final, "*", color=colour, markersize=17, markeredgecolor="white", zorder=4)
-    axes.plot([], [], "*", color=INK, markersize=13, linestyle="none", label="final evaluation, 20 episodes")
+    axes.plot(
+        [], [], "*", color=INK, markersize=13, linestyle="none", label="final evaluation,\n20 episodes without noise"
+    )
     axes.plot([], [], color=INK, linewidth=1.2, linestyle=(0, (5, 4)), label=f"target: {target:g}")
     axes.plot([], [], color=FAINT, linewidth=1.2, linestyle=(0, (1, 2)), label=f"random policy: {random_return:.0f}")
 

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 import gymnasium
@@ -62,13 +61,11 @@ async def serve(
         )
     ]
     if agents:
-        workers.append(
-            AgentWorker({"random": random_policy}, url=url, namespace=namespace, credentials=credentials)
-        )
+        workers.append(AgentWorker({"random": random_policy}, url=url, namespace=namespace, credentials=credentials))
     async with contextlib.AsyncExitStack() as stack:
         for worker in workers:
             await stack.enter_async_context(worker)
-        ready.touch()
+        await asyncio.to_thread(ready.touch)
         # Whichever ends first ends the process: half a hand would go unnoticed, a whole one is replaced.
         ends = [asyncio.ensure_future(worker.serve_forever()) for worker in workers]
         try:
@@ -94,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

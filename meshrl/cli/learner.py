@@ -1,7 +1,7 @@
 """One learner: it searches a linear policy for CartPole by the cross-entropy method, on envs that it leases by name.
 
-It reads from top to bottom: the settings, what it reports, an episode, the search, the program. The only lines that
-know of the mesh are the one that leases the envs and the two that reset and step them.
+It reads from top to bottom: the settings, what it reports, an episode, the search. The only lines that know of the
+mesh are the one that leases the envs and the two that reset and step them.
 
 The method is the noisy cross-entropy method of Szita and Lőrincz (Neural Computation 18, 2006): draw weights from a
 Gaussian, keep the elites, fit the Gaussian to them, and add a variance that fades, so that it does not narrow too soon.
@@ -22,11 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from meshrl.client.mesh import Mesh
-from meshrl.worker.host import run
-
 if TYPE_CHECKING:
     from meshrl.client.env import RemoteEnv
+    from meshrl.client.mesh import Mesh
 
 Weights = NDArray[np.float64]
 
@@ -276,22 +274,8 @@ async def learn(mesh: Mesh, settings: Settings, report: Report = lambda _event: 
     Raises:
         UnknownName: nobody serves the env.
         MeshFull: there are not enough slots.
-        SessionLost: a worker went away with an env.
+        ExceptionGroup: of ``SessionLost``: a worker went away with envs.
     """
     async with contextlib.AsyncExitStack() as stack:
         envs = [await stack.enter_async_context(await mesh.env(settings.env)) for _ in range(settings.envs)]
         return await Learner(settings, envs, report).search()
-
-
-# --------------------------------------------------------------------------- the program
-
-
-async def main(settings: Settings) -> None:
-    """Learn on the mesh that is meant here; each event and the result is a line of JSON on stdout."""
-    async with Mesh() as mesh:
-        result = await learn(mesh, settings, lambda event: print(event.model_dump_json(), flush=True))
-    print(result.model_dump_json(), flush=True)
-
-
-if __name__ == "__main__":
-    run(main(Settings.from_command_line()))

@@ -34,15 +34,11 @@ CredentialsFile = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-Wait = Annotated[
-    float, typer.Option(help="Seconds to wait for the NATS server at the start.", min=0.0, metavar="S")
-]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for the NATS server at the start.", min=0.0, metavar="S")]
 Slots = Annotated[int, typer.Option(help="Sessions held at once, over all names.", min=1, metavar="N")]
 AllowKwargs = Annotated[
     str,
-    typer.Option(
-        help="Constructor arguments that clients may pass: a,b or '*'.", show_default=False, metavar="NAMES"
-    ),
+    typer.Option(help="Constructor arguments that clients may pass: a,b or '*'.", show_default=False, metavar="NAMES"),
 ]
 Capability = Annotated[
     list[str] | None,

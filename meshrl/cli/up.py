@@ -82,6 +82,7 @@ def up(
                 console.print(how_to_connect(address, workers, namespace, own=server is not None), soft_wrap=True)
                 await crew.watch()
             finally:
+                console.print("stopping")
                 await crew.stop()
 
     run(until_stopped(stay()))

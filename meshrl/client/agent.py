@@ -20,7 +20,7 @@ from meshrl.errors import (
     UsageError,
     from_wire,
 )
-from meshrl.protocol.doubt import GRACE_AFTER_RECONNECT_S
+from meshrl.protocol.doubt import GRACE_AFTER_RECONNECT_S, GRACE_S
 from meshrl.wire import spaces
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame
@@ -150,7 +150,7 @@ class RemoteAgent:
             while True:
                 left = began + timeout - time.monotonic()
                 try:
-                    async with asyncio.timeout(min(ACT_AGAIN_S, max(left, 0.0))):
+                    async with asyncio.timeout(min(ACT_AGAIN_S, timeout / 3, max(left, 0.0))):
                         answer = await answers.get()
                 except TimeoutError:
                     if time.monotonic() - began >= timeout:
@@ -162,7 +162,9 @@ class RemoteAgent:
                     continue
                 if answer is not None:
                     return _action_of(answer)
-                if time.monotonic() - began > min(GRACE_AFTER_RECONNECT_S, timeout):
+                now = time.monotonic()
+                grace = GRACE_S if connection.up_for(began) > GRACE_AFTER_RECONNECT_S else GRACE_AFTER_RECONNECT_S
+                if now - began > min(grace, timeout / 2):
                     raise UnknownName(f"no worker serves agent {self.name!r} any more", name=self.name)
                 await asyncio.sleep(AGAIN_IN_GRACE_S)
                 attempt += 1

@@ -42,12 +42,14 @@ class Flight:
     """One request under way.
 
     Attributes:
-        future: its answer's bytes, or the error.
+        future: its answer's bytes, or the error. It is awaited bare, since a shield costs more than the rest of the
+            waiting: a cancelled waiter cancels it, and :meth:`rearm` makes another.
         state: the worker's last word on it, if there was need to ask.
     """
 
     __slots__ = (
         "_flights",
+        "_landed",
         "attempt",
         "body",
         "deadline_s",
@@ -82,6 +84,7 @@ class Flight:
         self.rid = 0
         self.state = ""
         self.doubt: Doubt | None = None
+        self._landed: bytes | MeshError | None = None
         self.future: asyncio.Future[bytes] = flights.loop.create_future()
 
     def __repr__(self) -> str:
@@ -93,15 +96,36 @@ class Flight:
             self._flights.alone(self)
             return
         self._flights.landed(self)
-        if not self.future.done():
-            self.future.set_result(data)
+        if self._landed is None:
+            self._landed = data
+            if not self.future.done():
+                self.future.set_result(data)
 
     def failed(self, exc: MeshError) -> None:
         """There will be no answer."""
         self._flights.landed(self)
-        if not self.future.done():
-            self.future.set_exception(exc)
-            self.future.exception()  # who waits is told; when nobody does (a cancelled step), nothing is to be logged
+        if self._landed is None:
+            self._landed = exc
+            if not self.future.done():
+                self.future.set_exception(exc)
+                self.future.exception()  # who waits is told; when nobody does, there is nothing to log
+
+    def rearm(self) -> None:
+        """The waiter was cancelled, and its future with it: the next one waits for a new one."""
+        if not self.future.cancelled():
+            return
+        self.future = self._flights.loop.create_future()
+        landed = self._landed
+        if isinstance(landed, bytes):
+            self.future.set_result(landed)
+        elif landed is not None:
+            self.future.set_exception(landed)
+            self.future.exception()
+
+    @property
+    def landed(self) -> bool:
+        """Whether its answer, or its loss, is known."""
+        return self._landed is not None
 
 
 class Flights:
@@ -187,7 +211,7 @@ class Flights:
             self._connection.forget(rid)
             if data is None:
                 for flight in flights:
-                    if not flight.future.done():
+                    if not flight.landed:
                         self.alone(flight)
                 return
             try:
@@ -196,7 +220,7 @@ class Flights:
                 return  # as good as silence: it is asked again
             now = time.monotonic()
             for flight, state in zip(flights, states, strict=False):
-                if not flight.future.done():
+                if not flight.landed:
                     flight.state = state
                     self._act(flight, self._doubt(flight).heard(state, now))
 

@@ -6,6 +6,7 @@ A trainer that blocks its event loop for a minute, in a PPO update say, keeps it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -23,6 +24,7 @@ log = logging.getLogger("meshrl.client")
 
 # Three renewals a lease: two may be lost.
 RENEWALS_A_LEASE = 3
+STOP_S = 2.0
 
 OnLost = Callable[[str, str], None]
 
@@ -51,6 +53,8 @@ class Keeper:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
         self._stopping = False
+        self._ended = False
+        self._on_end: Callable[[], object] | None = None
 
     def hold(self, worker: str, session: str, epoch: int, lease_s: float) -> None:
         """Renew this lease now and from now on; from any thread."""
@@ -67,12 +71,18 @@ class Keeper:
         with self._lock:
             self._leases.pop((worker, session), None)
 
-    def stop(self) -> None:
-        """End the thread; returns when it has ended, or after 2 s."""
-        self._stopping = True
+    async def stop(self) -> None:
+        """End the thread; returns when it has ended, or after 2 s. Starts no thread, so it works at the exit too."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        with self._lock:
+            self._stopping = True
+            running = self._thread is not None and not self._ended
+            self._on_end = lambda: loop.call_soon_threadsafe(ended.set)
         self._rouse()
-        if self._thread is not None:
-            self._thread.join(timeout=2.0)
+        if running:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_S):
+                    await ended.wait()
 
     def _rouse(self) -> None:
         loop, wake = self._loop, self._wake
@@ -90,6 +100,16 @@ class Keeper:
                 # The client's own connection tells the user; here it is tried again, since leases are at stake.
                 log.warning("leases cannot be renewed: %s", exc)
                 time.sleep(1.0)
+            except RuntimeError:
+                # asyncio.run ends with a thread of its own (for the resolver's), which the interpreter's exit forbids.
+                if not self._stopping:
+                    raise
+        with self._lock:
+            self._ended = True
+            told = self._on_end
+        with contextlib.suppress(RuntimeError):  # its loop has ended
+            if told is not None:
+                told()
 
     async def _main(self) -> None:
         self._wake = asyncio.Event()

@@ -124,7 +124,7 @@ class Mesh:
         if self._timer is not None:
             self._timer.cancel()
         if hasattr(self, "_keeper"):
-            await asyncio.to_thread(self._keeper.stop)
+            await self._keeper.stop()
         if hasattr(self, "flights"):
             self.flights.close()
         await self.connection.close()

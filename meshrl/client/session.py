@@ -93,10 +93,10 @@ class RemoteSession:
 
     async def _landing(self, flight: Flight) -> Frame:
         try:
-            # Shielded: the answer to a cancelled request is still wanted, by settle.
-            data = await (flight.future if flight.future.done() else asyncio.shield(flight.future))
+            data = await flight.future
         except asyncio.CancelledError:
-            # Also when the answer is there already and only its way to the caller was cut short: settle has it.
+            # The answer is still wanted, by settle; also when it is there and only its way to the caller was cut short.
+            flight.rearm()
             self._turn.cancelled()
             raise
         except MeshError as exc:
@@ -128,11 +128,13 @@ class RemoteSession:
                 raise self._lost from None
 
     def lost(self, reason: str) -> None:
-        """The keeper was told that the worker does not hold the session any more."""
-        if self._lost is None and not self.closed:
-            lost = self._lose_as(reason)
-            if self._flight is not None and not self._flight.future.done():
-                self._flight.failed(lost)
+        """The keeper was told that the worker does not hold the session any more.
+
+        A request under way is left to find out by itself: its own answer (an exception of the env, say) tells more,
+        and may be on its way.
+        """
+        if self._lost is None and not self.closed and (self._flight is None or self._flight.landed):
+            self._lose_as(reason)
 
     def _lose_as(self, reason: str, cause: str = "") -> SessionLost:
         why = {
@@ -171,7 +173,7 @@ class RemoteSession:
         gone = self._lost is not None
         self._mesh.forget(self)
         flight = self._flight
-        if flight is not None and not flight.future.done():
+        if flight is not None and not flight.landed:
             flight.failed(SessionClosed(f"{self.grant.description.name}: it was closed while a request was under way"))
         if not gone and not self._connection.closed:
             body = Close(epoch=self.grant.epoch).to_wire()

@@ -5,6 +5,11 @@
     open       REPEAT              RAISED          WRONG_EPOCH     its lane's     renewed   ending
     ending     WAIT                WAIT            WRONG_EPOCH     unknown        lost      ending
     (none)     NEW or FULL         NEW or FULL     NEW or FULL     unknown        lost      nothing
+    gone       WRONG_EPOCH         NEW or FULL     WRONG_EPOCH     unknown        lost      nothing
+
+``gone`` is a session that had been renewed or used, or was closed, and is remembered: its client asked before it
+ended, so an open of that epoch has been on its way for long. Taken for a new one, it would run the session's first
+requests once more if they came late as well. A grant that lapsed may be asked for again (its answer was lost).
 
 A grant holds for ``GRANT_S`` until it is renewed or used; from then on the lease counts. The countdown stands still
 while the worker is disconnected, and a sweep that comes late (the process was stopped, the machine slept) grants full
@@ -20,7 +25,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from meshrl.protocol.lane import Lane
 
@@ -39,6 +44,15 @@ Key = tuple[str, str]
 Awaited = Literal["unknown", "not_received", "running", "parked", "answered"]
 # epoch, lane, seq and bytes of the answer with which a session ended (an exception of its env)
 Last = tuple[int, int, int, bytes]
+
+
+class Gone(NamedTuple):
+    """What is remembered of a session that has ended."""
+
+    reason: str
+    epoch: int
+    final: bool  # not to be opened again in this epoch
+    last: Last | None
 
 
 class Opening(Enum):
@@ -124,7 +138,7 @@ class SessionTable:
         self.grant_s = grant_s
         self.cached_bytes = 0
         self._sessions: dict[Key, Session] = {}
-        self._gone: OrderedDict[Key, tuple[str, Last | None]] = OrderedDict()
+        self._gone: OrderedDict[Key, Gone] = OrderedDict()
         self._last_sweep: float | None = None
 
     def __len__(self) -> int:
@@ -147,9 +161,18 @@ class SessionTable:
     def open(
         self, user: str, id_: str, epoch: int, reply_to: str, now: float, *, lanes: int = 1
     ) -> tuple[Opening, Session | None]:
-        """Take an open. NEW has made the session and taken its slot; RAISED wants the old one ended first."""
+        """Take an open. NEW has made the session and taken its slot; RAISED wants the old one ended first.
+
+        WRONG_EPOCH gives the session whose epoch counts; of one that is gone, a stand-in that is ending and held
+        nowhere.
+        """
         session = self._sessions.get((user, id_))
         if session is None:
+            gone = self._gone.get((user, id_))
+            if gone is not None and epoch < gone.epoch + gone.final:
+                stand_in = Session(user, id_, gone.epoch, 0, reply_to)
+                stand_in.state = State.ENDING
+                return Opening.WRONG_EPOCH, stand_in
             if not self.free:
                 return Opening.FULL, None
             session = Session(user, id_, epoch, lanes, reply_to)
@@ -184,7 +207,8 @@ class SessionTable:
         if session.state is State.ENDING:
             return False
         session.state = State.ENDING
-        self._remember(session.key, reason, last)
+        final = session.confirmed or reason == "closed"
+        self._remember(session.key, Gone(reason, session.epoch, final, last))
         return True
 
     def ended(self, session: Session) -> None:
@@ -193,20 +217,23 @@ class SessionTable:
             del self._sessions[session.key]
             self.cached_bytes -= sum(len(lane.cached) for lane in session.lanes)
 
-    def _remember(self, key: Key, reason: str, last: Last | None) -> None:
-        self._gone[key] = (reason, last)
+    def _remember(self, key: Key, gone: Gone) -> None:
+        self._gone[key] = gone
         self._gone.move_to_end(key)
         while len(self._gone) > MAX_REMEMBERED:
             self._gone.popitem(last=False)
 
     def why_gone(self, key: Key) -> str:
         """``session_expired``, ``closed``, another reason given to :meth:`ending`, or ``session_unknown``."""
-        return self._gone.get(key, ("session_unknown", None))[0]
+        gone = self._gone.get(key)
+        return "session_unknown" if gone is None else gone.reason
 
     def last_answer(self, key: Key, epoch: int, lane: int, seq: int) -> bytes | None:
         """The answer that the session ended with, if it is that of this request."""
-        last = self._gone.get(key, ("", None))[1]
-        return last[3] if last is not None and last[:3] == (epoch, lane, seq) else None
+        gone = self._gone.get(key)
+        if gone is None or gone.last is None or gone.last[:3] != (epoch, lane, seq):
+            return None
+        return gone.last[3]
 
     # ---------------------------------------------------------------- leased
 

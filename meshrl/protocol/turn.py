@@ -105,5 +105,6 @@ class Turn:
         return self.op
 
     def answered(self) -> None:
-        """The request's answer was given to its caller (or dropped, by a reset)."""
-        self.phase = Phase.FREE
+        """The answer is there for who waits (a reset drops it); a caller cancelled in the same moment may settle."""
+        if self.phase is Phase.WAITING:
+            self.phase = Phase.FREE

@@ -121,6 +121,8 @@ async def _result(check: Check, trial: Trial, before: list[Result]) -> Result:
         return result("failed", exc.message, "see the traceback", exc.remote_traceback)
     except MeshError as exc:
         return result("failed", exc.message, "", exc.remote_traceback)
+    except Exception as exc:  # noqa: BLE001  # an env may give anything, and the other checks are still of use
+        return result("failed", f"what the env gave cannot be dealt with: {type(exc).__name__}: {exc}")
 
 
 def _missing(check: Check, before: list[Result]) -> str | None:

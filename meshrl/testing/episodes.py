@@ -169,8 +169,8 @@ async def owned(trial: Trial) -> str:
     for episode in trial.played:
         replies = [list(arrays([obs])) for _, obs in episode.observations()]
         replies[0] += arrays(episode.info)
-        for held, step in zip(replies[1:], episode.steps, strict=True):
-            held += arrays(step.info)
+        for n, step in enumerate(episode.steps, 1):
+            replies[n] += arrays(step.info)
         for held in replies:
             if not all(array.flags.writeable for array in held):
                 raise Broken("an array that arrived cannot be written to", REPORT)

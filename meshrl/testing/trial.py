@@ -81,7 +81,8 @@ class Trial:
 
     async def play(self, env: RemoteEnv, seed: int | None, *, action_seed: int | None = None) -> Episode:
         """One episode of random actions, the same ones for the same ``action_seed`` (``seed`` when None)."""
-        walk = Walk(env, self.seed if action_seed is None and seed is None else action_seed or seed or 0)
+        drawn_by = (given for given in (action_seed, seed, self.seed) if given is not None)
+        walk = Walk(env, next(drawn_by))
         episode = await walk.begin(seed)
         while len(episode.steps) < self.max_steps and await walk.step():
             pass

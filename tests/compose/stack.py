@@ -10,14 +10,15 @@ import subprocess
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import docker  # type: ignore[import-untyped]
 import requests
 import yaml
 from testcontainers.compose import DockerCompose
 
-Engine = docker.DockerClient
+# A docker.DockerClient; the package has no types.
+Engine: TypeAlias = Any
 
 ROOT = Path(__file__).parents[2]
 BUILD_S = 600.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,18 +66,15 @@ def same(remote: list[Step], local: list[Step]) -> bool:
 
 async def advertised(mesh: Mesh, count: int, name: str = "CartPole-v1") -> set[str]:
     """Wait until exactly that many workers say that they serve ``name``; gives their ids."""
-    workers: set[str] = set()
+
+    async def now() -> set[str]:
+        return {it.worker for it in await mesh.envs() if it.name == name and not it.draining}
+
     async with asyncio.timeout(DEADLINE_S):
-        async for event in mesh.watch():
-            _, served, worker = event.key
-            if served != name:
-                continue
-            if event.kind == "left" or event.advertisement.load.draining:
-                workers.discard(worker)
-            else:
-                workers.add(worker)
-            if len(workers) == count:
-                break
+        if len(workers := await now()) != count:
+            async for _ in mesh.watch():
+                if len(workers := await now()) == count:
+                    break
     return workers
 
 
@@ -226,6 +224,9 @@ async def test_a_stopped_worker_says_goodbye_and_ends_with_0_though_an_env_is_le
     await asyncio.to_thread(up.scale, 1)
 
 
+# Docker's proxy takes connections while nobody is behind it and drops them at once; nats-py forgets to close its
+# side of such an attempt before it makes the next.
+@pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")
 async def test_a_new_nats_container_has_the_old_ones_streams_and_the_workers_come_back(up: Stack) -> None:
     await asyncio.to_thread(up.scale, 1)
     async with Mesh(up.url) as mesh:
@@ -244,6 +245,7 @@ async def test_a_new_nats_container_has_the_old_ones_streams_and_the_workers_com
         client = await nats.connect(up.url)
         assert (await client.jetstream().get_last_msg("kept", "kept")).data == b"by the volume"
         await client.close()
+    gc.collect()  # what nats-py forgot goes here and not in another test
 
 
 async def test_mesh_finds_the_stack_on_the_default_port_by_itself_and_down_leaves_nothing(

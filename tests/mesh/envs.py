@@ -12,8 +12,8 @@ import numpy as np
 from gymnasium import spaces
 
 
-class Counter(gymnasium.Env[int, int]):
-    """Counts its steps; the observation is the count, the reward the action. ``slow_s`` makes each step take that long."""
+class Counter(gymnasium.Env[Any, Any]):
+    """Counts its steps; the observation is the count, the reward the action. Each step takes ``slow_s``."""
 
     metadata = {"render_modes": ["ansi"]}
 
@@ -38,14 +38,14 @@ class Counter(gymnasium.Env[int, int]):
         self.count += 1
         return self.count, float(action), False, False, {}
 
-    def render(self) -> str:  # type: ignore[override]
+    def render(self) -> str:
         return f"count {self.count}"
 
     def add(self, a: int, b: int = 1) -> int:
         return a + b
 
 
-class Breaks(gymnasium.Env[int, int]):
+class Breaks(gymnasium.Env[Any, Any]):
     """Raises where it is told to: ``at`` is constructor, reset or step."""
 
     observation_space = spaces.Discrete(2)
@@ -84,7 +84,9 @@ class Coroutine:
         self.parties = parties
         self.said: list[str] = []
 
-    async def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    async def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
         await asyncio.sleep(0)
         self.said = []
         return "hello", {}
@@ -102,7 +104,7 @@ class Coroutine:
         self.said = []
 
 
-class Picture(gymnasium.Env[Any, int]):
+class Picture(gymnasium.Env[Any, Any]):
     """Observations of ``shape``, each filled with the number of its step."""
 
     action_space = spaces.Discrete(2)

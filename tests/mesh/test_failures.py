@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meshrl import Credentials, EnvWorker, Factory, Mesh
+from meshrl import Credentials, EnvWorker, Factory, Mesh, RemoteEnv
 from meshrl.bus.connection import Connection, connect
 from meshrl.errors import (
     EnvError,
@@ -87,13 +87,12 @@ async def test_kwargs_are_refused_unless_the_operator_allows_them(url: str) -> N
     ],
 )
 async def test_an_action_of_wrong_shape_structure_dtype_or_range_is_refused(url: str, name: str, action: Any) -> None:
-    async with EnvWorker({name: name}, url), Mesh(url) as m:
-        async with await m.env(name) as env:
-            await env.reset(seed=0)
-            with pytest.raises(InvalidAction, match=name):
-                await env.step(action)
-            await env.step(env.action_space.sample())
-            assert (await env.state()).steps == 1
+    async with EnvWorker({name: name}, url), Mesh(url) as m, await m.env(name) as env:
+        await env.reset(seed=0)
+        with pytest.raises(InvalidAction, match=name):
+            await env.step(action)
+        await env.step(env.action_space.sample())
+        assert (await env.state()).steps == 1
 
 
 async def test_a_box_is_bounded_only_when_asked_for(url: str) -> None:
@@ -109,15 +108,22 @@ async def test_a_box_is_bounded_only_when_asked_for(url: str) -> None:
 @pytest.mark.parametrize("at", ["constructor", "reset", "step", "exit"])
 async def test_an_env_that_raises_gives_its_traceback_and_the_worker_goes_on(url: str, at: str) -> None:
     async with EnvWorker({"breaks": Breaks}, url, allow_kwargs=("at",)) as worker, Mesh(url) as m:
-        with pytest.raises(EnvError) as caught:
+        env: RemoteEnv | None = None
+
+        async def use() -> None:
+            nonlocal env
             env = await m.env("breaks", {"at": at})
             await env.reset()
             await env.step(0)
+
+        with pytest.raises(EnvError) as caught:
+            await use()
         error = caught.value
         assert error.details["type"] == ("SystemExit" if at == "exit" else "RuntimeError")
         assert error.remote_traceback is not None
         assert "tests/mesh/envs.py" in error.remote_traceback
-        if at != "constructor":
+        assert (env is None) == (at == "constructor")
+        if env is not None:
             with pytest.raises(SessionLost, match="raised"):
                 await env.step(0)
         async with await m.env("breaks") as healthy:
@@ -139,11 +145,10 @@ async def test_a_value_that_cannot_travel_is_named_by_its_path(url: str) -> None
 
 
 async def test_render_without_a_mode_says_how(url: str) -> None:
-    async with EnvWorker({"counter": Counter}, url), Mesh(url) as m:
-        async with await m.env("counter") as env:
-            await env.reset()
-            with pytest.raises(UsageError, match="render_mode"):
-                await env.render()
+    async with EnvWorker({"counter": Counter}, url), Mesh(url) as m, await m.env("counter") as env:
+        await env.reset()
+        with pytest.raises(UsageError, match="render_mode"):
+            await env.render()
 
 
 async def test_something_that_cannot_be_made_is_the_operators_error_at_the_start(url: str) -> None:

@@ -22,7 +22,7 @@ from meshrl.wire.codec import unpack
 from meshrl.wire.messages import Close, Open
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
-from tests.mesh.envs import Counter, Coroutine
+from tests.mesh.envs import Coroutine, Counter
 
 ROOT = Path(__file__).parents[2]
 

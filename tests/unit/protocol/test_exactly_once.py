@@ -352,6 +352,7 @@ class World:
     def __init__(self) -> None:
         self.now, self.up_since, self.client_up, self.rids = 100.0, 0.0, True, 0
         self.net: list[Message] = []
+        self.sent: list[Message] = []
         self.executed: defaultdict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
         self.produced: defaultdict[Done, list[bytes]] = defaultdict(list)
         self.workers = 1
@@ -365,6 +366,7 @@ class World:
 
     def put(self, message: Message) -> None:
         self.net.append(message)
+        self.sent.append(message)
         del self.net[:-MAX_IN_FLIGHT]
 
     def reply(self, rid: int, data: Any) -> None:
@@ -433,6 +435,10 @@ class ExactlyOnce(RuleBasedStateMachine):
     def drop(self, at: int) -> None:
         self.world.net.pop(at % len(self.world.net))
 
+    @rule(back=st.integers(1, 60))
+    def something_old_arrives_once_more(self, back: int) -> None:
+        self.world.deliver(self.world.sent[-min(back, len(self.world.sent))])
+
     # the clients
 
     @rule(n=CLIENT, resume=st.booleans())
@@ -479,14 +485,6 @@ class ExactlyOnce(RuleBasedStateMachine):
                 client.settle()
         elif client.state == "open":
             client.cancel()
-
-    @rule(n=CLIENT, again=st.booleans())
-    def say_again(self, n: int, again: bool) -> None:
-        client = self.world.clients[n]
-        if client.flight is not None and client.flight.answer is None:
-            self.world.put(client.flight.message)
-        if again and client.state == "open":
-            client.renew_rid = client.send("renew").rid
 
     # the worker
 

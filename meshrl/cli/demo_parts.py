@@ -1,11 +1,13 @@
-"""The workers of the demo, as programs: one serves envs, one serves agents, on the mesh that ``MESHRL_URL`` names.
+"""The parts of the demo, as programs, each for one process on the mesh that ``MESHRL_URL`` names.
 
 ::
 
-    python -m meshrl.cli.demo_workers envs CartPole-v1
-    python -m meshrl.cli.demo_workers agents CartPole-v1 best-policy.json
+    python -m meshrl.cli.demo_parts envs CartPole-v1
+    python -m meshrl.cli.demo_parts agents CartPole-v1 best-policy.json
+    python -m meshrl.cli.demo_parts learner --seed 1
 
-Each says its worker's id as a line of JSON on stdout once it serves, and serves until SIGTERM.
+What they have to say stands on stdout, in lines of JSON with an ``event``. Workers say their id once they serve, and
+serve until SIGTERM; a learner reports its episodes and generations, and ends with its result.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from meshrl.cli.learner import act
+from meshrl.cli.learner import Settings, act, learn
+from meshrl.client.mesh import Mesh
 from meshrl.errors import UsageError
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.env_worker import EnvWorker
@@ -30,7 +33,8 @@ from meshrl.worker.host import run
 from meshrl.worker.policies import random_policy
 from meshrl.worker.service import Service
 
-SLOTS = 64
+# Room on one worker for all that the command line can ask for: 16 learners of 8 envs, and an evaluation.
+SLOTS = 256
 
 
 class BestPolicy:
@@ -76,6 +80,13 @@ async def serve(worker: Service) -> None:
         await worker.serve_forever()
 
 
+async def teach(settings: Settings) -> None:
+    """Run a learner to its end."""
+    async with Mesh() as mesh:
+        result = await learn(mesh, settings, lambda event: print(event.model_dump_json(), flush=True))
+    print(result.model_dump_json(), flush=True)
+
+
 async def main(arguments: Sequence[str]) -> None:
     """Serve what the command line says."""
     match arguments:
@@ -83,6 +94,8 @@ async def main(arguments: Sequence[str]) -> None:
             await serve(EnvWorker({env: env}, slots=SLOTS))
         case ["agents", env, path]:
             await serve(AgentWorker({"best": BestPolicy(Path(path), env), "random": random_policy}))
+        case ["learner", *settings]:
+            await teach(Settings.from_command_line(settings))
         case _:
             sys.exit(__doc__)
 

@@ -1,0 +1,67 @@
+# Everything here runs in ./.venv, which is made from the lock files; nothing outside the repository is touched.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup check lint types layers bench lock schemas wheel clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.demo ## four learners share a pool of CartPoles over a real nats-server, and learn it
+	$(BIN)/meshrl demo
+
+test: $(VENV)/.dev ## the whole suite, against a real nats-server
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+setup: $(VENV)/.dev ## the environment alone, with the tools of the checks
+
+check: lint types layers test ## lint, types, import layers, tests: what CI runs
+
+lint: $(VENV)/.dev ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev ## mypy, strict
+	$(BIN)/mypy
+
+layers: $(VENV)/.dev ## import-linter: imports only point down
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev ## latency and throughput against a bare echo, as ratios of one run
+	$(BIN)/python benchmarks/run.py
+
+schemas: $(VENV)/.dev ## write schemas/v1 anew from the code
+	$(BIN)/python -m schemas.generate
+
+lock: $(VENV)/.dev ## resolve the lock files anew
+	$(PIP) uv
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra demo --generate-hashes --no-header --upgrade -q -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra demo --group dev --generate-hashes --no-header --upgrade -q -c requirements.lock -o requirements-dev.lock
+
+wheel: $(VENV)/.dev ## build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean: ## remove the environment and everything made
+	rm -rf $(VENV) dist build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 14)))' || \
+		{ echo "meshrl needs Python 3.11, 3.12 or 3.13; this is $$($(PYTHON) --version). Say which: make PYTHON=python3.12"; exit 1; }
+	@echo "making $(VENV) (about half a minute, once)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: requirements.lock pyproject.toml | $(BIN)/python
+	$(PIP) --require-hashes -r requirements.lock
+	$(PIP) --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock pyproject.toml | $(BIN)/python
+	$(PIP) --require-hashes -r requirements-dev.lock
+	$(PIP) --no-deps -e .
+	@touch $@ $(VENV)/.demo

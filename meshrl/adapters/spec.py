@@ -1,0 +1,52 @@
+"""What Gymnasium keeps of an env beside its spaces, for a remote one: its ``EnvSpec`` and its metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gymnasium.envs.registration import EnvSpec
+
+# By Gymnasium's rule for ids.
+_NOT_IN_NAMESPACE = re.compile(r"[^\w:-]")
+_NOT_IN_NAME = re.compile(r"[^\w:.-]")
+
+
+def own_spec(name: str, entry_point: str, kwargs: Mapping[str, Any], remote: EnvSpec | None) -> EnvSpec:
+    """The spec with which ``spec.make()`` leases the same remote again.
+
+    Args:
+        name: the served name as asked for; with what Gymnasium takes in no id replaced, it is the spec's id.
+        entry_point: what makes it, with ``name`` and ``kwargs``.
+        kwargs: what else it was made with.
+        remote: the worker's own spec of the env.
+    """
+    return EnvSpec(
+        id=_id(name),
+        entry_point=entry_point,
+        reward_threshold=None if remote is None else remote.reward_threshold,
+        nondeterministic=remote is not None and remote.nondeterministic,
+        # The worker's wrappers check, order and truncate; none of them belongs on top of a remote env again.
+        order_enforce=False,
+        disable_env_checker=True,
+        kwargs={"name": name, **kwargs},
+    )
+
+
+def own_metadata(remote: Mapping[str, Any]) -> dict[str, Any]:
+    """The remote's, with ``human`` among the render modes exactly if there are frames to show here."""
+    metadata = dict(remote)
+    modes = metadata.get("render_modes")
+    if isinstance(modes, list | tuple):
+        if "rgb_array" in modes and "human" not in modes:
+            metadata["render_modes"] = type(modes)(["human", *modes])
+        elif "human" in modes and "rgb_array" not in modes:
+            metadata["render_modes"] = type(modes)([mode for mode in modes if mode != "human"])
+    return metadata
+
+
+def _id(name: str) -> str:
+    namespace, slash, rest = name.rpartition("/")
+    namespace, rest = _NOT_IN_NAMESPACE.sub("_", namespace), _NOT_IN_NAME.sub("_", rest)
+    return (f"{namespace or '_'}/" if slash else "") + (rest or "_")

@@ -1,0 +1,149 @@
+"""``meshrl ls``: who is on the mesh, what they serve and how busy they are."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel, ConfigDict
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from meshrl.bus.facts import workers
+from meshrl.bus.locate import locate
+from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
+from meshrl.cli.running import run
+from meshrl.client.mesh import Mesh
+from meshrl.wire.messages import Advertisement, Kind
+
+WATCH_S = 1.0
+
+
+class IdleWorker(BaseModel):
+    """A worker that advertises nothing: it serves on demand, and nobody has asked yet.
+
+    Attributes:
+        worker: its id.
+        kind: of worker.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    worker: str
+    kind: Kind
+
+
+class Listing(BaseModel):
+    """What ``ls`` shows.
+
+    Attributes:
+        url: of the server, without a password.
+        namespace: of the mesh.
+        envs: one a name and worker.
+        agents: one a name and worker.
+        idle: workers that serve nothing at this moment.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    url: str
+    namespace: str
+    envs: list[Advertisement]
+    agents: list[Advertisement]
+    idle: list[IdleWorker]
+
+
+def ls(
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
+    url: Url = None,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """List workers, envs and agents, and how busy they are."""
+    console = Console(highlight=False)
+
+    async def look() -> None:
+        address = await locate(url, credentials=credentials, namespace=namespace, start=False)
+        async with Mesh(address, namespace=namespace, credentials=credentials) as mesh:
+            listing = await listed(mesh)
+            if as_json:
+                print(listing.model_dump_json(indent=2), flush=True)
+                while watch:
+                    await asyncio.sleep(WATCH_S)
+                    print((await listed(mesh)).model_dump_json(indent=2), flush=True)
+            elif watch:
+                with Live(tables(listing), console=console, auto_refresh=False) as live:
+                    while True:
+                        await asyncio.sleep(WATCH_S)
+                        live.update(tables(await listed(mesh)), refresh=True)
+            else:
+                console.print(tables(listing))
+
+    run(look())
+
+
+async def listed(mesh: Mesh) -> Listing:
+    """What is on the mesh at this moment."""
+    known = await workers(mesh.connection, mesh.subjects)
+    envs, agents = await mesh.envs(), await mesh.agents()
+    serving = {advertisement.worker for advertisement in (*envs, *agents)}
+    return Listing(
+        url=mesh.connection.url,
+        namespace=mesh.subjects.namespace,
+        envs=envs,
+        agents=agents,
+        idle=[
+            IdleWorker.model_validate({"worker": fact.worker, "kind": fact.kind})
+            for fact in known
+            if fact.worker not in serving
+        ],
+    )
+
+
+def tables(listing: Listing) -> RenderableType:
+    """A listing as tables of envs and agents, and a line about the rest."""
+    shown: list[RenderableType] = []
+    for title, served in (("Envs", listing.envs), ("Agents", listing.agents)):
+        if served:
+            shown.append(_table(title, served))
+    if listing.idle:
+        ids = ", ".join(idle.worker for idle in listing.idle)
+        shown.append(
+            Text.assemble(("Ready", "bold"), f" and serving nothing yet; they make envs when somebody asks: {ids}")
+        )
+    count = len({a.worker for a in (*listing.envs, *listing.agents)} | {i.worker for i in listing.idle})
+    where = f"{listing.url}, namespace {listing.namespace}"
+    if not count:
+        return Text(f"No worker is at {where}.\nStart one: meshrl serve cartpole, or meshrl up")
+    shown.append(Text(f"{count} worker{'s' if count > 1 else ''} at {where}", "dim"))
+    return Group(*shown)
+
+
+def _table(title: str, served: Sequence[Advertisement]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold", pad_edge=False)
+    table.add_column("name", overflow="fold")
+    table.add_column("worker", no_wrap=True)
+    for number in ("slots", "free", "waiting"):
+        table.add_column(number, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for each in sorted(served, key=lambda a: (a.name, a.worker)):
+        table.add_row(
+            Text(each.name),
+            each.worker,
+            str(each.slots),
+            Text(str(each.free), "" if each.free else "yellow"),
+            Text(str(each.waiting), "yellow" if each.waiting else ""),
+            _state(each),
+        )
+    return table
+
+
+def _state(advertisement: Advertisement) -> Text:
+    if not advertisement.draining:
+        return Text("serving", "green")
+    left = advertisement.draining_s
+    return Text("draining" if left is None else f"draining, {left:.0f} s left", "yellow")

@@ -1,0 +1,384 @@
+"""The hostile corpus: at each decoder, and over a real server on every subject that workers and clients listen to."""
+
+import asyncio
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from meshrl import errors
+from meshrl.bus.connection import Connection, connect
+from meshrl.bus.embedded import EmbeddedServer
+from meshrl.client.mesh import Mesh
+from meshrl.errors import MalformedMessage, MeshError
+from meshrl.wire import messages, spaces
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.frames import OPS, check_reply, check_request
+from meshrl.wire.parts import Assembler, is_part
+from meshrl.wire.subjects import Subjects
+from meshrl.worker.agent_worker import AgentWorker
+from meshrl.worker.env_worker import EnvWorker
+from schemas import hostile
+from tests.contract.reading import V1, asyncapi, corpus, fault, titles
+
+Entry = dict[str, Any]
+
+FILES = ["values", "parts", "control", "requests", "acts", "replies"]
+CORPUS = [entry for file in FILES for entry in corpus("hostile", file)]
+ANSWER_S = 20.0
+
+
+def bodies(entry: Entry) -> list[bytes]:
+    return [bytes.fromhex(message) for message in entry["messages"]]
+
+
+def test_the_corpus_is_what_its_program_writes() -> None:
+    assert {path.stem for path in (V1 / "hostile").iterdir()} == set(FILES)
+    for file, entries in hostile.corpus().items():
+        written = [{**entry._asdict(), "messages": [body.hex() for body in entry.messages]} for entry in entries]
+        assert written == corpus("hostile", file)
+
+
+# --------------------------------------------------------------------------- at each decoder
+
+
+def decode(decoder: str, data: bytes) -> object:
+    if decoder == "value":
+        return unpack(data)
+    if decoder == "request":
+        return check_request(unpack(data))
+    if decoder == "reply":
+        return check_reply(unpack(data), 1)
+    return messages.parse(getattr(messages, decoder), data)
+
+
+DECODED = [e for e in CORPUS if ":" not in e["decoder"] and e["decoder"] not in {"part", "act"}]
+
+
+@pytest.mark.parametrize("entry", DECODED, ids=titles(DECODED))
+def test_a_decoder_raises_the_expected_error_and_no_other(entry: Entry) -> None:
+    if entry["expect"] == "accepted":
+        decode(entry["decoder"], bodies(entry)[0])
+        return
+    with pytest.raises(MeshError) as raised:
+        decode(entry["decoder"], bodies(entry)[0])
+    assert raised.value.code == entry["expect"]
+
+
+PARTS = corpus("hostile", "parts")
+
+
+@pytest.mark.parametrize("entry", PARTS, ids=titles(PARTS))
+def test_parts_are_joined_refused_or_kept_within_bounds(entry: Entry) -> None:
+    joining = Assembler()
+    *before, last = bodies(entry)
+    for body in before:
+        assert joining.feed("a peer", body, 0.0) is None
+    if entry["expect"] == "ignored":
+        assert joining.feed("a peer", last, 0.0) is None
+        assert joining.buffered_bytes < 1000
+        return
+    with pytest.raises(MalformedMessage):
+        messages.parse(messages.Ask, joining.feed("a peer", last, 0.0) or b"")
+    assert joining.buffered_bytes == 0
+
+
+SPACES = [e for e in corpus("hostile", "acts") if "space" in e["name"]]
+
+
+@pytest.mark.parametrize("entry", SPACES, ids=titles(SPACES))
+def test_a_hostile_space_is_refused_before_it_takes_memory(entry: Entry) -> None:
+    with pytest.raises(MalformedMessage):
+        spaces.rebuild(unpack(bodies(entry)[0])["action_space"])
+
+
+def test_every_truncation_of_every_golden_message_is_refused() -> None:
+    for file in ("frames", "control", "arrays", "values"):
+        for vector in corpus("golden", file):
+            whole = bytes.fromhex(vector["hex"])
+            for at in range(len(whole)):
+                with pytest.raises(MalformedMessage):
+                    unpack(whole[:at])
+
+
+# --------------------------------------------------------------------------- over the bus
+
+
+def still(obs: Any, deterministic: bool = False, action_space: Any = None) -> int:
+    """Acts alike whatever it sees."""
+    return 0
+
+
+class Counting:
+    """An agent that remembers."""
+
+    def __init__(self) -> None:
+        self.acts = 0
+
+    def act(self, obs: Any, action_space: Any = None) -> int:
+        self.acts += 1
+        return self.acts
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer.start() as running:
+        yield running
+
+
+@pytest.fixture
+def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Afterwards no pickle has run here, and no worker or client had anything to report."""
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="meshrl"):
+        yield
+    assert list(tmp_path.iterdir()) == []
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("meshrl")] == []
+
+
+def env_worker(server: EmbeddedServer) -> EnvWorker:
+    return EnvWorker({"cartpole": "CartPole-v1"}, url=server.url)
+
+
+def agent_worker(server: EmbeddedServer) -> AgentWorker:
+    return AgentWorker({"still": still, "still too": still, "counting": Counting}, url=server.url)
+
+
+def listened_to(env: EnvWorker, agent: AgentWorker, user: str) -> dict[str, list[str]]:
+    """The subjects of requests, by the name of their operation in the AsyncAPI document; sessions do not exist."""
+    subjects = Subjects()
+    workers = (env.id, agent.id)
+    return {
+        "describe": [subjects.ask],
+        "open": [subjects.worker(worker, "open", user) for worker in workers],
+        "open_anywhere": [subjects.any_open("cartpole", user)],
+        "probe": [subjects.worker(worker, "probe", user) for worker in workers],
+        "renew": [subjects.worker(worker, "renew", user) for worker in workers],
+        "act_at_worker": [subjects.worker(agent.id, "act", user)],
+        "act_anywhere": [subjects.any_act("still", user)],
+        **{
+            f"session_{op}": [subjects.session(worker, user, "hostile", op) for worker in workers]
+            for op in [*OPS, "close"]
+        },
+    }
+
+
+DECODER_OF = {
+    "describe": "Ask",
+    "open": "Open",
+    "open_anywhere": "Open",
+    "probe": "Probe",
+    "renew": "Renew",
+    "act_at_worker": "act",
+    "act_anywhere": "act",
+    "session_close": "Close",
+    **{f"session_{op}": "request" for op in OPS},
+}
+QUEUED = {"open_anywhere", "act_anywhere"}
+
+
+async def answer(connection: Connection, subject: str, sent: list[bytes]) -> Any:
+    """What is answered to the last of several messages with one reply subject."""
+    future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+
+    def answered(data: bytes | None) -> None:
+        if not future.done():
+            future.set_result(data)
+
+    rid = connection.request(subject, sent[0], answered)
+    for body in sent[1:]:
+        connection.again(rid, subject, body)
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            data = await future
+    except TimeoutError:
+        raise AssertionError(f"no answer on {subject} to {sent[-1][:60].hex()}") from None
+    finally:
+        connection.forget(rid)
+    assert data is not None, f"nobody listens on {subject}"
+    return data
+
+
+def code_of(data: bytes) -> str:
+    body = unpack(data)
+    assert isinstance(body, dict)
+    return body["error"]["code"] if "error" in body else "accepted"
+
+
+def expected(operation: str, entry: Entry) -> str | None:
+    """The code that the corpus tells for an entry on a subject; None where it does not tell."""
+    if entry["decoder"] == "part":
+        return "malformed_message" if operation in QUEUED else entry["expect"]
+    if entry["decoder"] in {"value", DECODER_OF[operation]}:
+        return str(entry["expect"])
+    return None
+
+
+def is_answered(operation: str, entry: Entry) -> bool:
+    """An ask for what a worker does not serve is for others to answer."""
+    if expected(operation, entry) == "ignored":
+        return False
+    try:
+        ask = messages.parse(messages.Ask, bodies(entry)[-1])
+    except MeshError:
+        return True
+    return operation != "describe" or (ask.name is None and ask.worker is None)
+
+
+def check_answer(operation: str, data: bytes, entry: Entry, codes: set[str]) -> None:
+    code = code_of(data)
+    told = expected(operation, entry)
+    assert told in {None, code}, f"{operation}: {entry['name']}: {code} and not {told}"
+    assert code in codes or code == "accepted"
+    replies = asyncapi()["operations"][operation]["reply"]["messages"]
+    names = [reply["$ref"].rpartition("/")[2] for reply in replies]
+    assert "" in {fault(name, data) for name in names}, f"{operation}: {entry['name']}: {data[:200]!r}"
+
+
+# What a refusal may be where an entry meets a subject that it was not made for.
+REFUSALS = {"malformed_message", "unsupported_version", "session_unknown", "unknown_name"}
+
+
+async def use_normally(mesh: Mesh) -> None:
+    env = await mesh.env("cartpole")
+    obs, _ = await env.reset(seed=1)
+    assert obs.shape == (4,)
+    obs, reward, *_ = await env.step(np.int64(1))
+    assert (obs.dtype, reward) == (np.float32, 1.0)
+    agent = await mesh.agent("still")
+    assert await agent.act(obs) == 0
+    await env.close()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+async def test_every_hostile_message_on_every_subject_is_answered_by_an_error_and_harms_nobody(
+    server: EmbeddedServer,
+) -> None:
+    async with (
+        env_worker(server) as env,
+        agent_worker(server) as agent,
+        connect(server.url) as connection,
+        Mesh(server.url) as mesh,
+    ):
+        held = await mesh.env("cartpole")
+        await held.reset(seed=1)
+        silent = 0
+        for operation, subjects in listened_to(env, agent, connection.user).items():
+            for subject in subjects:
+                loud = [entry for entry in CORPUS if is_answered(operation, entry)]
+                waits = [answer(connection, subject, bodies(entry)) for entry in loud]
+                for entry, data in zip(loud, await asyncio.gather(*waits), strict=True):
+                    check_answer(operation, data, entry, REFUSALS)
+                for entry in (e for e in CORPUS if e not in loud):
+                    silent += 1
+                    for body in bodies(entry):
+                        connection.publish(subject, body)
+        assert silent > 0
+        await use_normally(mesh)
+        await held.step(np.int64(0))
+        await held.close()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+async def test_what_has_no_reply_subject_is_dropped_in_silence(server: EmbeddedServer) -> None:
+    async with (
+        env_worker(server) as env,
+        agent_worker(server) as agent,
+        connect(server.url) as connection,
+        Mesh(server.url) as mesh,
+    ):
+        for subjects in listened_to(env, agent, connection.user).values():
+            for subject, entry in itertools.product(subjects, CORPUS):
+                for body in bodies(entry):
+                    if not is_part(body):  # of those the bus tells its owner: no request has them without a reply
+                        connection.publish(subject, body)
+        await connection.flush()
+        await use_normally(mesh)
+
+
+def _ops(kind: str) -> list[Entry]:
+    return [entry for entry in corpus("hostile", "requests") if entry["decoder"].startswith(f"{kind}:")]
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(("kind", "name"), [("env", "cartpole"), ("agent", "counting")])
+async def test_a_session_refuses_hostile_requests_and_goes_on(server: EmbeddedServer, kind: str, name: str) -> None:
+    async with env_worker(server) as env, agent_worker(server) as agent, connect(server.url) as connection:
+        worker = env if kind == "env" else agent
+        subjects = Subjects()
+        for number, entry in enumerate(_ops(kind)):
+            session = f"hostile-{number}"
+
+            async def ask(op: str, body: bytes, session: str = session) -> bytes:
+                subject = subjects.session(worker.id, connection.user, session, op)
+                return bytes(await answer(connection, subject, [body]))
+
+            open_ = messages.Open.model_validate({"session": session, "kind": kind, "name": name})
+            subject = subjects.worker(worker.id, "open", connection.user)
+            messages.parse(messages.Grant, await answer(connection, subject, [open_.to_wire()]))
+            op = entry["decoder"].partition(":")[2]
+            data = await ask(op, bodies(entry)[0])
+            assert (code_of(data), unpack(data)["seq"]) == (entry["expect"], 1), entry["name"]
+            # the same again is the same answer; and the session goes on
+            assert await ask(op, bodies(entry)[0]) == data
+            lane = {"epoch": 1, "lane": 0}
+            assert code_of(await ask("reset", pack({**lane, "seq": 2, "seed": 1}))) == "accepted"
+            state = unpack(await ask("state", pack({**lane, "seq": 3})))["state"]
+            assert (state["phase"], state["episode"], state["seed"]) == ("running", 1, 1)
+            closed = await ask("close", messages.Close(epoch=1).to_wire())
+            assert messages.parse(messages.Closed, closed).existed
+
+
+@pytest.mark.usefixtures("nothing_runs")
+async def test_hostile_advertisements_do_not_disturb_a_client(server: EmbeddedServer) -> None:
+    subjects = Subjects()
+    async with (
+        env_worker(server) as env,
+        agent_worker(server),
+        connect(server.url) as connection,
+        Mesh(server.url) as mesh,
+    ):
+        before = [(ad.name, ad.worker) for ad in await mesh.envs()]
+        assert before == [("cartpole", env.id)]
+        theirs = subjects.advertisement("env", "cartpole", env.id)
+        mine = subjects.advertisement("env", "trap", "mallory")
+        for entry in CORPUS:
+            if entry["decoder"] == "part":
+                continue
+            for subject in (theirs, mine):
+                connection.publish(subject, bodies(entry)[0])
+        # A well-formed one that speaks for another worker: it would send that worker away, or its clients elsewhere.
+        claim = {"kind": "env", "name": "cartpole", "worker": env.id, "slots": 1, "free": 1, "description": "x"}
+        connection.publish(mine, msgpack.packb({**claim, "left": True}))
+        connection.publish(mine, msgpack.packb({**claim, "worker": "mallory"}))
+        marker = {**claim, "name": "marker", "worker": "m1"}
+        connection.publish(subjects.advertisement("env", "marker", "m1"), msgpack.packb(marker))
+        seen = []
+        async for event in mesh.watch():
+            seen.append((event.kind, *event.key))
+            if event.key == ("env", "marker", "m1"):
+                break
+        assert {key for key in seen if key[3] != "m1" and key[1] == "env"} == {("joined", "env", "cartpole", env.id)}
+        await use_normally(mesh)
+
+
+def test_every_error_code_that_the_corpus_expects_is_one_of_the_contract() -> None:
+    known = {cls.code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, MeshError)}
+    assert {entry["expect"] for entry in CORPUS} <= known | {"accepted", "ignored"}
+
+
+def test_the_pickle_of_the_corpus_would_run_if_anybody_let_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise the absence of its file would prove nothing.
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+    entry = next(e for e in CORPUS if e["name"] == "a pickle as msgpack-numpy sends object arrays")
+    pickle.loads(msgpack.unpackb(bodies(entry)[0])["x"][b"data"]).close()
+    assert [path.name for path in tmp_path.iterdir()] == [hostile.EVIDENCE]
+    assert json.dumps(entry)
