@@ -34,7 +34,7 @@ _SEED: Schema = {
         {"$ref": "array.json#/$defs/scalar"},
     ],
 }
-_NAME: Schema = {"type": "string", "pattern": "^[^\\W\\d_]\\w*$", "description": "A public name of the env."}
+_NAME: Schema = {"type": "string", "minLength": 1, "description": "An identifier; one that begins with _ is refused."}
 _ARGS: Schema = {"anyOf": [{"type": "array", "items": VALUE}, {"$ref": "value.json#/$defs/tuple"}]}
 _OFFERED: Schema = {
     "info": {**VALUE, "description": "The env's info; legal actions as action_mask in it."},

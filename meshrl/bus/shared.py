@@ -77,7 +77,7 @@ def embedded_mesh() -> str:
         url = _server().url
         if _SHARED.host is None or _SHARED.host.poll() is not None:
             env = {**os.environ, "MESHRL_URL": url}
-            _SHARED.host = Guarded.spawn([sys.executable, "-m", HOST_MODULE], env=env)
+            _SHARED.host = Guarded.spawn([sys.executable, "-m", HOST_MODULE, "--agents", "--private"], env=env)
         return url
 
 

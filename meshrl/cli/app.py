@@ -16,6 +16,7 @@ import typer
 
 from meshrl import __version__
 from meshrl.cli.check import check
+from meshrl.cli.demo import demo
 from meshrl.cli.doctor import doctor
 from meshrl.cli.ls import ls
 from meshrl.cli.serve import serve
@@ -49,6 +50,7 @@ app.command("serve")(serve)
 app.command("serve-agent")(serve_agent)
 app.command("ls")(ls)
 app.command("check")(check)
+app.command("demo")(demo)
 app.command("doctor")(doctor)
 
 

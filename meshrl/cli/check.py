@@ -10,10 +10,10 @@ from rich.text import Text
 
 from meshrl.bus.locate import locate
 from meshrl.cli.options import CredentialsFile, Json, Namespace, Url, json_object
-from meshrl.cli.running import run
 from meshrl.client.mesh import Mesh
 from meshrl.testing.conformance import conformance
 from meshrl.testing.report import Outcome, Report, Result
+from meshrl.worker.running import run
 
 STYLES: dict[Outcome, str] = {"passed": "green", "failed": "bold red", "warning": "yellow", "skipped": "dim"}
 

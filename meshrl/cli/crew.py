@@ -41,7 +41,7 @@ class Hand:
 
     Args:
         number: from 1, for people.
-        arguments: of the program :mod:`meshrl.cli.hand`.
+        arguments: of the program :mod:`meshrl.worker.host`.
         url: of the server, password included; it is handed over in the environment.
         home: a directory for its log and its ready file.
         say: tells people what happened.
@@ -103,7 +103,7 @@ class Hand:
         self._ready.unlink(missing_ok=True)
         env = {**os.environ, URL_VARIABLE: self._url}
         env.pop(EMBEDDED_VARIABLE, None)
-        line = [sys.executable, "-m", "meshrl.cli.hand", "--ready", str(self._ready), *self._arguments]
+        line = [sys.executable, "-m", "meshrl.worker.host", "--ready", str(self._ready), *self._arguments]
         self._born = time.monotonic()
         # On the event loop, although it blocks for some hundredths of a second: a cancelled wait for a thread would
         # leave a process behind that nobody knows.

@@ -1,8 +1,6 @@
 """``meshrl demo``: a whole mesh on this machine, with learners that share it, from nothing to a solved env.
 
-Every part is a process of its own: nats-server, the env workers, the agent worker and the learners. Each runs under a
-:mod:`guard <meshrl.bus.guard>`, so that none outlives this one. What a process has to say it writes to its log,
-as lines of JSON; the rest of the log is for people.
+Every part is a process of its own: nats-server, the env workers, the agent worker and the learners.
 """
 
 from __future__ import annotations
@@ -11,32 +9,24 @@ import asyncio
 import contextlib
 import importlib.util
 import json
-import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
-from rich.table import Table
 
-from meshrl.bus.embedded import URL_VARIABLE as EMBEDDED_VARIABLE
 from meshrl.bus.embedded import EmbeddedServer
-from meshrl.bus.guard import Guarded
-from meshrl.bus.locate import URL_VARIABLE
-from meshrl.cli.demo_pictures import Curve, colour_of, draw_curves, film
+from meshrl.cli.demo_pictures import colour_of, draw_curves, film
+from meshrl.cli.demo_processes import Child, Run
+from meshrl.cli.demo_show import Show
 from meshrl.cli.learner import EVALUATION_SEEDS, Episode, Generation, Result, Settings
 from meshrl.client.evaluate import Report
 from meshrl.client.mesh import Mesh
 from meshrl.errors import UsageError, WorkerError
 
 ENV = "CartPole-v1"
-# The program of the processes; a name, since nothing of it is needed here.
-PARTS = "meshrl.cli.demo_parts"
 TARGET, QUICK_TARGET = 475.0, 100.0
 EPISODES = 20
 # The seeds of the demo's own episodes: neither trained on nor used by a learner's evaluation.
@@ -45,195 +35,8 @@ DEMO_SEEDS = EVALUATION_SEEDS + 1_000_000_000
 START_S = 60.0
 # How often the logs are read; the bars move that often.
 LOOK_S = 0.1
-LOG_LINES_IN_ERRORS = 8
 # The extra "demo": the import and the package that has it.
 NEEDED = {"matplotlib": "matplotlib", "PIL": "pillow", "pygame": "pygame"}
-
-
-# --------------------------------------------------------------------------- processes
-
-
-class Child:
-    """A guarded process, and what it writes to its log.
-
-    Args:
-        label: what it is called in messages.
-        log: its log file; replaced.
-        arguments: of :data:`PARTS`.
-        url: of the mesh.
-    """
-
-    def __init__(self, label: str, log: Path, arguments: Sequence[str], url: str) -> None:
-        self.label = label
-        self.log = log
-        log.unlink(missing_ok=True)
-        log.touch(mode=0o600)
-        env = {**os.environ, URL_VARIABLE: url}
-        env.pop(EMBEDDED_VARIABLE, None)
-        self.guarded = Guarded.spawn([sys.executable, "-m", PARTS, *arguments], log=log, env=env)
-        self._read_bytes = 0
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """The JSON lines that were written since the last call."""
-        with self.log.open("rb") as file:
-            file.seek(self._read_bytes)
-            for line in file:
-                if not line.endswith(b"\n"):  # the rest of it is on its way
-                    return
-                self._read_bytes += len(line)
-                if line.startswith(b'{"event":'):
-                    yield json.loads(line)
-
-    def last_lines(self) -> str:
-        """The end of its log without the events: what went wrong."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join([line for line in lines if not line.startswith('{"event":')][-LOG_LINES_IN_ERRORS:])
-
-    def check_running(self) -> None:
-        """Raise if it has ended.
-
-        Raises:
-            WorkerError: with the end of its log.
-        """
-        code = self.guarded.poll()
-        if code is not None:
-            raise WorkerError(
-                f"{self.label} ended with code {code}; {self.log} ends with:\n{self.last_lines()}", code=code
-            )
-
-
-@dataclass
-class Run:
-    """One learner as the demo sees it."""
-
-    number: int
-    child: Child
-    curve: Curve = field(default_factory=Curve)
-    generation: int = 0
-    latest: Episode | None = None
-    result: Result | None = None
-    failed: bool = False
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more comes of it."""
-        return self.failed or self.result is not None
-
-
-# --------------------------------------------------------------------------- what is shown
-
-
-class Show:
-    """Live bars on a terminal, plain lines elsewhere.
-
-    Args:
-        console: to write to.
-        learners: how many.
-        target: the return that fills a bar.
-    """
-
-    def __init__(self, console: Console, learners: int, target: float) -> None:
-        self._console = console
-        self._target = target
-        self._bars = Progress(
-            SpinnerColumn(finished_text="[green]✔"),
-            TextColumn("[bold {task.fields[colour]}]{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[now]:>5.0f} / {task.total:.0f}"),
-            TextColumn("[dim]{task.fields[steps]:>7,} env steps  {task.fields[rate]:>5,.0f}/s"),
-            TextColumn("{task.fields[doing]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: list[TaskID] = [
-            self._bars.add_task(
-                f"learner {index + 1}",
-                total=target,
-                colour=colour_of(index + 1),
-                now=0.0,
-                steps=0,
-                rate=0.0,
-                doing="starts",
-            )
-            for index in range(learners)
-        ]
-
-    def say(self, text: str) -> None:
-        """A line, above the bars if there are any."""
-        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._bars.stop()
-
-    def episode(self, run: Run, episode: Episode) -> None:
-        """An episode of a learner has ended."""
-        now = run.curve.recent()
-        self._bars.update(
-            self._tasks[run.number - 1],
-            completed=min(now, self._target * 0.99),  # full only when the evaluation says so
-            now=now,
-            steps=episode.steps,
-            rate=episode.steps / max(episode.seconds, 1e-3),
-            doing="evaluates" if episode.evaluation else f"generation {run.generation + 1}",
-        )
-
-    def generation(self, run: Run, generation: Generation) -> None:
-        """A generation of a learner has been tried."""
-        if not self._console.is_terminal:
-            self.say(
-                f"learner {run.number}: generation {generation.number}, mean return {generation.mean_return:.1f} "
-                f"after {generation.steps:,} env steps"
-            )
-
-    def result(self, run: Run, result: Result) -> None:
-        """A learner has ended."""
-        reached = "reached the target" if result.reached else "did not reach the target"
-        if not self._console.is_terminal:
-            self.say(
-                f"learner {run.number}: {reached}, mean return {result.mean_return:.1f} of {EPISODES} evaluation "
-                f"episodes after {result.steps:,} env steps"
-            )
-        self._bars.update(
-            self._tasks[run.number - 1],
-            completed=self._target if result.reached else result.mean_return,
-            now=result.mean_return,
-            steps=result.steps,
-            rate=result.steps / result.seconds,
-            doing="[green]solved" if result.reached else "[red]gave up",
-        )
-
-    def failure(self, run: Run) -> None:
-        """A learner's process ended without a result."""
-        self._bars.update(self._tasks[run.number - 1], doing="[red]failed")
-        self.say(f"learner {run.number} failed; {run.child.log} ends with:\n{run.child.last_lines()}")
-
-    def table(self, runs: Sequence[Run], names: dict[str, str]) -> None:
-        """What came of the learners; ``names`` are the env workers' numbers by id."""
-        table = Table(title=f"{ENV}, learned on one shared pool", title_justify="left", title_style="bold")
-        table.add_column("learner")
-        for heading in ("env steps", "episodes", "final return", "steps/s"):
-            table.add_column(heading, justify="right")
-        table.add_column("by env worker")
-        for run in runs:
-            result = run.result
-            if result is None:
-                table.add_row(str(run.number), "-", "-", "[red]failed", "-", "-")
-                continue
-            colour = "green" if result.reached else "red"
-            served = sorted((names.get(worker, worker), count) for worker, count in result.workers.items())
-            table.add_row(
-                str(run.number),
-                f"{result.steps:,}",
-                f"{result.episodes:,}",
-                f"[{colour}]{result.mean_return:.1f}",
-                f"{result.steps / result.seconds:,.0f}",
-                ", ".join(f"{name}: {count / max(result.steps, 1):.0%}" for name, count in served),
-            )
-        self._console.print(table)
 
 
 # --------------------------------------------------------------------------- the course of it
@@ -295,7 +98,7 @@ class Demo:
             with show:
                 await self._follow(runs, [*workers, agents])
             seconds = time.monotonic() - learned_from
-            show.table(runs, names)
+            show.table(ENV, runs, names)
             results = [run.result for run in runs if run.result is not None]
             steps = sum(result.steps for result in results)
             show.say(f"{steps:,} env steps in {seconds:.1f} s: {steps / seconds:,.0f} steps/s in all")
@@ -404,10 +207,11 @@ def demo(
     learners: Annotated[int, typer.Option(min=1, max=16, help="Learner processes.")] = 4,
     workers: Annotated[int, typer.Option(min=1, max=16, help="Env worker processes.")] = 2,
     target: Annotated[
-        float | None, typer.Option(help="Mean return of 20 evaluation episodes to reach. [default: 475]")
+        float | None,
+        typer.Option(help="Mean return of 20 evaluation episodes to reach.", show_default="475; 100 with --quick"),
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Env steps after which a learner gives up.")] = 200_000,
-    quick: Annotated[bool, typer.Option("--quick", help="A small run: a target of 100.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A small run, to an easier target.")] = False,
 ) -> None:
     """Run a mesh here, with learners that share one pool of CartPole until they have solved it."""
     absent = missing()

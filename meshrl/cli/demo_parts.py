@@ -29,8 +29,8 @@ from meshrl.client.mesh import Mesh
 from meshrl.errors import UsageError
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.env_worker import EnvWorker
-from meshrl.worker.host import run
 from meshrl.worker.policies import random_policy
+from meshrl.worker.running import run
 from meshrl.worker.service import Service
 
 # Room on one worker for all that the command line can ask for: 16 learners of 8 envs, and an evaluation.

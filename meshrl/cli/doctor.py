@@ -11,7 +11,7 @@ from rich.text import Text
 from meshrl.cli import installed, reachable
 from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
 from meshrl.cli.rows import Row
-from meshrl.cli.running import run
+from meshrl.worker.running import run
 
 STYLES: dict[Literal["ok", "warning", "error"], str] = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
@@ -36,7 +36,7 @@ def doctor(
     credentials: CredentialsFile = None,
 ) -> None:
     """Say what is installed and reachable, and what to do where something is not. Exit code 1 on an error."""
-    rows = [*installed.rows(url_given=url is not None)]
+    rows = [*installed.rows(url_given=bool(url))]
     rows += run(reachable.rows(url, namespace=namespace, credentials=credentials, timeout_s=timeout))
     examination = Examination(ok=all(row.status != "error" for row in rows), rows=rows)
     if as_json:

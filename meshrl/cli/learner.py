@@ -40,7 +40,7 @@ NOISE = 0.25
 NOISE_GENERATIONS = 10
 # What one unit of weight acts on: a metre, a metre a second, a tenth of a radian, half a radian a second. The episode
 # ends at a tilt of 0.2 rad, so that in plain radians the search would hardly see it. With these, all of 150 seeds
-# reach 475: in 25,000 steps on average, in 56,000 at most.
+# (0 to 149) reach 475: in 24,000 steps on average, 69,000 at most.
 SCALE = np.array([1.0, 1.0, 0.1, 0.5])
 
 

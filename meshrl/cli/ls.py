@@ -15,9 +15,9 @@ from rich.text import Text
 from meshrl.bus.facts import workers
 from meshrl.bus.locate import locate
 from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
-from meshrl.cli.running import run
 from meshrl.client.mesh import Mesh
 from meshrl.wire.messages import Advertisement, Kind
+from meshrl.worker.running import run
 
 WATCH_S = 1.0
 

@@ -13,7 +13,7 @@ from meshrl.errors import UsageError
 Url = Annotated[
     str | None,
     typer.Option(
-        help="NATS server, such as nats://host:4222. [default: found as Mesh() finds it]",
+        help="NATS server, such as nats://host:4222; found as Mesh() finds it when left out.",
         envvar=URL_VARIABLE,
         show_default=False,
         show_envvar=True,

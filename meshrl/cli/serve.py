@@ -20,11 +20,12 @@ from meshrl.cli.options import (
     json_object,
     names_in,
 )
-from meshrl.cli.running import reach, run, until_stopped
+from meshrl.cli.reach import reach
 from meshrl.errors import InvalidName, UsageError
 from meshrl.protocol.names import near, resolve
 from meshrl.worker.env_worker import EnvWorker
 from meshrl.worker.factories import Factory, is_gymnasium_id
+from meshrl.worker.running import run, until_stopped
 
 
 def serve(

@@ -16,11 +16,12 @@ from meshrl.cli.options import (
     capabilities_in,
     names_in,
 )
-from meshrl.cli.running import reach, run, until_stopped
+from meshrl.cli.reach import reach
 from meshrl.cli.serve import import_from_here
 from meshrl.errors import UsageError
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.policies import random_policy
+from meshrl.worker.running import run, until_stopped
 
 BUILT_IN = {"random": random_policy}
 

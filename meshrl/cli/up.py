@@ -16,11 +16,11 @@ from meshrl.bus.login import login
 from meshrl.bus.record import UpLock, write_record
 from meshrl.cli.crew import Crew, Hand
 from meshrl.cli.options import CredentialsFile, Namespace, Url, Wait
-from meshrl.cli.running import reach, run, until_stopped
-from meshrl.errors import MeshUnreachable, UsageError
+from meshrl.cli.reach import reach
+from meshrl.errors import UsageError
+from meshrl.worker.running import run, until_stopped
 
 HOST = "127.0.0.1"
-NATS_PORT = 4222
 ANY_PORT = -1
 
 
@@ -31,26 +31,18 @@ def up(
     store: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for JetStream's files, kept afterwards. [default: a temporary one]",
+            help="Directory for JetStream's files, kept afterwards; a temporary one when left out.",
             show_default=False,
             metavar="DIR",
         ),
     ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(
-            help="Port of the server; 0 for any. [default: 4222 if it is free, else any]",
-            show_default=False,
-            min=0,
-            max=65535,
-        ),
-    ] = None,
+    port: Annotated[int, typer.Option(help="Port of the server; 0 for any.", min=0, max=65535)] = 0,
     wait: Wait = 30.0,
     namespace: Namespace = "default",
     credentials: CredentialsFile = None,
 ) -> None:
     """Run a NATS server (unless --url names one) and workers for any id in Gymnasium's registry."""
-    if url is not None and (store is not None or port is not None):
+    if url and (store is not None or port):
         raise UsageError("--store and --port are for a server of meshrl's own; leave them out with --url")
     console = Console(highlight=False)
 
@@ -60,7 +52,7 @@ def up(
     async def stay() -> None:
         with contextlib.ExitStack() as stack:
             server = None
-            if url is None:
+            if not url:
                 stack.enter_context(UpLock())
                 server = stack.enter_context(start_server(store, port))
                 address = server.url
@@ -68,8 +60,10 @@ def up(
                 address = await reach(url, credentials=credentials, namespace=namespace, wait_s=wait)
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshrl-up-")))
             options = ["--namespace", namespace, "--slots", str(slots)]
-            options += ["--credentials", str(credentials.absolute())] if credentials else []
-            options += ["--private"] if server else []
+            if server is not None:  # its login is in its address
+                options += ["--private"]
+            elif credentials is not None:
+                options += ["--credentials", str(credentials.absolute())]
             hands = [
                 Hand(n, [*options, *(["--agents"] if n == 1 else [])], address, home, say)
                 for n in range(1, workers + 1)
@@ -88,23 +82,19 @@ def up(
     run(until_stopped(stay()))
 
 
-def start_server(store: Path | None, port: int | None) -> EmbeddedServer:
+def start_server(store: Path | None, port: int) -> EmbeddedServer:
     """A server of this command's own, on the loopback address and with a password.
+
+    NATS's own port 4222 is not taken unless asked for: others would find a server there that refuses them.
 
     Args:
         store: for JetStream's files.
-        port: the one asked for; 0 for any, None for NATS's own if it is free.
+        port: the one asked for; 0 for any.
 
     Raises:
         UsageError: the port asked for is taken.
         MeshUnreachable: the server does not start.
     """
-    if port is None and is_free(NATS_PORT):
-        try:
-            return EmbeddedServer.start(store=store, host=HOST, port=NATS_PORT)
-        except MeshUnreachable:
-            if is_free(NATS_PORT):  # it was not the port
-                raise
     if port and not is_free(port):
         raise UsageError(f"port {port} is taken by another program; leave --port out, or use --port 0 for any")
     return EmbeddedServer.start(store=store, host=HOST, port=port or ANY_PORT)
@@ -132,14 +122,14 @@ def how_to_connect(url: str, workers: int, namespace: str, *, own: bool) -> Text
         own: whether the server was started here, so that this user's processes find it by themselves.
     """
     shown = url if own else login(url).url
-    who = f"{workers} worker{'s' if workers > 1 else ''}"
+    who = f"{workers} worker processes serve" if workers > 1 else "1 worker process serves"
     given = [] if own else [repr(shown)]
     given += [f"namespace={namespace!r}"] if namespace != "default" else []
     more = [] if own else ["--url", shown]
     more += ["--namespace", namespace] if namespace != "default" else []
     text = Text()
     text.append("meshrl is up: ", "bold green")
-    text.append(f"{who} for any id in Gymnasium's registry, and the agent random.\n\n")
+    text.append(f"{who} any id in Gymnasium's registry,\nand the agent random.\n\n")
     text.append("  From Python:\n")
     text.append(f"    async with meshrl.Mesh({', '.join(given)}) as m:\n", "cyan")
     text.append('        env = await m.env("cartpole")\n\n', "cyan")

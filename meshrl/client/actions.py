@@ -55,6 +55,10 @@ def _checker(space: spaces.Space[Any], strict: bool, at: str) -> _Problem:
         return _dict({key: _checker(part, strict, f"{at}[{key!r}]") for key, part in space.spaces.items()}, where)
     if type(space) is spaces.Tuple:
         return _tuple([_checker(part, strict, f"{at}[{i}]") for i, part in enumerate(space.spaces)], where)
+    if type(space) is spaces.OneOf:
+        return _one_of([_checker(part, strict, f"{at}[{i}]") for i, part in enumerate(space.spaces)], where)
+    if type(space) is spaces.Sequence and not space.stack:
+        return _sequence(_checker(space.feature_space, strict, f"{at}[...]"), where)
 
     def contained(action: Any) -> str | None:
         return None if space.contains(action) else f"{where}is not in the space: {_short(action)}"
@@ -162,6 +166,27 @@ def _tuple(parts: list[_Problem], where: str) -> _Problem:
             if problem is not None:
                 return problem
         return None
+
+    return check
+
+
+def _one_of(parts: list[_Problem], where: str) -> _Problem:
+    def check(action: Any) -> str | None:
+        if not isinstance(action, (tuple, list)) or len(action) != 2 or not isinstance(action[0], _INTEGERS):
+            return f"{where}is not a pair of a whole number and a value"
+        which, value = action
+        if not 0 <= which < len(parts):
+            return f"{where}chooses {which}, not from 0 to {len(parts) - 1}"
+        return parts[which](value)
+
+    return check
+
+
+def _sequence(item: _Problem, where: str) -> _Problem:
+    def check(action: Any) -> str | None:
+        if not isinstance(action, (tuple, list)):
+            return f"{where}is {type(action).__name__}, not a tuple"
+        return next((problem for value in action if (problem := item(value)) is not None), None)
 
     return check
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from meshrl.errors import UsageError
+from meshrl.errors import MeshError, UsageError
 
 if TYPE_CHECKING:
     from meshrl.client.mesh import Mesh
@@ -82,9 +82,16 @@ async def evaluate(
             while seeds:
                 done.append(await _episode(remote, policy, seeds.pop(), deterministic))
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, episodes)):
-            group.create_task(run())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, episodes)):
+                group.create_task(run())
+    except* MeshError as failures:
+        # One is told: several learners of one lost worker say the same.
+        first: BaseException = failures
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
     done.sort(key=lambda episode: episode.seed)
     returns = np.array([episode.episode_return for episode in done])
     return Report(

@@ -84,8 +84,10 @@ async def steps(trial: Trial) -> str:
             trial.played.append(await trial.play(env, trial.seed + n))
     lengths = [len(episode.steps) for episode in trial.played]
     ended = sum(episode.ended for episode in trial.played)
-    what = f"{len(lengths)} episodes of {min(lengths)} to {max(lengths)} steps"
-    return f"{what}; {ended} of them ended" if ended else f"{what}, none of which ended by then"
+    shortest, longest = min(lengths), max(lengths)
+    many = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    what = f"{len(lengths)} episode{'s' if len(lengths) > 1 else ''} of {many} steps"
+    return f"{what}; {ended} ended" if ended else f"{what}; none ended by then"
 
 
 async def observations(trial: Trial) -> str:

@@ -27,11 +27,15 @@ def token(text: str) -> str:
     """``text`` as one token of a subject.
 
     Raises:
-        InvalidName: when it is empty or longer than 128 characters.
+        InvalidName: when it is empty, longer than 128 characters, or has half of a surrogate pair.
     """
     if not text or len(text) > MAX_NAME_CHARS:
         raise InvalidName(f"a name has 1 to {MAX_NAME_CHARS} characters, not {len(text)}: {text[:40]!r}")
-    return quote(text, safe="/:@+=").replace(".", "%2E").replace("~", "%7E")
+    try:
+        quoted = quote(text, safe="/:@+=")
+    except UnicodeEncodeError:
+        raise InvalidName(f"a name that has no UTF-8: {text[:40]!r}") from None
+    return quoted.replace(".", "%2E").replace("~", "%7E")
 
 
 def untoken(part: str) -> str:

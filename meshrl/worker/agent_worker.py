@@ -79,9 +79,10 @@ class HostedAgent:
     def run(self, op: str, body: Frame) -> Frame:
         """Carry out one op; gives the reply's own fields."""
         if op == "act":
+            obs, offered = _obs(body), _offered(body, self._takes)
             self._steps += 1
             self._total += 1
-            return {"action": self.agent.act(_obs(body), **_offered(body, self._takes))}
+            return {"action": self.agent.act(obs, **offered)}
         if op == "reset":
             return self._reset(body)
         if op == "observe":
@@ -120,7 +121,10 @@ class HostedAgent:
         if not isinstance(reward, (int, float, np.integer, np.floating)):
             raise MalformedMessage(f"a reward is a number, not {type(reward).__name__}")
         ended = _flag(body, "terminated") or _flag(body, "truncated")
-        self._return += float(reward)
+        try:
+            self._return += float(reward)
+        except OverflowError as exc:
+            raise MalformedMessage("a reward beyond what a float holds") from exc
         if ended:
             self._phase = "ended"
         observe = getattr(self.agent, "observe", None)

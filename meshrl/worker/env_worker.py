@@ -47,6 +47,7 @@ class EnvWorker(Service):
         allow: public names of the env that clients may call and set; ``("*",)`` for any. Reading public attributes is
             always allowed.
         on_demand: serve any id in Gymnasium's registry as soon as somebody asks for it.
+        import_modules: let a client's ``module:Name-v1`` import that module; only where clients are this user's own.
         step_deadline_s: how long one request may run before its client gives the session up.
         lease_s: seconds for which a session lives without a renewal.
     """
@@ -66,6 +67,7 @@ class EnvWorker(Service):
         allow_kwargs: Iterable[str] = (),
         allow: Iterable[str] = (),
         on_demand: bool = False,
+        import_modules: bool = False,
         step_deadline_s: float = STEP_DEADLINE_S,
         lease_s: float = 15.0,
     ) -> None:
@@ -83,6 +85,7 @@ class EnvWorker(Service):
         self._allow_kwargs = frozenset(allow_kwargs)
         self._allow = frozenset(allow)
         self._on_demand = on_demand
+        self._import_modules = import_modules
         self._step_deadline_s = step_deadline_s
         self._providing = threading.Lock()
 
@@ -134,7 +137,7 @@ class EnvWorker(Service):
             known = served.get(name)
             if known is not None or not self._on_demand:
                 return known
-            found = registered(name)
+            found = registered(name, import_modules=self._import_modules)
             if found is None:
                 close = near(name, [*served, *gymnasium.registry])
                 hint = f"did you mean {', '.join(close)}?" if close else "gymnasium.pprint_registry() lists its ids"

@@ -21,6 +21,7 @@ from typing import Any
 import gymnasium
 
 from meshrl.errors import InvalidName
+from meshrl.protocol.names import resolve
 
 _GYMNASIUM_ID = re.compile(r"^(?:(?P<module>[\w.]+):)?(?:[\w-]+/)?[\w:.-]*-v\d+$")
 
@@ -62,7 +63,7 @@ def load(text: str) -> Any:
         InvalidName: the text has another form, or there is no such module or name.
     """
     module_name, colon, attribute = text.partition(":")
-    if not colon or not attribute:
+    if not module_name or not colon or not attribute:
         raise InvalidName(f"{text!r} is neither a Gymnasium id (Name-v1, module:Name-v1) nor module:Class")
     try:
         found: Any = importlib.import_module(module_name)
@@ -92,20 +93,23 @@ def as_factory(source: EnvSource | Factory) -> Factory:
     return Factory(source)
 
 
-def registered(name: str) -> str | None:
-    """The Gymnasium id that ``name`` means for a worker that serves on demand, or None."""
-    from meshrl.protocol.names import resolve  # noqa: PLC0415  # only workers on demand resolve names
+def registered(name: str, *, import_modules: bool) -> str | None:
+    """The Gymnasium id that ``name`` means for a worker that serves on demand, or None.
 
+    Args:
+        name: as a client asked for it.
+        import_modules: import the module of ``module:Name-v1``; never done for strangers.
+    """
     module, colon, rest = name.partition(":")
-    if colon:
-        if not is_gymnasium_id(name):
-            return None
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            return None
-        return name if rest in gymnasium.registry else None
-    return resolve(name, list(gymnasium.registry))
+    if not colon:
+        return resolve(name, list(gymnasium.registry))
+    if not import_modules or not is_gymnasium_id(name):
+        return None
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return None
+    return name if rest in gymnasium.registry else None
 
 
 def _takes(made: Any, name: str) -> bool:

@@ -1,57 +1,82 @@
-"""The program behind an embedded mesh: Gymnasium's registry on demand, and the agent ``random``.
+"""The program behind an embedded mesh and behind ``meshrl up``: Gymnasium's registry on demand, and maybe ``random``.
 
-``python -m meshrl.worker.host`` with ``MESHRL_URL`` set. It ends with the process that started it, which guards it.
+``python -m meshrl.worker.host`` with ``MESHRL_URL`` set (a password does not belong on a command line). It is started
+under a guard and ends with its parent.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import os
-import signal
-from collections.abc import Coroutine
-from typing import Any
+from pathlib import Path
 
+from meshrl.bus.locate import URL_VARIABLE
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.env_worker import EnvWorker
 from meshrl.worker.policies import random_policy
+from meshrl.worker.running import run, until_stopped
 from meshrl.worker.service import Service
 
-SLOTS = 256
 
-
-async def host(url: str, *, namespace: str = "default", agents: bool = True) -> None:
-    """Serve until SIGTERM or SIGINT.
+async def serve(
+    url: str, *, namespace: str, credentials: Path | None, slots: int, agents: bool, private: bool, ready: Path | None
+) -> None:
+    """Serve until cancelled.
 
     Args:
-        url: of the NATS server; it is this user's own, so clients may pass and call anything public.
+        url: of the NATS server.
         namespace: of the mesh.
+        credentials: the login.
+        slots: of the env worker.
         agents: serve the agent ``random`` too.
+        private: the server is this user's alone, so clients may pass, call and import anything public.
+        ready: a file to make once everything is advertised.
     """
+    anything = ("*",) if private else ()
+    workers: list[Service] = [
+        EnvWorker(
+            url=url,
+            namespace=namespace,
+            credentials=credentials,
+            slots=slots,
+            on_demand=True,
+            import_modules=private,
+            allow_kwargs=anything,
+            allow=anything,
+        )
+    ]
+    if agents:
+        workers.append(AgentWorker({"random": random_policy}, url=url, namespace=namespace, credentials=credentials))
     async with contextlib.AsyncExitStack() as stack:
-        workers: list[Service] = [
-            EnvWorker(url=url, namespace=namespace, slots=SLOTS, on_demand=True, allow_kwargs=("*",), allow=("*",))
-        ]
-        if agents:
-            workers.append(AgentWorker({"random": random_policy}, url=url, namespace=namespace))
         for worker in workers:
             await stack.enter_async_context(worker)
-        loop = asyncio.get_running_loop()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(NotImplementedError):  # Windows
-                loop.add_signal_handler(name, workers[0].stop)
-        await workers[0].serve_forever()
+        if ready is not None:
+            await asyncio.to_thread(ready.touch)
+        # Whichever ends first ends the process: half a host would go unnoticed, a whole one is replaced.
+        ends = [asyncio.ensure_future(worker.serve_forever()) for worker in workers]
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+        for end in done:
+            end.result()
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
-    """``asyncio.run`` on uvloop where it exists."""
-    try:
-        import uvloop  # noqa: PLC0415
-    except ImportError:
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
+def main() -> None:
+    """Read the command line and serve."""
+    parser = argparse.ArgumentParser(prog="meshrl.worker.host")
+    parser.add_argument("--namespace", default="default")
+    parser.add_argument("--credentials", type=Path)
+    parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--agents", action="store_true")
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--ready", type=Path)
+    options = vars(parser.parse_args())
+    run(until_stopped(serve(os.environ[URL_VARIABLE], **options)))
 
 
 if __name__ == "__main__":
-    run(host(os.environ["MESHRL_URL"]))
+    main()

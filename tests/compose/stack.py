@@ -115,15 +115,21 @@ class Stack(DockerCompose):
     Attributes:
         project: compose's name for it, unlike any other's.
         url: where its NATS is.
+
+    Args:
+        engine: what it runs on.
+        port: of NATS on the loopback; None is compose.yml's own.
+        namespace: of the mesh.
     """
 
-    def __init__(self, engine: Engine, port: int) -> None:
+    def __init__(self, engine: Engine, port: int | None = None, namespace: str = "default") -> None:
         # testcontainers would wait by `up --wait`, which docker-compose 1.29 does not have.
         super().__init__(context=ROOT, build=True, wait=False)
         self.engine = engine
         self.project = f"meshrl-test-{secrets.token_hex(4)}"
-        self.url = f"nats://127.0.0.1:{port}"
-        self._env = {"MESHRL_PORT": str(port)}
+        self.url = f"nats://127.0.0.1:{port or 4222}"
+        # Empty counts as not said.
+        self._env = {"MESHRL_PORT": str(port or ""), "MESHRL_NAMESPACE": namespace}
         if os.environ.get("DOCKER_BUILDKIT") == "0":
             # The legacy builder needs no entitlement for it, and is used where there is no other way out.
             self._env["MESHRL_BUILD_NETWORK"] = os.environ.get("MESHRL_BUILD_NETWORK", "host")

@@ -260,10 +260,12 @@ async def test_mesh_finds_the_stack_on_the_default_port_by_itself_and_down_leave
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(STATE_DIR_VARIABLE, str(tmp_path))
 
-    with Stack(engine, 4222) as stack:
-        async with Mesh(stack.url) as mesh:
+    # In a namespace of its own, so that tests beside this one that say Mesh() do not come here.
+    namespace = "compose-test"
+    with Stack(engine, namespace=namespace) as stack:
+        async with Mesh(stack.url, namespace=namespace) as mesh:
             workers = await advertised(mesh, 1)
-        async with Mesh() as mesh, await mesh.env("cartpole") as env:
+        async with Mesh(namespace=namespace) as mesh, await mesh.env("cartpole") as env:
             assert env.worker in workers
             assert same(await remote_episode(env, seed=1), local_episode(seed=1))
         assert {type(it).__name__ for it in stack.leftovers()} == {"Container", "Network", "Volume"}

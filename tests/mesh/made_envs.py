@@ -56,7 +56,7 @@ class Gated(Counter):
 class Framed(Counter):
     """Renders arrays and nothing else."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012  # as Gymnasium has it
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # as Gymnasium has it
 
     def __init__(self, render_mode: str | None = None) -> None:
         super().__init__()

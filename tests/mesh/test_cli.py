@@ -15,6 +15,7 @@ from typing import IO, Any
 import pytest
 
 from meshrl.bus.embedded import URL_VARIABLE, EmbeddedServer
+from meshrl.cli.up import is_free
 from meshrl.client.mesh import Mesh
 from meshrl.errors import KwargsNotAllowed, UnknownName
 
@@ -129,7 +130,7 @@ class Cli:
 
     def hands(self) -> list[int]:
         """The worker processes of ``up``, without their guards."""
-        return [pid for pid in self.processes() if arguments_of(pid)[1:3] == [b"-m", b"meshrl.cli.hand"]]
+        return [pid for pid in self.processes() if arguments_of(pid)[1:3] == [b"-m", b"meshrl.worker.host"]]
 
 
 def arguments_of(pid: int) -> list[bytes]:
@@ -205,7 +206,7 @@ def start_up(cli: Cli, *arguments: str) -> tuple[subprocess.Popen[str], str]:
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
 def test_up_serves_until_it_is_told_to_end_and_leaves_nothing(cli: Cli, name: signal.Signals) -> None:
     process, printed = start_up(cli, "--port", "0")
-    assert "meshrl is up: 2 workers" in printed
+    assert "meshrl is up: 2 worker processes" in printed
     assert "MESHRL_URL=nats://embedded:" in printed
     assert max(len(line) for line in printed.splitlines()) <= 81
     listing = cli.listing()  # a bare Mesh() of this user finds it
@@ -280,9 +281,16 @@ async def test_up_on_a_given_server_lets_clients_do_no_more_than_play(cli: Cli, 
         await env.step(await agent.act(obs))
         with pytest.raises(KwargsNotAllowed):
             await mesh.env("cartpole", {"sutton_barto_reward": True})
-        with pytest.raises(UnknownName):
-            await mesh.env("mine:Maze-v0", wait=5.0)
+        await nobody_imports_a_trap(cli, mesh)
     assert ends(process, signal.SIGTERM)[0] == 0
+
+
+async def nobody_imports_a_trap(cli: Cli, mesh: Mesh) -> None:
+    """Ask for an env of a module that tells of its import, and see that no worker imports it for a stranger."""
+    (cli.directory / "trap.py").write_text("import pathlib; pathlib.Path('imported').touch()")
+    with pytest.raises(UnknownName):
+        await mesh.env("trap:Trap-v0", wait=5.0)
+    assert not (cli.directory / "imported").exists()
 
 
 # --------------------------------------------------------------------------- serve
@@ -345,6 +353,7 @@ async def test_serve_on_demand_serves_any_id_of_the_registry(cli: Cli, server: E
     read_until(process.stdout, "serving Gymnasium's registry on demand")
     async with Mesh(server.url) as mesh, await mesh.env("frozenlake") as env:
         assert env.name == "FrozenLake-v1"
+        await nobody_imports_a_trap(cli, mesh)
     assert ends(process, signal.SIGTERM)[0] == 0
 
 
@@ -478,7 +487,7 @@ def test_doctor_calls_an_unreachable_server_an_error_with_the_remedy(cli: Cli) -
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
 
 
-@pytest.mark.skipif(socket.socket().connect_ex(("127.0.0.1", 4222)) == 0, reason="a NATS server is on this machine")
+@pytest.mark.skipif(not is_free(4222), reason="a NATS server is on this machine")
 def test_ls_check_and_doctor_never_start_a_mesh(cli: Cli) -> None:
     for command in (["ls"], ["check", "cartpole"]):
         done = cli.run(*command)

@@ -22,7 +22,7 @@ Step = tuple[Any, Any, Any, Any, Any]
 class Good(gymnasium.Env[Any, Any]):
     """A random walk of at most ten steps; the broken envs below differ from it in one thing each."""
 
-    metadata = {"render_modes": ["rgb_array", "ansi", "human"]}  # noqa: RUF012  # as Gymnasium's own are
+    metadata = {"render_modes": ["rgb_array", "ansi", "human"]}  # as Gymnasium's own are
 
     def __init__(self, render_mode: str | None = None) -> None:
         self.observation_space: spaces.Space[Any] = spaces.Box(-20.0, 20.0, (2,), np.float32)
@@ -105,7 +105,7 @@ class SeedIgnored(Good):
 class Shared(Good):
     """Its state is the class's, so that two sessions tread on each other."""
 
-    state: dict[str, Any] = {}  # noqa: RUF012  # the point of it
+    state: dict[str, Any] = {}  # the point of it
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         obs, info = super().reset(seed=seed)

@@ -267,8 +267,12 @@ def in_a_fork(work: Callable[[], Any]) -> Any:
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        outcome = pickle.loads(pipe.read())
+        if not select.select([pipe], [], [], DEADLINE_S)[0]:
+            os.kill(pid, signal.SIGKILL)
+        answer = pipe.read()
     os.waitpid(pid, 0)
+    assert answer, "the forked process hangs"
+    outcome = pickle.loads(answer)
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome

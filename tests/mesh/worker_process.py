@@ -142,6 +142,6 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from meshrl.worker.host import run
+    from meshrl.worker.running import run
 
     run(_serve(**json.loads(sys.argv[1])))

@@ -52,9 +52,7 @@ def wait_code(guarded: Guarded) -> int | None:
 
 def parent_program(body: str) -> subprocess.Popen[str]:
     """A process that guards others, to be killed by the test; its session is its own, as a terminal's is."""
-    head = (
-        "import os, signal, subprocess, sys\nfrom pathlib import Path\nfrom meshrl.bus.guard import Guarded\n"
-    )
+    head = "import os, signal, subprocess, sys\nfrom pathlib import Path\nfrom meshrl.bus.guard import Guarded\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + body],
         stdout=subprocess.PIPE,

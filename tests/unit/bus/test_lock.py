@@ -21,11 +21,7 @@ def open_descriptors() -> set[str]:
 
 
 def program(body: str) -> subprocess.Popen[str]:
-    head = (
-        "import os, signal, subprocess, sys\n"
-        "from pathlib import Path\n"
-        "from meshrl.bus.lock import FileLock, held\n"
-    )
+    head = "import os, signal, subprocess, sys\nfrom pathlib import Path\nfrom meshrl.bus.lock import FileLock, held\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + body],
         stdin=subprocess.PIPE,

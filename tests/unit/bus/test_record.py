@@ -101,9 +101,7 @@ def test_record_of_a_later_version_is_read(directory: Path) -> None:
         assert read_record() == Record(url="nats://h", pid=1, started=0.5)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"url": "nats://h"}', '{"url": 1, "pid": 1, "started": 1}']
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"url": "nats://h"}', '{"url": 1, "pid": 1, "started": 1}'])
 def test_damaged_record_is_no_record(directory: Path, content: str) -> None:
     with UpLock():
         (directory / RECORD_NAME).write_text(content)
@@ -127,9 +125,7 @@ def test_directory_that_others_can_write_to_is_refused(directory: Path) -> None:
         read_record()
 
 
-def test_directory_that_cannot_be_made_is_a_usage_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directory_that_cannot_be_made_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MESHRL_STATE_DIR", str(tmp_path / "file" / "state"))
     with pytest.raises(UsageError, match="MESHRL_STATE_DIR"):

@@ -31,7 +31,7 @@ def test_every_command_has_help_and_the_options_of_the_mesh(command: str, capsys
         (["check"], 2, "Missing argument"),
         (["serve"], 1, "serve needs a name"),
         (["serve", "cartpole", "--kwargs", "x"], 1, "--kwargs is a JSON object"),
-        (["up", "--url", "nats://localhost:1", "--port", "0"], 1, "leave them out with --url"),
+        (["up", "--url", "nats://localhost:1", "--port", "4333"], 1, "leave them out with --url"),
     ],
 )
 def test_mistake_is_told_in_one_line(line: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,22 +23,16 @@ def test_port_is_not_free_while_somebody_listens() -> None:
     assert up.is_free(port)
 
 
-def test_default_port_is_taken_when_it_is_free_and_left_when_it_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        monkeypatch.setattr(up, "NATS_PORT", held.getsockname()[1])
-        with up.start_server(None, None) as server:
-            assert server.port != up.NATS_PORT
-    with up.start_server(None, None) as server:
-        assert server.port == up.NATS_PORT
+def test_no_port_asked_for_is_any_port() -> None:
+    with up.start_server(None, 0) as one, up.start_server(None, 0) as two:
+        assert one.port != two.port
 
 
 def test_own_server_is_found_by_this_user_and_told_to_others() -> None:
     text = up.how_to_connect("nats://embedded:secret@127.0.0.1:4222", 2, "default", own=True).plain
     assert "meshrl.Mesh() as m" in text
     assert "MESHRL_URL=nats://embedded:secret@127.0.0.1:4222" in text
-    assert "2 workers" in text
+    assert "2 worker processes serve" in text
 
 
 def test_given_server_is_named_without_its_password() -> None:
@@ -46,4 +40,4 @@ def test_given_server_is_named_without_its_password() -> None:
     assert "meshrl.Mesh('nats://host:4222', namespace='lab') as m" in text
     assert "meshrl ls --url nats://host:4222 --namespace lab" in text
     assert "secret" not in text
-    assert "1 worker " in text
+    assert "1 worker process serves" in text

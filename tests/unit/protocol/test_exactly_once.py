@@ -1,9 +1,9 @@
 """R1, R2, R3, R4 and R9 at once: clients and a worker with a network between them that does its worst.
 
 The rules of both sides are the real ones (Turn, Doubt; SessionTable, Lane, frames). What ties them together is what
-``meshrl.client`` and ``meshrl.worker`` do, without a bus: hypothesis delivers, duplicates, drops and reorders what is in
-flight, lets time pass, and makes either side sleep, disconnect or die. It is derandomized, so that CI is stable; run it
-with another seed and more examples when a rule changes.
+``meshrl.client`` and ``meshrl.worker`` do, without a bus: hypothesis delivers, duplicates, drops and reorders what is
+in flight, lets time pass, and makes either side sleep, disconnect or die. It is derandomized, so that CI is stable;
+run it with another seed and more examples when a rule changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from meshrl.errors import (
     ConcurrentStep,
     EnvError,
-    MeshError,
     MeshFull,
     NothingUnsettled,
     ResetNeeded,
@@ -306,7 +305,8 @@ class Client:
     def land(self, *, cancelled: bool) -> None:
         """The answer is there; the caller wakes up, perhaps because it was cancelled in the same moment."""
         flight = self.flight
-        assert flight is not None and flight.answer is not None
+        assert flight is not None
+        assert flight.answer is not None
         if cancelled:
             self.cancel()
         self.turn.answered()
@@ -460,6 +460,27 @@ class ExactlyOnce(RuleBasedStateMachine):
                 client.request("step")
                 self.all_goes_well_for_a_while()
 
+    @rule(n=CLIENT, what=st.sampled_from(["asked twice", "answer lost", "cancelled as it came", "session given up"]))
+    def a_step_with_a_mishap(self, n: int, what: str) -> None:
+        client, world = self.world.clients[n], self.world
+        if client.state != "open" or client.turn.phase is not Phase.FREE or client.worker != world.worker.id:
+            return
+        client.request("step")
+        assert client.flight is not None
+        asked = client.flight.message
+        world.deliver(asked)
+        if what == "asked twice":
+            world.deliver(asked)
+        elif what == "session given up":
+            client.open(client.session, client.epoch + 1)
+        world.worker.work()
+        answers = [message for message in world.net if message.rid == asked.rid and not message.to]
+        if what == "answer lost":
+            world.net = [message for message in world.net if message not in answers]
+        for answer in answers:
+            if what == "cancelled as it came":
+                world.deliver(answer, cancelled=True)
+
     @rule(n=CLIENT, op=st.sampled_from(["step", "step", "reset", "render"]), action=st.integers(1, 9))
     def request(self, n: int, op: str, action: int) -> None:
         client = self.world.clients[n]
@@ -511,7 +532,9 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     # trouble
 
-    @rule(n=CLIENT, what=st.sampled_from(["close", "close", "cut", "cut", "back", "worker cut", "worker back", "death"]))
+    @rule(
+        n=CLIENT, what=st.sampled_from(["close", "close", "cut", "cut", "back", "worker cut", "worker back", "death"])
+    )
     def trouble(self, n: int, what: str) -> None:
         world = self.world
         if what == "close" and world.clients[n].state != "out":
@@ -607,7 +630,7 @@ class ExactlyOnce(RuleBasedStateMachine):
 
 TestExactlyOnce = ExactlyOnce.TestCase
 TestExactlyOnce.settings = settings(
-    max_examples=120,
+    max_examples=250,
     stateful_step_count=60,
     deadline=None,
     derandomize=True,

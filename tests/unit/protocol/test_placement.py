@@ -17,9 +17,7 @@ DRAWS = st.floats(0, 1, exclude_max=True)
 
 def entry(worker: str = "w1", heard_at: float = 0.0, **changed: Any) -> Entry:
     fields: dict[str, Any] = {"slots": 16, "free": 16, "waiting": 0, "draining": False, "interval_s": 1.0}
-    ad = Advertisement(
-        v=1, kind="env", name="cartpole", worker=worker, description="h1", **{**fields, **changed}
-    )
+    ad = Advertisement(v=1, kind="env", name="cartpole", worker=worker, description="h1", **{**fields, **changed})
     return Entry(ad, heard_at)
 
 
@@ -122,9 +120,7 @@ def four_stale_clients(data: st.DataObject, slots: int, *, at_once: bool, max_bo
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.sampled_from([4, 6, 16]))
-def test_sixteen_opens_of_four_stale_clients_spread_evenly_by_one_bounce(
-    data: st.DataObject, slots: int
-) -> None:
+def test_sixteen_opens_of_four_stale_clients_spread_evenly_by_one_bounce(data: st.DataObject, slots: int) -> None:
     assert four_stale_clients(data, slots, at_once=False, max_bounces=1) == [4, 4, 4, 4]
 
 
@@ -160,9 +156,7 @@ def test_sixteen_opens_of_four_stale_clients_in_one_instant_spread_within_one_by
         ([("a", 0, 0, 0), ("b", 1, 0, 50)], 0.0, "b", 0),
     ],
 )
-def test_the_choice_is(
-    workers: list[tuple[str, int, int, int]], draw: float, chosen: str, believed_free: int
-) -> None:
+def test_the_choice_is(workers: list[tuple[str, int, int, int]], draw: float, chosen: str, believed_free: int) -> None:
     entries = [entry(name, slots=slots, free=free, waiting=wait) for name, slots, free, wait in workers]
     assert Placement().choose(entries, draw=draw) == Choice(chosen, believed_free)
 
@@ -225,9 +219,7 @@ def test_an_open_under_way_counts_until_it_comes_to_nothing() -> None:
         (60.0, 3, 3),
     ],
 )
-def test_a_grant_counts_until_an_advertisement_must_hold_it(
-    heard_at: float, free: int, believed: int
-) -> None:
+def test_a_grant_counts_until_an_advertisement_must_hold_it(heard_at: float, free: int, believed: int) -> None:
     placement = Placement()
     placement.asked("w1", 10.0)
     placement.granted("w1", 10.01)
@@ -387,9 +379,7 @@ def test_any_choice_is_among_the_least_loaded(workers: list[tuple[int, int, int,
         for n, (slots, free, waiting, draining) in enumerate(workers)
     }
     choice = Placement().choose(entries.values(), draw=draw)
-    usable = [
-        e.advertisement for e in entries.values() if e.advertisement.slots and not e.advertisement.draining
-    ]
+    usable = [e.advertisement for e in entries.values() if e.advertisement.slots and not e.advertisement.draining]
     if choice is None:
         assert not usable
         return

@@ -79,16 +79,12 @@ def scalars(draw: st.DrawFn) -> np.generic:
     dtype = np.dtype(draw(st.sampled_from([d for d in DTYPES if d[1] not in "SU" and d[0] != ">"])))
     if dtype.kind == "b":
         return np.bool_(draw(st.booleans()))
-    item: np.generic = np.frombuffer(
-        draw(st.binary(min_size=dtype.itemsize, max_size=dtype.itemsize)), dtype
-    )[0]
+    item: np.generic = np.frombuffer(draw(st.binary(min_size=dtype.itemsize, max_size=dtype.itemsize)), dtype)[0]
     return item
 
 
 surrogates = st.text(st.characters(codec=None), max_size=6)
-floats = st.integers(0, (1 << 64) - 1).map(
-    lambda bits: float(struct.unpack("<d", bits.to_bytes(8, "little"))[0])
-)
+floats = st.integers(0, (1 << 64) - 1).map(lambda bits: float(struct.unpack("<d", bits.to_bytes(8, "little"))[0]))
 atoms = st.one_of(
     st.none(),
     st.booleans(),
@@ -132,18 +128,14 @@ def boxes(draw: st.DrawFn) -> spaces.Box:
     if dtype.kind == "b":
         return spaces.Box(0, 1, shape, dtype.type)
     if dtype.kind == "f":
-        bound = st.floats(-1000, 1000, width=16).map(
-            lambda x: x + 0.0
-        )  # numpy cannot sample from 0.0 to -0.0
+        bound = st.floats(-1000, 1000, width=16).map(lambda x: x + 0.0)  # numpy cannot sample from 0.0 to -0.0
         lowest: float = -math.inf
         highest: float = math.inf
     else:
         limits = np.iinfo(dtype)
         # Gymnasium samples integers through int64: its highest bound is 2**63 - 2
         bound = st.integers(max(int(limits.min), -(1 << 63)), min(int(limits.max), (1 << 63) - 2))
-        lowest, highest = (
-            (-math.inf, math.inf) if dtype.kind == "i" else (0, int(min(limits.max, (1 << 63) - 2)))
-        )
+        lowest, highest = (-math.inf, math.inf) if dtype.kind == "i" else (0, int(min(limits.max, (1 << 63) - 2)))
     if draw(st.booleans()):
         low, high = sorted((draw(bound), draw(bound)))
         one_low = draw(st.sampled_from((low, lowest)))
@@ -173,9 +165,7 @@ def multi_discretes(draw: st.DrawFn) -> spaces.MultiDiscrete[Any]:
     dtype: np.dtype[Any] = np.dtype(draw(st.sampled_from(("|u1", "<i4", "<i8"))))
     shape = draw(npst.array_shapes(min_dims=1, max_dims=2, max_side=3))
     nvec = draw(npst.arrays(dtype, shape, elements=st.integers(1, 9)))
-    return spaces.MultiDiscrete(
-        nvec, dtype, start=draw(npst.arrays(dtype, shape, elements=st.integers(0, 9)))
-    )
+    return spaces.MultiDiscrete(nvec, dtype, start=draw(npst.arrays(dtype, shape, elements=st.integers(0, 9))))
 
 
 @st.composite
@@ -210,9 +200,7 @@ all_spaces = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(spaces.Tuple),
         st.lists(inner, min_size=1, max_size=3).map(spaces.OneOf),
-        st.lists(st.tuples(st.text(max_size=4), inner), max_size=3, unique_by=lambda pair: pair[0]).map(
-            spaces.Dict
-        ),
+        st.lists(st.tuples(st.text(max_size=4), inner), max_size=3, unique_by=lambda pair: pair[0]).map(spaces.Dict),
         st.builds(spaces.Sequence, inner),
         st.builds(spaces.Sequence, _small, stack=st.just(True)),
     ),

@@ -56,9 +56,7 @@ def test_what_msgpack_numpy_writes_is_what_the_bytes_style_writes(dtype: Any) ->
     "scalar", [np.float64(0.1), np.bool_(True), np.int8(-3), np.uint64(2**64 - 1), np.complex64(1j)]
 )
 def test_scalars_and_complex_numbers_are_those_of_msgpack_numpy(scalar: Any) -> None:
-    theirs = msgpack_numpy.packb(
-        {"x": scalar, "z": [scalar]}, strict_types=True
-    )  # else np.float64 is a float
+    theirs = msgpack_numpy.packb({"x": scalar, "z": [scalar]}, strict_types=True)  # else np.float64 is a float
     assert Codec("bytes").pack({"x": scalar, "z": [scalar]}) == theirs
     assert same(unpack(theirs), {"x": scalar, "z": [scalar]})
 
@@ -73,9 +71,7 @@ def test_python_complex_numbers_are_those_of_msgpack_numpy(number: Any) -> None:
 def test_both_key_styles_of_one_array_are_read() -> None:
     array = np.arange(6, dtype=np.int16).reshape(2, 3)
     for style in ("str", "bytes"):
-        assert same(
-            unpack(Codec(style).pack({"a": array, "b": [np.float32(1)]})), {"a": array, "b": [np.float32(1)]}
-        )
+        assert same(unpack(Codec(style).pack({"a": array, "b": [np.float32(1)]})), {"a": array, "b": [np.float32(1)]})
 
 
 def test_the_text_form_is_the_documented_one() -> None:
@@ -96,9 +92,7 @@ def test_a_large_contiguous_array_is_handed_over_without_a_copy() -> None:
 
 def test_large_strided_and_datetime_arrays_come_back() -> None:
     assert same(unpack(pack(np.arange(9000)[::2])), np.arange(0, 9000, 2))
-    assert same(
-        unpack(pack(np.asfortranarray(np.arange(6000).reshape(60, 100)))), np.arange(6000).reshape(60, 100)
-    )
+    assert same(unpack(pack(np.asfortranarray(np.arange(6000).reshape(60, 100)))), np.arange(6000).reshape(60, 100))
     days = np.arange("2000-01-01", "2010-01-01", dtype="<M8[D]")
     assert same(unpack(pack(days)), days)
 

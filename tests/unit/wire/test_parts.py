@@ -15,9 +15,7 @@ from meshrl.wire.parts import MAX_MESSAGE_BYTES, Assembler, is_part, split
 MIB = 1024 * 1024
 
 
-def part(
-    *, lane: Any = 0, seq: Any = 1, attempt: Any = 0, index: Any = 0, count: Any = 2, chunk: Any = b"x"
-) -> Any:
+def part(*, lane: Any = 0, seq: Any = 1, attempt: Any = 0, index: Any = 0, count: Any = 2, chunk: Any = b"x") -> Any:
     return msgpack.packb([lane, seq, attempt, index, count, chunk])
 
 
@@ -83,9 +81,7 @@ def test_messages_come_out_whole_whatever_the_order_the_duplicates_and_the_mixtu
         for (source, lane), fill in zip([("a", 0), ("a", 1), ("b", 0)], (3, 5, 7), strict=True)
     }
     pieces = [
-        (key, piece)
-        for key, body in bodies.items()
-        for piece in split(body, 1024, lane=key[1], seq=4, attempt=0)
+        (key, piece) for key, body in bodies.items() for piece in split(body, 1024, lane=key[1], seq=4, attempt=0)
     ]
     again = data.draw(st.lists(st.sampled_from(pieces), max_size=8))
     assembler, out = Assembler(), []
@@ -177,9 +173,7 @@ def test_random_bytes_are_malformed_or_a_part(data: Any) -> None:
             Assembler().feed("a", body, 0.0)
 
 
-@pytest.mark.parametrize(
-    "second", [part(index=0, chunk=b"y"), part(index=1, count=3)], ids=["bytes", "count"]
-)
+@pytest.mark.parametrize("second", [part(index=0, chunk=b"y"), part(index=1, count=3)], ids=["bytes", "count"])
 def test_parts_that_contradict_each_other_end_the_message(second: Any) -> None:
     assembler = Assembler()
     assembler.feed("a", part(index=0, chunk=b"x"), 0.0)

@@ -141,9 +141,7 @@ def test_whether_a_dict_sorts_its_keys_comes_back() -> None:
     assert_alike(rebuild(describe(space)), space)
 
 
-@pytest.mark.parametrize(
-    "name", ["CartPole-v1", "Pendulum-v1", "MountainCar-v0", "Blackjack-v1", "FrozenLake-v1"]
-)
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "MountainCar-v0", "Blackjack-v1", "FrozenLake-v1"])
 def test_spaces_of_known_envs_come_back(name: Any) -> None:
     env = gymnasium.make(name)
     for space in (env.observation_space, env.action_space):
@@ -215,10 +213,7 @@ WRONG: list[Any] = [
     *({**DISCRETE, "n": n} for n in (0, -1, 2.0, None, "3", True, 2**63)),
     *({**DISCRETE, "start": start} for start in (None, 0.0, 2**63, -(2**64))),
     *({**DISCRETE, "dtype": text} for text in ("<f4", "|b1", "O", None)),
-    *(
-        {**MULTI, "nvec": nvec}
-        for nvec in ([3], [0, 1], [-1, 1], [1.0, 2.0], None, "34", [[3, 4]], [2**63, 1])
-    ),
+    *({**MULTI, "nvec": nvec} for nvec in ([3], [0, 1], [-1, 1], [1.0, 2.0], None, "34", [[3, 4]], [2**63, 1])),
     {**MULTI, "shape": [2**40], "nvec": 3},
     {**MULTI, "start": [0]},
     *({"space": "multi_binary", "n": n} for n in (0, -1, None, 1.5, [0], [2**40, 2], 2**40, "3", True)),
@@ -274,9 +269,7 @@ def test_memory_is_bounded_where_gymnasium_copies_parts() -> None:
 
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=4)),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
     max_leaves=6,
 )
 

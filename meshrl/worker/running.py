@@ -1,0 +1,47 @@
+"""Running a program that stays: an event loop, and the end that SIGTERM and Ctrl-C bring."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run`` on uvloop where it exists."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return asyncio.run(main)
+    result: T = uvloop.run(main)
+    return result
+
+
+async def until_stopped(main: Coroutine[Any, Any, None]) -> None:
+    """Run ``main`` until it ends, or until SIGTERM or Ctrl-C, which cancel it; then its ``finally`` blocks run.
+
+    Only the first signal counts: in a terminal, Ctrl-C often arrives twice (from it and from a program around this
+    one), and what happens at the end is bounded in time anyway.
+    """
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(main)
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            task.cancel()
+
+    with contextlib.ExitStack() as handlers:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C alone, as KeyboardInterrupt
+                loop.add_signal_handler(name, stop)
+                handlers.callback(loop.remove_signal_handler, name)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not stopped:
+                raise

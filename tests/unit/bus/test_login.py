@@ -1,0 +1,78 @@
+"""Logins: who a connection is, from each way to say it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import nkeys
+import pytest
+
+from meshrl.bus.login import ANONYMOUS, Credentials, login
+from meshrl.errors import InvalidName, LoginRefused
+
+
+def test_without_a_login_the_user_is_anon() -> None:
+    found = login("nats://example:4222")
+    assert found.user == ANONYMOUS == "anon"
+    assert found.servers == ["nats://example:4222"]
+    assert found.options == {}
+
+
+def test_user_and_password_come_from_the_url_and_leave_it() -> None:
+    found = login("nats://ann%40lab:p%3Aw@example:4222")
+    assert found.options == {"user": "ann@lab", "password": "p:w"}
+    assert found.url == "nats://example:4222"
+    assert found.user == "ann@lab"
+    assert "p:w" not in repr(found)
+
+
+def test_several_servers_are_separated_by_commas_and_a_bare_host_is_taken() -> None:
+    assert login("one:4222, nats://two:4223").servers == ["nats://one:4222", "nats://two:4223"]
+
+
+def test_a_users_name_becomes_one_token() -> None:
+    assert login("nats://h", Credentials.model_validate({"user": "a.b *>", "password": "x"})).user == "a%2Eb%20%2A%3E"
+
+
+def test_an_nkey_file_gives_its_public_key_as_the_user(tmp_path: Path) -> None:
+    seed = nkeys.encode_seed(bytes(range(32)), nkeys.PREFIX_BYTE_USER)
+    file = tmp_path / "user.nk"
+    file.write_text(seed.decode() + "\n")
+    public = nkeys.from_seed(seed).public_key.decode()
+    found = login("nats://h", file)
+    assert found.user == public
+    assert found.options == {"nkeys_seed_str": seed.decode()}
+    assert seed.decode() not in repr(found)
+
+
+def test_a_credentials_file_gives_its_subject_as_the_user(tmp_path: Path) -> None:
+    def part(value: object) -> str:
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+    jwt = f"{part({'alg': 'ed25519-nkey'})}.{part({'sub': 'UABC', 'name': 'ann'})}.sig"
+    file = tmp_path / "user.creds"
+    file.write_text(f"-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n")
+    found = login("nats://h", str(file))
+    assert found.user == "UABC"
+    assert found.options == {"user_credentials": str(file)}
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "-----BEGIN NATS USER JWT-----\nno\n"])
+def test_a_file_that_holds_no_login_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "bad"
+    file.write_text(text)
+    with pytest.raises(LoginRefused, match="bad"):
+        login("nats://h", file)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(LoginRefused, match="cannot be read"):
+        login("nats://h", tmp_path / "absent")
+
+
+@pytest.mark.parametrize("url", ["", " ", "nats://", "nats://:4222", ","])
+def test_an_address_without_a_host_is_refused(url: str) -> None:
+    with pytest.raises(InvalidName, match="nats://host"):
+        login(url)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from meshrl.worker.threads import Threads
+
+
+async def test_jobs_run_at_once_and_their_results_come_back_to_the_loop() -> None:
+    threads = Threads("test")
+    threads.loop = asyncio.get_running_loop()
+    barrier = threading.Barrier(20)
+    back: list[int] = []
+    came = asyncio.Event()
+
+    def take(number: int) -> None:
+        back.append(number)
+        if len(back) == 20:
+            came.set()
+
+    def job(number: int) -> None:
+        barrier.wait(10.0)  # passes only if all twenty are running
+        threads.back(take, number)
+
+    for number in range(20):
+        threads.submit(lambda n=number: job(n))  # type: ignore[misc]
+    await came.wait()
+    assert sorted(back) == list(range(20))
+    assert threads.count == 20
+
+
+async def test_one_thread_serves_jobs_that_come_one_after_another() -> None:
+    threads = Threads("test")
+    threads.loop = asyncio.get_running_loop()
+    names: set[str] = set()
+    for _ in range(50):
+        came = asyncio.Event()
+
+        def job(came: asyncio.Event = came) -> None:
+            names.add(threading.current_thread().name)
+            threads.back(came.set)
+
+        threads.submit(job)
+        await came.wait()
+    assert len(names) <= 2, "an idle thread is used again"
+
+
+async def test_threads_do_not_keep_the_process_alive() -> None:
+    threads = Threads("test")
+    threads.loop = asyncio.get_running_loop()
+    began = asyncio.Event()
+    release = threading.Event()
+
+    def job() -> None:
+        threads.back(began.set)
+        release.wait(30.0)
+
+    threads.submit(job)
+    await began.wait()
+    hung = [thread for thread in threading.enumerate() if thread.name.startswith("test-")]
+    assert hung
+    assert all(thread.daemon for thread in hung)
+    release.set()
