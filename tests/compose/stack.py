@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import time
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ Engine: TypeAlias = Any
 ROOT = Path(__file__).parents[2]
 BUILD_S = 600.0
 COMMAND_S = 120.0
+LOG_S = 20.0
 # What compose puts on everything that it makes.
 PROJECT_LABEL = "com.docker.compose.project"
 SERVICE_LABEL = "com.docker.compose.service"
@@ -189,10 +191,13 @@ class Stack(DockerCompose):
         return list(self.engine.containers.list(filters={"label": labels}))
 
     def container_of(self, worker: str) -> Any:
-        """The container in which a worker of that id runs: it says so in its log."""
-        for container in self.containers("env") + self.containers("agent"):
-            if f"worker {worker}".encode() in container.logs():
-                return container
+        """The container in which a worker of that id runs: it says so in its log, a moment after it is advertised."""
+        deadline = time.monotonic() + LOG_S
+        while time.monotonic() < deadline:
+            for container in self.containers("env") + self.containers("agent"):
+                if f"worker {worker}".encode() in container.logs():
+                    return container
+            time.sleep(0.05)
         raise LookupError(f"no container says that it is worker {worker}:\n{self.logs()}")
 
     def leftovers(self) -> list[Any]:
