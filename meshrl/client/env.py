@@ -14,7 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from meshrl.client.actions import checker
 from meshrl.client.session import RemoteSession, fields_of
 from meshrl.client.window import Window
-from meshrl.errors import MalformedMessage, UsageError
+from meshrl.errors import MalformedMessage, StepUnsettled, UsageError
 from meshrl.wire import spaces
 from meshrl.wire.messages import SessionState
 
@@ -44,6 +44,7 @@ class RemoteEnv:
         self._action_space = spaces.rebuild(description.action_space)
         self._check = checker(self._action_space, description.name, strict=check_actions == "strict")
         self._window = Window(description.name) if render_mode == "human" else None
+        self._unshown: Step | None = None  # the result of a step whose caller was cancelled while its frame was fetched
 
     def __repr__(self) -> str:
         return f"<RemoteEnv {self.name} at {self.worker}: {self._session!r}>"
@@ -105,6 +106,7 @@ class RemoteEnv:
         Returns:
             observation, with exactly the types that the env returned, and info.
         """
+        self._unshown = None
         reply = await self._session.request("reset", fields_of(seed=seed, options=options))
         if self._window is not None:
             self._window.show(await self._frame())
@@ -126,10 +128,19 @@ class RemoteEnv:
             StepUnsettled: a cancelled step has to be settled first.
         """
         self._check(action)
-        reply = await self._session.request("step", {"action": action})
         if self._window is not None:
-            self._window.show(await self._frame())
-        return _step_of(reply)
+            return await self._step_and_show(self._window, action)
+        return _step_of(await self._session.request("step", {"action": action}))
+
+    async def _step_and_show(self, window: Window, action: Any) -> Step:
+        if self._unshown is not None:
+            raise StepUnsettled(
+                f"{self.name}: a step was cancelled after it ran; `await env.settle()` gives its result"
+            )
+        result = self._unshown = _step_of(await self._session.request("step", {"action": action}))
+        window.show(await self._frame())
+        self._unshown = None
+        return result
 
     async def settle(self) -> Any:
         """The result of the call whose waiting was cancelled: for a step, its tuple.
@@ -137,6 +148,9 @@ class RemoteEnv:
         Raises:
             NothingUnsettled: no call was cancelled.
         """
+        if self._unshown is not None:
+            result, self._unshown = self._unshown, None
+            return result
         op, reply = await self._session.settle()
         if op == "step":
             return _step_of(reply)

@@ -272,7 +272,7 @@ class Probed(Message):
 
 
 class Close(Message):
-    """Ends a session, or the wish for one; no answer when the epoch is another one."""
+    """Ends a session, or the wish for one, of just this epoch."""
 
     epoch: int
 

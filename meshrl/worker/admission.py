@@ -83,6 +83,11 @@ class Admission:
             if self._parked:
                 self._park(open_, user, reply, now)
                 return
+        self._open(open_, user, reply, description, now)
+
+    def _open(self, open_: Open, user: str, reply: str, description: Description, now: float) -> None:
+        """Do what the table says of an open whose turn it is."""
+        key = (user, open_.session)
         opening, session = self._table.open(user, open_.session, open_.epoch, reply, now, lanes=open_.lanes)
         if session is None:
             self._park(open_, user, reply, now)
@@ -210,14 +215,9 @@ class Admission:
 
     def _admit(self, open_: Open, reply: str, user: str) -> None:
         try:
-            description = self._check(open_)
+            self._open(open_, user, reply, self._check(open_), time.monotonic())
         except MeshError as exc:
             self._replies.refuse(reply, exc)
-            return
-        now = time.monotonic()
-        _, session = self._table.open(user, open_.session, open_.epoch, reply, now, lanes=open_.lanes)
-        if session is not None:
-            self._begin(session, open_, description)
 
     # ---------------------------------------------------------------- load and drain
 

@@ -17,6 +17,7 @@ from typing import Protocol
 from meshrl.errors import (
     MalformedMessage,
     MeshError,
+    MessageTooLarge,
     SessionExpired,
     SessionUnknown,
     UnencodableValue,
@@ -29,6 +30,7 @@ from meshrl.protocol.session import Key, Session, SessionTable, State
 from meshrl.wire.codec import Codec, pack, unpack
 from meshrl.wire.frames import Frame, check_request, error_reply
 from meshrl.wire.messages import Close, Closed, check
+from meshrl.wire.parts import MAX_MESSAGE_BYTES
 from meshrl.worker.replies import Replies
 from meshrl.worker.threads import Threads
 
@@ -191,6 +193,9 @@ class Execution:
             packed = session.held.codec.pack(frame)
         except UnencodableValue as exc:
             packed = pack(error_reply(exc, lane.seq))
+        if len(packed) > MAX_MESSAGE_BYTES:
+            why = f"a reply of {len(packed)} bytes is over the limit of {MAX_MESSAGE_BYTES}; send smaller observations"
+            packed = pack(error_reply(MessageTooLarge(why, size_bytes=len(packed)), lane.seq))
         self._replies.send(self._table.answered(lane, packed), packed, number, lane.seq)
         if session.state is State.ENDING:
             self._dispose(session)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+from zlib import crc32
 
 from meshrl.bus.connection import Connection, connect
 from meshrl.bus.login import Credentials
@@ -252,7 +253,8 @@ class Pulse:
             some = told[at : at + KNOWN_A_MESSAGE]
             known = Known(advertisements=[self._advertisement(d) for d in some], descriptions=some)
             if reply:
-                connection.publish(reply, known.to_wire(), mark=(0, at, 0))
+                # All workers answer one reply subject: the lane keeps their parts apart.
+                connection.publish(reply, known.to_wire(), mark=(crc32(self._worker.id.encode()) >> 1, at, 0))
         if ask.name is not None and told:
             self._advertise(connection)
 

@@ -182,8 +182,9 @@ class Stack(DockerCompose):
         return self._run_command([*self.compose_command_property, *arguments]).stdout.decode()
 
     def scale(self, workers: int) -> None:
-        """Have that many env workers."""
-        self.compose("up", "--detach", "--no-build", "--scale", f"env={workers}")
+        """Have that many env workers, those that run among them."""
+        # Another stack may have built the image anew meanwhile; that is no reason to replace what runs.
+        self.compose("up", "--detach", "--no-build", "--no-recreate", "--scale", f"env={workers}")
 
     def containers(self, service: str) -> list[Any]:
         """The running containers of a service."""

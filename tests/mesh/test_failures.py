@@ -20,6 +20,7 @@ from meshrl.errors import (
     LoginRefused,
     MeshError,
     MeshUnreachable,
+    MessageTooLarge,
     SessionExpired,
     SessionLost,
     SessionUnknown,
@@ -30,10 +31,10 @@ from meshrl.errors import (
     from_wire,
 )
 from meshrl.wire.codec import pack, unpack
-from meshrl.wire.messages import Grant, Open, parse
+from meshrl.wire.messages import Close, Grant, Open, parse
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
-from tests.mesh.envs import Breaks, Counter
+from tests.mesh.envs import Breaks, Counter, Picture
 
 SUBJECTS = Subjects()
 
@@ -214,6 +215,47 @@ async def test_an_open_of_a_higher_epoch_replaces_the_session_and_a_lower_one_is
         assert answer is not None
         assert unpack(answer)["error"]["code"] == "wrong_epoch"
         assert len(worker.table) == 1
+
+
+async def test_a_late_open_of_a_session_that_is_gone_is_refused_also_when_its_turn_comes_from_the_queue(
+    url: str,
+) -> None:
+    async with raw_session(url, slots=1) as (worker, raw, grant):
+        await ask(raw, grant, "reset", {"epoch": 1, "lane": 0, "seq": 1})
+        subject = SUBJECTS.worker(worker.id, "open", raw.user)
+
+        def open_(session: str) -> bytes:
+            return Open(session=session, name="counter", park_s=20.0).to_wire()
+
+        async def close(session: str) -> None:
+            closed = SUBJECTS.session(worker.id, raw.user, session, "close")
+            assert await raw.ask(closed, Close(epoch=1).to_wire(), 5.0)
+
+        await close("s1")
+        assert await raw.ask(subject, open_("s2"), 5.0)
+        await ask(raw, grant, "reset", {"epoch": 1, "lane": 0, "seq": 1}, session="s2")
+        first = asyncio.create_task(raw.ask(subject, open_("s3"), 20.0))
+        await until(lambda: worker.waiting_count() == 1, "s3 waits")
+        late = asyncio.create_task(raw.ask(subject, open_("s1"), 20.0))
+        await raw.flush()
+        await close("s2")
+        answer = await first
+        assert answer is not None
+        assert parse(Grant, answer).session == "s3"
+        await close("s3")
+        answer = await late
+        assert answer is not None
+        assert unpack(answer)["error"]["code"] == "wrong_epoch"
+        await until(lambda: worker.table.free == 1, "nothing is left behind")
+
+
+async def test_a_reply_over_every_limit_is_an_error_and_not_silence(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshrl.worker.execution.MAX_MESSAGE_BYTES", 100_000)
+    async with EnvWorker({"picture": Picture}, url), Mesh(url) as m:
+        async with await m.env("picture") as env:
+            with pytest.raises(MessageTooLarge, match="smaller"):
+                await env.reset()
+            assert (await env.state()).episode == 1
 
 
 async def test_a_session_of_another_user_is_unknown(url: str) -> None:

@@ -207,3 +207,27 @@ async def test_a_server_restart_in_mid_episode_costs_a_pause_and_no_step(server:
             else:
                 obs, reward, *_ = await env.step(expected)
             assert (obs, reward) == (expected, float(expected))
+
+
+async def test_a_step_in_human_mode_that_is_cancelled_while_its_frame_is_fetched_is_settled_too(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    pytest.importorskip("pygame")
+    async with EnvWorker({"cartpole": "CartPole-v1"}, url), Mesh(url) as m:
+        async with await m.env("cartpole", render_mode="human") as env, await m.env("cartpole") as other:
+            await env.reset(seed=1)
+            await other.reset(seed=1)
+            cancelled = 0
+            for number in range(16):
+                task = asyncio.create_task(env.step(number % 2))
+                await asyncio.sleep(0.0005 * number)  # cut off in the step, in its frame, or not at all
+                if task.cancel():
+                    cancelled += 1
+                    await asyncio.wait({task})
+                    result = await env.settle() if task.cancelled() else task.result()
+                else:
+                    result = await task
+                expected = await other.step(number % 2)
+                assert result[0].tolist() == expected[0].tolist()
+            assert cancelled > 0
