@@ -117,7 +117,7 @@ class RemoteSession:
 
     async def _discard(self) -> None:
         """Wait for a cancelled request and drop its answer, whatever it is."""
-        self._turn.settling()
+        self._turn.discarding()
         assert self._flight is not None
         try:
             await self._landing(self._flight)

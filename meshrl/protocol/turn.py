@@ -91,16 +91,21 @@ class Turn:
             self.phase = Phase.UNSETTLED
 
     def settling(self) -> str:
-        """Wait for the unsettled request again; gives its op.
+        """Wait for the unsettled request again, for its result; gives its op.
 
         Raises:
-            NothingUnsettled: there is none.
+            NothingUnsettled: there is none, or only one that changed nothing.
             ConcurrentStep: a request is under way that nobody cancelled.
         """
         if self.phase is Phase.WAITING:
             raise ConcurrentStep(f"{self.who}: settle was called while {self.op} is under way", under_way=self.op)
-        if self.phase is Phase.FREE:
-            raise NothingUnsettled(f"{self.who}: nothing to settle: no request was cancelled")
+        if self.phase is Phase.FREE or self.op in READING:
+            raise NothingUnsettled(f"{self.who}: nothing to settle: no step, reset, call or set_attr was cancelled")
+        return self.discarding()
+
+    def discarding(self) -> str:
+        """Wait for the unsettled request again, to drop its answer; gives its op."""
+        assert self.phase is Phase.UNSETTLED, "may_begin said AFTER_LAST"
         self.phase = Phase.WAITING
         return self.op
 

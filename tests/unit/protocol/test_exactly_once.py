@@ -242,7 +242,7 @@ class Client:
 
     def request(self, op: str, action: int = 1) -> None:
         if self.turn.may_begin(op) is Begin.AFTER_LAST:
-            self.turn.settling()
+            self.turn.discarding()
             self.then_reset = True
             if self.flight is not None and self.flight.answer is not None:
                 self.land(cancelled=False)
@@ -253,6 +253,14 @@ class Client:
 
     def settle(self) -> None:
         self.turn.settling()
+        self.take()
+
+    def wait_again(self) -> None:
+        """For whatever was cancelled, also what is not worth settling."""
+        self.turn.discarding()
+        self.take()
+
+    def take(self) -> None:
         assert self.flight is not None
         if self.flight.answer is not None:
             self.land(cancelled=False)
@@ -601,7 +609,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         for turn in range(400):
             for client in world.clients:
                 if client.state == "open" and client.turn.phase is Phase.UNSETTLED:
-                    client.settle()
+                    client.wait_again()
             if all(client.flight is None for client in world.clients):
                 break
             self.worker_goes_on()

@@ -80,7 +80,7 @@ def test_an_answer_in_the_moment_of_the_cancelling_can_still_be_settled() -> Non
     assert turn.may_begin("step") is Begin.NOW
 
 
-@pytest.mark.parametrize("last", OPS)
+@pytest.mark.parametrize("last", [op for op in OPS if op not in READING])
 def test_settling_waits_again_and_may_be_cancelled_again(last: str) -> None:
     turn = turn_in(Phase.UNSETTLED, last)
     for _ in range(2):
@@ -89,6 +89,17 @@ def test_settling_waits_again_and_may_be_cancelled_again(last: str) -> None:
             turn.may_begin("reset")
         turn.cancelled()
     assert turn.seq == 1
+
+
+@pytest.mark.parametrize("last", sorted(READING))
+def test_a_cancelled_reading_call_is_nothing_to_settle_but_is_dropped(last: str) -> None:
+    turn = turn_in(Phase.UNSETTLED, last)
+    with pytest.raises(NothingUnsettled):
+        turn.settling()
+    assert turn.may_begin("step") is Begin.AFTER_LAST
+    assert turn.discarding() == last
+    turn.answered()
+    assert turn.may_begin("step") is Begin.NOW
 
 
 def test_there_is_nothing_to_settle_on_a_free_lane() -> None:
