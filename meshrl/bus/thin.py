@@ -157,6 +157,8 @@ class _Client(nats.aio.client.Client):  # type: ignore[misc]
 
     async def _connect_to_server(self, s: Any) -> None:
         if s.uri.scheme in {"nats", "tls", ""}:
+            if self._transport is not None:
+                self._transport.close()  # of an attempt that was accepted and dropped; nats-py forgets it
             self._transport = _Transport(self._path)
         await super()._connect_to_server(s)
 

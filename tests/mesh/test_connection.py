@@ -1,8 +1,9 @@
-"""Messages over the payload limit, on both paths through nats-py (D4)."""
+"""Connections: messages over the payload limit on both paths through nats-py (D4), handlers that fail, proxies."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 
 from meshrl import EnvWorker, Factory, Mesh
 from meshrl.bus.connection import connect
+from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.plain import PlainPath
 from meshrl.bus.thin import ThinPath
 from meshrl.errors import MessageTooLarge, RequestTimeout
 from meshrl.wire.codec import pack
+from tests.mesh.conftest import until
 from tests.mesh.envs import Picture
 
 
@@ -100,3 +103,43 @@ async def test_messages_cut_at_every_byte_by_the_network_arrive(url: str) -> Non
             for at in range(0, len(stream), size):
                 reader.feed_data(stream[at : at + size])
             assert got == [(f"cut.{n}", bytes([65 + n]) * n) for n in range(12)]
+
+
+async def test_attempts_that_are_accepted_and_dropped_leave_nothing_open(server: EmbeddedServer) -> None:
+    """As behind a proxy whose server is away: every attempt to reconnect connects and is cut off."""
+    upstream_port = server.port
+    cut = asyncio.Event()
+    writers: list[asyncio.StreamWriter] = []
+    dropped = 0
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal dropped
+        if cut.is_set() and dropped < 3:
+            dropped += 1
+            writer.close()
+            return
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", upstream_port)
+        writers.extend((writer, up_writer))
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                sink.write(data)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(pump(reader, up_writer))
+            group.create_task(pump(up_reader, writer))
+
+    listener = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    address = server.url.rpartition(":")[0] + f":{port}"
+    async with listener, connect(address) as bus, connect(server.url) as peer:
+        await peer.subscribe("echo", lambda _s, reply, body: peer.publish(reply, body))
+        assert await bus.ask("echo", b"1", 5.0) == b"1"
+        cut.set()
+        for writer in writers:
+            writer.close()
+        await until(lambda: dropped == 3 and bus.connected, "it is back after three attempts that were dropped")
+        assert await bus.ask("echo", b"2", 5.0) == b"2"
+        gc.collect()  # an unclosed transport would warn now, and a warning is an error
+    for writer in writers:
+        writer.close()
