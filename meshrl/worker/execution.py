@@ -223,7 +223,7 @@ class Execution:
     def _on_close(self, key: Key, reply: str, close: Close) -> None:
         session = self._table.get(key)
         if session is not None and session.epoch == close.epoch:
-            existed = True
+            existed = session.state is not State.ENDING
             self.end(session, "closed")
         else:
             existed = self._take_back(key, close.epoch)

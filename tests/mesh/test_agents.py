@@ -140,9 +140,8 @@ async def test_declared_spaces_are_checked_against_the_envs_before_the_first_epi
             with pytest.raises(SpacesDiffer):
                 agent.check(env)
             assert agent.action_space == env.action_space
-        with pytest.raises(ExceptionGroup) as caught:
+        with pytest.raises(SpacesDiffer):
             await m.evaluate("cartpole", "declares", episodes=2)
-        assert caught.group_contains(SpacesDiffer)
 
 
 async def test_a_stateful_agent_is_leased_and_remembers_for_its_client_alone(url: str) -> None:
