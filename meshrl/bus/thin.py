@@ -6,7 +6,7 @@ flusher task. On the step path that is most of the time (design, section 6). Her
 
 1. *In.* The stream reader below the connection looks at what arrives: a ``MSG`` or ``HMSG`` of a subscription made
    here goes straight to its handler, everything else on to nats-py, in order.
-2. *Out.* What is published during one turn of the event loop leaves in one ``write`` at its end.
+2. *Out.* The first message of a turn of the event loop leaves at once, the others in one ``write`` at its end.
 
 Private attributes used, held by ``tests/unit/bus/test_contract.py`` against the locked version; where they are
 missing, :mod:`meshrl.bus.plain` does the same over the public API: ``Client._transport``, ``_connect_to_server``,
@@ -60,7 +60,13 @@ class _Reader(asyncio.StreamReader):
                 return
             data = b"".join(self._chunks)
             self._chunks.clear()
-        self._scan(data)
+        path = self._path
+        path.reading = True
+        try:
+            self._scan(data)
+        finally:
+            path.reading = False
+            path.write_out()
 
     def _scan(self, data: bytes) -> None:
         """Dispatch every complete message of ``data``; keep an incomplete one for the next read."""
@@ -183,11 +189,17 @@ class ThinPath:
         self._out: list[bytes] = []
         self._out_bytes = 0
         self._scheduled = False
+        self.reading = False
 
     async def subscribe(self, subject: str, queue: str, handler: RawHandler) -> Any:
         """Subscribe; the server knows it when this returns."""
-        # nats-py keeps the subscription (and repeats it after a reconnect); its own callback never sees a message.
-        subscription = await self.client.subscribe(subject, queue=queue, cb=_never)
+
+        async def early(message: Any) -> None:
+            handler(message.subject, message.reply, message.data, b"")
+
+        # nats-py keeps the subscription and repeats it after a reconnect; its own callback sees only what arrives
+        # before the next line.
+        subscription = await self.client.subscribe(subject, queue=queue, cb=early)
         self.handlers[str(subscription._id).encode()] = handler  # noqa: SLF001
         await self.client.flush()  # the first only gets the SUB written: nats-py's PING overtakes what is pending
         await self.client.flush()
@@ -199,13 +211,22 @@ class ThinPath:
         self.handlers.pop(str(subscription._id).encode(), None)  # noqa: SLF001
 
     def publish(self, subject: str, reply: str, body: bytes) -> None:
-        """Send at the end of this turn of the event loop."""
+        """Send now if it is the first of this turn of the event loop, else at the turn's end.
+
+        What is published while a read is dispatched leaves together at its end.
+        """
         head = f"PUB {subject} {reply} {len(body)}\r\n" if reply else f"PUB {subject} {len(body)}\r\n"
         self._out_bytes += len(body)
         self._out += (head.encode(), body, _CRLF)
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self.write_out)
+            asyncio.get_running_loop().call_soon(self._turn_over)
+            if not self.reading:
+                self.write_out()
+
+    def _turn_over(self) -> None:
+        self._scheduled = False
+        self.write_out()
 
     async def flush(self) -> None:
         """Wait until the server has taken everything published before."""
@@ -214,7 +235,6 @@ class ThinPath:
 
     def write_out(self) -> None:
         """Write what was published; while disconnected, hold it."""
-        self._scheduled = False
         out = self._out
         if not out:
             return
@@ -232,7 +252,3 @@ class ThinPath:
             transport.writelines(out)
         else:
             transport.write(b"".join(out))
-
-
-async def _never(_message: Any) -> None:
-    """The callback that nats-py wants; our reader takes the messages before it."""
