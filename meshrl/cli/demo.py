@@ -33,6 +33,9 @@ EPISODES = 20
 DEMO_SEEDS = EVALUATION_SEEDS + 1_000_000_000
 # Python and its imports, seven processes at once on two cores.
 START_S = 60.0
+# A learner reports each episode. Sixteen on two cores take a few seconds for one (measured: 4 s); one that says nothing
+# for this long is stuck.
+SILENCE_S = 60.0
 # How often the logs are read; the bars move that often.
 LOOK_S = 0.1
 # The extra "demo": the import and the package that has it.
@@ -142,13 +145,21 @@ class Demo:
                     # Asked before the log is read: what it wrote before its end is in there then.
                     ended = run.child.guarded.poll() is not None
                     self._take_in(run)
-                    if ended and run.result is None:
+                    if run.result is not None:
+                        continue
+                    if ended:
                         run.failed = True
-                        self._show.failure(run)
+                        self._show.failure(run, f"failed; {run.child.log} ends with:\n{run.child.last_lines()}")
+                    elif time.monotonic() - run.heard_at > SILENCE_S:
+                        run.failed = True
+                        # On a thread, since it may have to be killed: the bars of the others go on.
+                        await asyncio.to_thread(run.child.guarded.stop)
+                        self._show.failure(run, f"said nothing for {SILENCE_S:g} s and was ended; see {run.child.log}")
             await asyncio.sleep(LOOK_S)
 
     def _take_in(self, run: Run) -> None:
         for event in run.child.events():
+            run.heard_at = time.monotonic()
             match event["event"]:
                 case "episode":
                     episode = run.latest = Episode.model_validate(event)

@@ -12,10 +12,8 @@ serve until SIGTERM; a learner reports its episodes and generations, and ends wi
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +23,13 @@ import gymnasium
 import numpy as np
 
 from meshrl.cli.learner import Settings, act, learn
+from meshrl.cli.serving import stay_serving
 from meshrl.client.mesh import Mesh
 from meshrl.errors import UsageError
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.env_worker import EnvWorker
 from meshrl.worker.policies import random_policy
-from meshrl.worker.running import run
+from meshrl.worker.running import run, until_stopped
 from meshrl.worker.service import Service
 
 # Room on one worker for all that the command line can ask for: 16 learners of 8 envs, and an evaluation.
@@ -71,13 +70,7 @@ class BestPolicy:
 
 async def serve(worker: Service) -> None:
     """Serve until SIGTERM or SIGINT."""
-    async with worker:
-        loop = asyncio.get_running_loop()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(NotImplementedError):  # Windows
-                loop.add_signal_handler(name, worker.stop)
-        print(json.dumps({"event": "serving", "worker": worker.id}), flush=True)
-        await worker.serve_forever()
+    await until_stopped(stay_serving(worker, lambda it: json.dumps({"event": "serving", "worker": it.id})))
 
 
 async def teach(settings: Settings) -> None:

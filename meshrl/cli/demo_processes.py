@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,10 +78,11 @@ class Child:
 
 @dataclass
 class Run:
-    """One learner as the demo sees it."""
+    """One learner as the demo sees it; ``heard_at`` is when it last said something, in monotonic seconds."""
 
     number: int
     child: Child
+    heard_at: float = field(default_factory=time.monotonic)
     curve: Curve = field(default_factory=Curve)
     generation: int = 0
     latest: Episode | None = None

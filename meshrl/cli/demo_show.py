@@ -100,10 +100,10 @@ class Show:
             doing="[green]solved" if result.reached else "[red]gave up",
         )
 
-    def failure(self, run: Run) -> None:
-        """A learner's process ended without a result."""
+    def failure(self, run: Run, what: str) -> None:
+        """A learner's process ended, or was ended, without a result."""
         self._bars.update(self._tasks[run.number - 1], doing="[red]failed")
-        self.say(f"learner {run.number} failed; {run.child.log} ends with:\n{run.child.last_lines()}")
+        self.say(f"learner {run.number} {what}")
 
     def table(self, env: str, runs: Sequence[Run], names: dict[str, str]) -> None:
         """What came of the learners of ``env``; ``names`` are the env workers' numbers by id."""

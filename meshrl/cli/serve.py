@@ -21,6 +21,7 @@ from meshrl.cli.options import (
     names_in,
 )
 from meshrl.cli.reach import reach
+from meshrl.cli.serving import stay_serving
 from meshrl.errors import InvalidName, UsageError
 from meshrl.protocol.names import near, resolve
 from meshrl.worker.env_worker import EnvWorker
@@ -80,10 +81,8 @@ def serve(
             allow=names_in(allow),
             on_demand=on_demand,
         )
-        async with worker:
-            what = ", ".join([*envs, *(["Gymnasium's registry on demand"] if on_demand else [])])
-            print(f"serving {what} at {worker.url} (worker {worker.id}, {slots} slots)", flush=True)
-            await worker.serve_forever()
+        what = ", ".join([*envs, *(["Gymnasium's registry on demand"] if on_demand else [])])
+        await stay_serving(worker, lambda it: f"serving {what} at {it.url} (worker {it.id}, {slots} slots)")
 
     run(until_stopped(stay()))
 

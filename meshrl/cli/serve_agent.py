@@ -18,6 +18,7 @@ from meshrl.cli.options import (
 )
 from meshrl.cli.reach import reach
 from meshrl.cli.serve import import_from_here
+from meshrl.cli.serving import stay_serving
 from meshrl.errors import UsageError
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.policies import random_policy
@@ -59,9 +60,7 @@ def serve_agent(
             capabilities=capabilities,
             allow_kwargs=names_in(allow_kwargs),
         )
-        async with worker:
-            print(f"serving {', '.join(sources)} at {worker.url} (agent worker {worker.id})", flush=True)
-            await worker.serve_forever()
+        await stay_serving(worker, lambda it: f"serving {', '.join(sources)} at {it.url} (agent worker {it.id})")
 
     run(until_stopped(stay()))
 

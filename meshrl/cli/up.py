@@ -14,9 +14,9 @@ from rich.text import Text
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.login import login
 from meshrl.bus.record import UpLock, write_record
-from meshrl.cli.crew import Crew, Hand
 from meshrl.cli.options import CredentialsFile, Namespace, Url, Wait
 from meshrl.cli.reach import reach
+from meshrl.cli.supervisor import Supervisor, WorkerProcess
 from meshrl.errors import UsageError
 from meshrl.worker.running import run, until_stopped
 
@@ -64,20 +64,20 @@ def up(
                 options += ["--private"]
             elif credentials is not None:
                 options += ["--credentials", str(credentials.absolute())]
-            hands = [
-                Hand(n, [*options, *(["--agents"] if n == 1 else [])], address, home, say)
+            processes = [
+                WorkerProcess(n, [*options, *(["--agents"] if n == 1 else [])], address, home, say)
                 for n in range(1, workers + 1)
             ]
-            crew = Crew(hands, server, say)
+            supervisor = Supervisor(processes, server, say)
             try:
-                await crew.start()
+                await supervisor.start()
                 if server is not None:
                     write_record(server.url, monitor_url=server.monitor_url)
                 console.print(how_to_connect(address, workers, namespace, own=server is not None), soft_wrap=True)
-                await crew.watch()
+                await supervisor.watch()
             finally:
                 console.print("stopping")
-                await crew.stop()
+                await supervisor.stop()
 
     run(until_stopped(stay()))
 

@@ -15,6 +15,7 @@ from meshrl.errors import EnvError, MeshFull, UnknownName, UsageError
 from meshrl.testing import CHECKS, Report, Result, conformance
 from meshrl.worker.env_worker import EnvWorker
 from meshrl.worker.factories import EnvSource
+from tests.mesh.gymnasium_ids import TAXI
 
 Step = tuple[Any, Any, Any, Any, Any]
 
@@ -234,7 +235,7 @@ async def test_env_that_refuses_options_passes_the_check_of_exceptions(server: E
     assert outcomes(report) == {}, str(report)
 
 
-@pytest.mark.parametrize("name", ["CartPole-v1", "FrozenLake-v1", "Pendulum-v1", "Taxi-v4", "Blackjack-v1"])
+@pytest.mark.parametrize("name", ["CartPole-v1", "FrozenLake-v1", "Pendulum-v1", TAXI, "Blackjack-v1"])
 async def test_gymnasiums_own_envs_conform(server: EmbeddedServer, name: str) -> None:
     report = await report_of(server, name, max_steps=60)
     assert report.ok, str(report)

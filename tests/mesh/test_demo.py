@@ -1,10 +1,16 @@
 """The demo: what it shows and writes, when it fails, and that nothing of it stays."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
+import struct
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -88,6 +94,50 @@ def test_learner_that_dies_fails_alone_and_the_demo_with_it(tmp_path: Path) -> N
     assert "learner 1 failed" in out
     assert "learner 2: did not reach the target" in out
     assert [row[3] for row in rows(out)] == ["failed", rows(out)[1][3]]
+
+
+def test_learner_that_hangs_is_ended_and_the_demo_fails(tmp_path: Path) -> None:
+    program = "import sys; from meshrl.cli import demo, main; demo.SILENCE_S = 3.0; sys.exit(main())"
+    arguments = ["demo", "--out", str(tmp_path / "out"), *OUT_OF_REACH, "--learners", "1", "--workers", "1"]
+    with Family(["-c", program, *arguments], tmp_path) as family:
+        family.read_until("learner 1: generation 1")
+        [learner] = family.commands("meshrl.cli.demo_parts learner")
+        os.kill(learner, signal.SIGSTOP)
+        code, out, err = family.output()
+        assert family.is_gone()
+    assert (code, err) == (1, failure(tmp_path, "learner 1"))
+    assert "learner 1 said nothing for 3 s and was ended" in out
+    assert [row[3] for row in rows(out)] == ["failed"]
+
+
+def test_bars_move_in_a_terminal_while_it_learns(tmp_path: Path) -> None:
+    """Some frames are drawn over one another before the table, in which a learner's return and its steps grow."""
+    screen, terminal = pty.openpty()
+    # Wide enough that no column of the bars is cut.
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    arguments = ["demo", "--out", str(tmp_path / "out"), "--quick", "--learners", "2", "--workers", "1"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MESHRL_") and name != "NO_COLOR"}
+    env |= {"HOME": str(tmp_path), "MESHRL_STATE_DIR": str(tmp_path / "state"), "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "meshrl", *arguments]
+    with subprocess.Popen(command, env=env, stdin=terminal, stdout=terminal, stderr=terminal, cwd=tmp_path) as process:
+        os.close(terminal)
+        drawn = b""
+        with contextlib.suppress(OSError):  # EIO: the last process that had the terminal is gone
+            while part := os.read(screen, 65536):
+                drawn += part
+    os.close(screen)
+    assert process.returncode == 0, drawn.decode()
+    text = drawn.decode()
+    assert "\x1b[1A" in text, "no frame was drawn over the one before"
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    for number in (1, 2):
+        bar = rf"learner {number} [━╸╺ ]+ +(\d+) / 100 +([\d,]+) env steps"
+        frames = [(int(now), int(steps.replace(",", ""))) for now, steps in re.findall(bar, plain)]
+        steps = [steps for _, steps in frames]
+        assert steps == sorted(steps)
+        assert len(set(steps)) > 3, frames
+        assert frames[-1][0] >= 100
+        assert re.search(rf"✔ learner {number} .*solved", plain), "its last frame is a full bar"
 
 
 def test_demo_ends_with_the_name_of_a_worker_that_died(tmp_path: Path) -> None:

@@ -15,27 +15,19 @@ from gymnasium.utils.env_match import check_environments_match
 import meshrl
 from meshrl.adapters.gymnasium import MeshEnv
 from meshrl.bus.embedded import EmbeddedServer
+from tests.mesh.gymnasium_ids import PARITY_IDS
 from tests.mesh.worker_process import WorkerProcess
 
 STEPS = 500
-IDS = [
-    "CartPole-v1",
-    "Acrobot-v1",
-    "MountainCarContinuous-v0",
-    "Pendulum-v1",
-    "FrozenLake-v1",
-    "Taxi-v4",
-    "Blackjack-v1",
-]
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[dict[str, Any]]:
-    with EmbeddedServer.start() as server, WorkerProcess(server.url, {name: name for name in IDS}):
+    with EmbeddedServer.start() as server, WorkerProcess(server.url, {name: name for name in PARITY_IDS}):
         yield {"url": server.url}
 
 
-@pytest.fixture(params=IDS)
+@pytest.fixture(params=PARITY_IDS)
 def pair(request: pytest.FixtureRequest, mesh: dict[str, Any]) -> Iterator[tuple[gymnasium.Env, gymnasium.Env]]:
     with gymnasium.make(request.param) as local, meshrl.make(request.param, mesh=mesh) as remote:
         yield local, remote
@@ -129,7 +121,7 @@ def warned(env: gymnasium.Env) -> list[str]:
     return sorted(re.sub(r"<.*>", "<env>", str(w.message)) for w in caught if issubclass(w.category, UserWarning))
 
 
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("name", PARITY_IDS)
 def test_check_env_passes_and_warns_as_for_the_local_env(
     mesh: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

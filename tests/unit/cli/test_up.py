@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from meshrl.cli import up
-from meshrl.cli.crew import MAX_DEATHS, wait_before_restart_s
+from meshrl.cli.supervisor import MAX_DEATHS, wait_before_restart_s
 from meshrl.errors import UsageError
 
 

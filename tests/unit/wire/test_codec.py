@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshrl.errors import MalformedMessage, UnencodableValue
+from meshrl.wire import codec
 from meshrl.wire.codec import Codec, pack, unpack
 from tests.unit.wire.strategies import all_spaces, same, values
 
@@ -355,3 +356,48 @@ def test_a_small_message_never_takes_much_memory(data: Any) -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 8_000_000
+
+
+def by_the_hook(data: bytes) -> object:
+    """What reading every map through the hook gives: the rule that the quick reading must equal."""
+    try:
+        return msgpack.unpackb(data, object_hook=codec._revive, ext_hook=codec._refuse_ext, max_ext_len=0)
+    except Exception:
+        return MalformedMessage
+
+
+def quickly(data: bytes) -> object:
+    try:
+        return unpack(data)
+    except MalformedMessage:
+        return MalformedMessage
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["obs", "nd", "py", "end", "info", "complex"]) | st.text(max_size=4), values, max_size=4
+    )
+)
+def test_the_quick_reading_of_small_messages_equals_the_reading_by_the_hook(value: dict[str, object]) -> None:
+    for style in ("str", "bytes"):
+        data = Codec(style).pack(value)
+        assert same(quickly(data), by_the_hook(data))
+        assert same(quickly(data), value)
+
+
+def test_the_quick_reading_equals_the_reading_by_the_hook_for_mutated_messages() -> None:
+    chance = random.Random(3)
+    array = np.arange(4, dtype=np.float32)
+    seeds = [
+        pack({"obs": array, "reward": 1.0, "info": {"x": "end"}, "seq": 5}),
+        pack({"obs": {"a": array}, "info": {}, "seq": 5}),
+        pack({"obs": 3, "reward": np.float64(1), "info": {"nd": 1}, "seq": 5}),
+        pack({"epoch": 1, "lane": 0, "seq": 5, "action": 1}),
+        pack(array),
+    ]
+    for _ in range(20_000):
+        data = bytearray(chance.choice(seeds))
+        for _ in range(chance.randrange(1, 4)):
+            data[chance.randrange(len(data))] = chance.choice((chance.randrange(256), *b"ndpy\x81\xa2\xc2\xc3"))
+        quick, slow = quickly(bytes(data)), by_the_hook(bytes(data))
+        assert same(quick, slow), bytes(data)

@@ -1,4 +1,4 @@
-"""The crew of ``meshrl up``: worker processes that are started, watched, replaced and in the end stopped.
+"""The supervisor of ``meshrl up``: worker processes are started, watched, replaced and in the end stopped.
 
 The rule of this file: *one that dies is replaced, one that cannot live ends everything*, with the reason.
 """
@@ -36,8 +36,8 @@ def wait_before_restart_s(deaths: int) -> float | None:
     return None if deaths > MAX_DEATHS else min(FIRST_WAIT_S * 2 ** (deaths - 1), MAX_WAIT_S)
 
 
-class Hand:
-    """One worker process of the crew.
+class WorkerProcess:
+    """One worker process of a supervisor.
 
     Args:
         number: from 1, for people.
@@ -121,17 +121,17 @@ class Hand:
         return next((line.strip() for line in reversed(lines) if line.strip()), "it left no log")
 
 
-class Crew:
-    """All worker processes of one ``meshrl up``, and its own server if it has one.
+class Supervisor:
+    """Keeps all worker processes of one ``meshrl up`` alive, and its own server if it has one.
 
     Args:
-        hands: the worker processes.
+        processes: the worker processes.
         server: brought back under the same address when it dies.
         say: tells people what happened.
     """
 
-    def __init__(self, hands: Sequence[Hand], server: EmbeddedServer | None, say: Say) -> None:
-        self._hands = hands
+    def __init__(self, processes: Sequence[WorkerProcess], server: EmbeddedServer | None, say: Say) -> None:
+        self._processes = processes
         self._server = server
         self._say = say
 
@@ -141,7 +141,7 @@ class Crew:
         Raises:
             WorkerError: one of them cannot start.
         """
-        await _all(*(hand.start() for hand in self._hands))
+        await _all(*(process.start() for process in self._processes))
 
     async def watch(self) -> None:
         """Go on until cancelled.
@@ -149,11 +149,11 @@ class Crew:
         Raises:
             MeshError: somebody could not be kept alive.
         """
-        await _all(*(hand.watch() for hand in self._hands), self._watch_server())
+        await _all(*(process.watch() for process in self._processes), self._watch_server())
 
     async def stop(self) -> None:
         """End all workers, at the same time."""
-        await asyncio.gather(*(asyncio.to_thread(hand.stop) for hand in self._hands))
+        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in self._processes))
 
     async def _watch_server(self) -> None:
         server, deaths, back_at = self._server, 0, time.monotonic()
