@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -17,9 +18,13 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import numpy as np
+from gymnasium import spaces
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,6 +33,8 @@ from meshrl import EnvWorker, Mesh
 from meshrl.bus.connection import Connection, connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.guard import Guarded
+from meshrl.client.context import context_of
+from meshrl.worker.running import run
 
 AIM_US = 60.0
 CLIENTS = 16
@@ -60,8 +67,24 @@ async def respond(url: str) -> None:
         await asyncio.Event().wait()
 
 
+class Nothing(gymnasium.Env[Any, Any]):
+    """An env whose step does nothing: what is left is the path."""
+
+    observation_space = spaces.Box(-1, 1, (4,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        self.observation = np.zeros(4, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return self.observation, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation, 0.0, False, False, {}
+
+
 async def serve(url: str) -> None:
-    async with EnvWorker({"cartpole": "CartPole-v1"}, url) as worker:
+    async with EnvWorker({"cartpole": "CartPole-v1", "nothing": Nothing}, url) as worker:
         await worker.serve_forever()
 
 
@@ -103,9 +126,12 @@ async def throughput(calls: list[Callable[[], Awaitable[Any]]], seconds: float) 
 
 
 async def measure(url: str, rounds: int, seconds: float) -> list[Series]:
-    async with Mesh(url) as m:
-        envs = [await m.env("cartpole") for _ in range(CLIENTS)]
-        for env in envs:
+    async with contextlib.AsyncExitStack() as stack:
+        # Each client is a mesh of its own: a connection, a directory, a keeper.
+        meshes = [await stack.enter_async_context(Mesh(url)) for _ in range(CLIENTS)]
+        envs = [await stack.enter_async_context(await mesh.env("cartpole")) for mesh in meshes]
+        nothing = await stack.enter_async_context(await meshes[0].env("nothing"))
+        for env in [*envs, nothing]:
             await env.reset(seed=1)
 
         def stepper(env: Any) -> Callable[[], Awaitable[None]]:
@@ -117,28 +143,31 @@ async def measure(url: str, rounds: int, seconds: float) -> list[Series]:
             return step
 
         steps = [stepper(env) for env in envs]
-        echoes = [lambda: echo(m.connection)] * CLIENTS
-        figures = {
-            "echo p50": (Series("echo p50", "µs"), lambda: latency(echoes[0], seconds)),
-            "step p50": (Series("step p50", "µs"), lambda: latency(steps[0], seconds)),
-            "echo/s, 1": (Series("echo/s, 1 in flight", "/s"), lambda: throughput(echoes[:1], seconds)),
-            "steps/s, 1": (Series("steps/s, 1 env", "/s"), lambda: throughput(steps[:1], seconds)),
-            "echo/s, 16": (Series(f"echo/s, {CLIENTS} in flight", "/s"), lambda: throughput(echoes, seconds)),
-            "steps/s, 16": (Series(f"steps/s, {CLIENTS} envs", "/s"), lambda: throughput(steps, seconds)),
-        }
-        await throughput(steps, 1.0)  # past the hundred steps after which an env is stepped inline
+        echoes = [partial(echo, context_of(mesh).connection) for mesh in meshes]
+        figures = [
+            (Series("echo p50", "µs"), lambda: latency(echoes[0], seconds)),
+            (Series("step p50, an env that does nothing", "µs"), lambda: latency(stepper(nothing), seconds)),
+            (Series("step p50, CartPole", "µs"), lambda: latency(steps[0], seconds)),
+            (Series("echo/s, 1 client", "/s"), lambda: throughput(echoes[:1], seconds)),
+            (Series("steps/s, 1 client", "/s"), lambda: throughput(steps[:1], seconds)),
+            (Series(f"echo/s, {CLIENTS} clients", "/s"), lambda: throughput(echoes, seconds)),
+            (Series(f"steps/s, {CLIENTS} clients", "/s"), lambda: throughput(steps, seconds)),
+        ]
+        await throughput([*steps, stepper(nothing)], 1.0)  # past the hundred steps after which an env is stepped inline
         for _ in track(range(rounds), "measuring", console=Console(stderr=True)):
-            for series, run in figures.values():
+            for series, run in figures:
                 series.values.append(await run())
-        for env in envs:
-            await env.close()
-        return [series for series, _ in figures.values()]
+        return [series for series, _ in figures]
 
 
 def report(series: list[Series]) -> dict[str, Any]:
     by = {one.name: one for one in series}
-    pairs = zip(by["step p50"].values, by["echo p50"].values, strict=True)
-    over = statistics.median(step - bare for step, bare in pairs)
+
+    def over_echo(name: str) -> float:
+        pairs = zip(by[name].values, by["echo p50"].values, strict=True)
+        return statistics.median(step - bare for step, bare in pairs)
+
+    over, path = over_echo("step p50, CartPole"), over_echo("step p50, an env that does nothing")
     table = Table(title="the step path and a bare echo, one run")
     table.add_column("figure")
     table.add_column("median", justify="right")
@@ -149,21 +178,15 @@ def report(series: list[Series]) -> dict[str, Any]:
     Console().print(table)
     verdict = "met" if over <= AIM_US else "missed"
     Console().print(f"step p50 over echo p50: {over:+.0f} µs (aim: at most +{AIM_US:.0f} µs): {verdict}")
+    Console().print(f"of which the path alone, with an env that does nothing: {path:+.0f} µs")
     return {
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()},
         "rounds": len(series[0].values),
         "figures": [{"name": s.name, "unit": s.unit, "median": s.median, "values": s.values} for s in series],
         "step_over_echo_us": over,
+        "path_over_echo_us": path,
         "aim_us": AIM_US,
     }
-
-
-def run(main: Any) -> Any:
-    try:
-        import uvloop  # noqa: PLC0415
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
 
 
 def main() -> None:

@@ -10,31 +10,18 @@ from __future__ import annotations
 import functools
 import operator
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from meshrl.adapters.portal import Call, Portal, lease
+from meshrl.adapters.held import Held
 from meshrl.adapters.spec import own_metadata, own_spec
-from meshrl.client.env import RemoteEnv, Step
-from meshrl.client.window import Window
-from meshrl.errors import (
-    MeshError,
-    NotAllowed,
-    NothingUnsettled,
-    ResetNeeded,
-    SessionClosed,
-    StepUnsettled,
-    UnencodableValue,
-    UsageError,
-)
-from meshrl.protocol.turn import READING
+from meshrl.client.env import Step
+from meshrl.errors import MeshError, NotAllowed, UnencodableValue, UsageError
 from meshrl.wire.messages import SessionState
-
-T = TypeVar("T")
 
 ENTRY_POINT = "meshrl:make"
 # A drawn seed has the bits of those that workers draw (R7).
@@ -72,47 +59,42 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         where: Mapping[str, Any] | None = None,
         env_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self._closed = False
         self._name = name
         self._mesh = dict(mesh or {})
         self._where = None if where is None else dict(where)
         self._env_kwargs = dict(env_kwargs or {})
-        self._interrupted: Call[Any] | None = None
-        self._interrupted_op = ""
         self._was_reset = False
         self._sent_seed: int | None = None
         self.render_mode = render_mode
-        self._open()
-        remote = self._remote
+        self._held = Held(
+            name, render_mode=render_mode, mesh=self._mesh, where=self._where, env_kwargs=self._env_kwargs
+        )
+        remote = self._held.remote
+        self.action_space = remote.action_space
+        self.observation_space = remote.observation_space
         self.metadata = own_metadata(remote.metadata)
-        self._window = Window(remote.name) if render_mode == "human" else None
         given = {"render_mode": render_mode, "mesh": self._mesh, "where": self._where}
         kwargs = {**self._env_kwargs, **{key: value for key, value in given.items() if value}}
         self.spec = own_spec(name, ENTRY_POINT, kwargs, remote.remote_spec)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else repr(self._remote)
-        return f"<MeshEnv {self._name}: {state}>"
+        return f"<MeshEnv {self._name}: {self._held!r}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The spec goes along, since gymnasium.make gives the env one of its own.
         return _again, (self._name, self.render_mode, self._mesh, self._where, self._env_kwargs), {"spec": self.spec}
 
     def __del__(self) -> None:
-        # From any thread and at any moment: nothing here may wait.
-        if not getattr(self, "_closed", True) and hasattr(self, "_remote"):
-            self._closed = True
-            if self._portal.inherited:
-                self._disown()
-            else:
-                self._portal.drop(self._remote)
+        held = getattr(self, "_held", None)
+        if held is not None:
+            held.drop()
 
     # ---------------------------------------------------------------- facts
 
     @property
     def remote_spec(self) -> EnvSpec | None:
         """The worker's own ``EnvSpec`` of the env; None where it has none that can be written down."""
-        return self._remote.remote_spec
+        return self._held.remote.remote_spec
 
     @property
     def np_random_seed(self) -> int:
@@ -158,23 +140,22 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         Returns:
             observation, with exactly the types that the env returned, and info.
         """
-        if not self._closed and self._portal.inherited:
-            self._open_again()
+        if self._held.inherited and not self._held.closed:
+            self._lease_again()
         if seed is None:
             seed = self._sent_seed  # of an interrupted reset: it may not have arrived, and is sent again
         if seed is None and not self._was_reset:
             seed = self.np_random_seed
         self._sent_seed = seed
         try:
-            result: tuple[Any, dict[str, Any]] = self._do(
-                "reset", functools.partial(self._remote.reset, seed=seed, options=options)
+            result: tuple[Any, dict[str, Any]] = self._held.do(
+                "reset", functools.partial(self._held.remote.reset, seed=seed, options=options)
             )
         except MeshError:
-            self._sent_seed = None
+            if not self._held.may_settle("reset"):
+                self._sent_seed = None
             raise
         self._reset_ran()
-        if self._window is not None:
-            self._show("reset", result)
         return result
 
     def step(self, action: Any) -> Step:
@@ -192,10 +173,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
             StepUnsettled: a call was interrupted and may have run; ``settle`` or ``reset`` comes first.
             ConcurrentStep: another thread's call is under way.
         """
-        result: Step = self._do("step", self._remote.step, action)
-        if self._window is not None:
-            self._show("step", result)
-        return result
+        return self._held.do("step", self._held.remote.step, action)
 
     def settle(self) -> Any:
         """The result of the call that was interrupted: for a step, its tuple.
@@ -203,63 +181,30 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         Raises:
             NothingUnsettled: none was, or it was before anything was sent.
         """
-        if self._portal.inherited and not self._closed:
-            raise NothingUnsettled(f"env {self._name}: nothing to settle: its episode belongs to the parent process")
-        call = self._interrupted
-        if call is None or self._closed:
-            value = self._do("settle", self._remote.settle)
-        else:
-            call.wait()
-            value = self._do("settle", self._remote.settle) if call.cancelled else call.result()
-            self._interrupted = None
-        if self._interrupted_op == "reset":
+        op, value = self._held.settle()
+        if op == "reset":
             self._reset_ran()
         return value
 
     def render(self) -> Any:
-        """What the env renders in this mode; in ``human`` mode it is shown here, and the result is None."""
+        """What the env renders in this mode; in ``human`` mode it is shown here, and the result is None.
+
+        Without a mode it is None and a warning, as Gymnasium's own envs have it.
+        """
         if self.render_mode is None:
-            raise UsageError(f"{self._name}: it was made without a render_mode; give one to meshrl.make")
-        frame = self._do("render", self._remote.render)
-        if self._window is None:
-            return frame
-        self._window.show(frame)
-        return None
+            gymnasium.logger.warn(f"{self._name}: render was called on an env made without a render_mode")
+            return None
+        return self._held.do("render", self._held.remote.render)
 
     def close(self) -> None:
         """Close the env and free its slot. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._window is not None:
-            self._window.close()
-        portal = self._portal
-        if portal.inherited:
-            self._disown()
-        elif not portal.over:
-            try:
-                portal.run(Call("close", self._remote.close))
-            finally:
-                portal.release()
-
-    def _show(self, op: str, result: Any) -> None:
-        """Show the frame after ``op``; interrupted meanwhile, its result is kept for :meth:`settle`."""
-        assert self._window is not None
-        try:
-            self._window.show(self._do("render", self._remote.render))
-        except MeshError:
-            raise
-        except BaseException:
-            kept: Call[Any] = Call(op, self._remote.render)
-            kept.value, kept.over = result, True
-            self._interrupted, self._interrupted_op = kept, op
-            raise
+        self._held.close()
 
     # ---------------------------------------------------------------- beyond Gymnasium's Env
 
     def state(self) -> SessionState:
         """Where the session stands: episode, steps, seed, phase."""
-        return self._do("state", self._remote.state)
+        return self._held.do("state", self._held.remote.state)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a public method of the remote env that the worker's operator allows.
@@ -267,7 +212,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         Raises:
             NotAllowed: the operator does not allow it, or there is none.
         """
-        return self._do("call", functools.partial(self._remote.call, name, *args, **kwargs))
+        return self._held.do("call", functools.partial(self._held.remote.call, name, *args, **kwargs))
 
     def get_attr(self, name: str) -> Any:
         """A public attribute of the remote env, looked for through its wrappers.
@@ -276,7 +221,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
             NotAllowed: it is private, or there is none.
             UnencodableValue: its value cannot travel (a method, say).
         """
-        return self._do("get_attr", self._remote.get_attr, name)
+        return self._held.do("get_attr", self._held.remote.get_attr, name)
 
     def set_attr(self, name: str, value: Any) -> None:
         """Set a public attribute of the remote env that the worker's operator allows.
@@ -284,7 +229,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         Raises:
             NotAllowed: the operator does not allow it.
         """
-        self._do("set_attr", self._remote.set_attr, name, value)
+        self._held.do("set_attr", self._held.remote.set_attr, name, value)
 
     def has_wrapper_attr(self, name: str) -> bool:
         """Whether this env, or the remote one, has the attribute."""
@@ -319,72 +264,17 @@ class MeshEnv(gymnasium.Env[Any, Any]):
 
     # ---------------------------------------------------------------- the remote
 
-    def _open(self) -> None:
-        mode = "rgb_array" if self.render_mode == "human" else self.render_mode
-        portal = lease(self._mesh)
-        opening = Call("make", portal.env, self._name, self._env_kwargs, mode, self._where)
-        try:
-            remote = portal.run(opening)
-        except BaseException as exc:
-            if exc is opening.error:
-                portal.release()
-            else:
-                portal.abandon_env(opening)
-            raise
-        self._portal: Portal = portal
-        self._remote: RemoteEnv = remote
+    def _lease_again(self) -> None:
+        self._held.lease_again()
+        remote = self._held.remote
         # Equal ones are kept: their generators may have been seeded.
-        if getattr(self, "action_space", None) != remote.action_space:
+        if self.action_space != remote.action_space:
             self.action_space = remote.action_space
-        if getattr(self, "observation_space", None) != remote.observation_space:
+        if self.observation_space != remote.observation_space:
             self.observation_space = remote.observation_space
-
-    def _open_again(self) -> None:
-        """In a forked process: an env of its own, with nothing of the parent's episode."""
-        self._disown()
-        self._open()
-        self._interrupted = None
         self._was_reset = False
         self._sent_seed = None
         self._np_random = self._np_random_seed = None
-
-    def _disown(self) -> None:
-        """In a forked process: the session is the parent's to close, and this copy of it nobody's to warn of."""
-        self._remote._session.closed = True  # noqa: SLF001  # there is no other use for a half-dead RemoteEnv
-
-    def _do(self, op: str, made: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
-        if self._closed:
-            raise SessionClosed(f"{self._name}: it was closed by this client; make a new one")
-        if self._interrupted is not None:
-            self._after_interrupt(op)
-        portal = self._portal
-        if portal.inherited:
-            raise ResetNeeded(
-                f"{self._name}: {op} in a forked process, whose parent has this env; reset leases one for this process",
-                op=op,
-            )
-        call = Call(op, made, *args)
-        try:
-            return portal.run(call)
-        except BaseException as exc:
-            if exc is not call.error and not isinstance(exc, MeshError):  # Ctrl-C, or another signal handler's
-                self._interrupted = call
-                if op != "settle":
-                    self._interrupted_op = op
-                portal.abandon(call)
-            raise
-
-    def _after_interrupt(self, op: str) -> None:
-        """Whether ``op`` may follow the interrupted call: the lane knows what was cancelled, not what was over."""
-        call = self._interrupted
-        assert call is not None
-        call.wait()
-        if not (call.cancelled or call.error is not None or op == "reset" or call.op in READING):
-            raise StepUnsettled(
-                f"env {self._name}: {call.op} was interrupted, and it ran; call env.settle() for its result, or reset",
-                op=call.op,
-            )
-        self._interrupted = None
 
     def _reset_ran(self) -> None:
         """A reset's seed is the env's now."""

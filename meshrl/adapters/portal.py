@@ -8,7 +8,8 @@ envs with these arguments share. The rules of this file:
     2. Whatever interrupts that wait cancels the call on the loop, and the call keeps what became of it, so that a
        result which nobody received is not lost.
     3. A forked process has no portal. What it inherited is marked and never touched: the sockets are the parent's.
-    4. The last lease that is given back ends the portal; so does the interpreter's exit.
+    4. The last lease that is given back ends the portal; so does the interpreter's exit. Every call ends with it,
+       whenever it came: who waits has no deadline.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 from meshrl.bus.locate import URL_VARIABLE
+from meshrl.client.context import context_of
 from meshrl.client.env import RemoteEnv
 from meshrl.client.mesh import Mesh
 from meshrl.errors import SessionClosed, UsageError
@@ -66,6 +68,11 @@ class Call(Generic[T]):
         state = "cancelled" if self.cancelled else "over" if self.over else "under way"
         return f"<Call {self.op}: {state}>"
 
+    @property
+    def ran(self) -> bool:
+        """Whether it has ended, and gave a value."""
+        return self.over and not self.cancelled and self.error is None
+
     def wait(self) -> None:
         """Block until it is over. Any exception of a signal handler ends the waiting alone."""
         while not self.over:
@@ -91,13 +98,18 @@ class Call(Generic[T]):
         if not self.over:
             self._task = loop.create_task(self._run())
 
+    def refuse(self) -> None:
+        """It will not run, or no further."""
+        if not self.over:
+            self.cancelled = True
+            self._end()
+
     def cancel(self) -> None:
         """Cancel it, unless it is over."""
         if self._task is not None:
             self._task.cancel()
-        if not self._began and not self.over:  # a task that never ran runs no line of _run either
-            self.cancelled = True
-            self._end()
+        if not self._began:  # a task that never ran runs no line of _run either
+            self.refuse()
 
     async def ended(self) -> None:
         """Wait until it is over, on the loop."""
@@ -139,6 +151,7 @@ class Portal:
         self._mesh: Mesh | None = None
         self._entering = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: set[Call[Any]] = set()
         self._loop = _new_loop()
         # Its own, so that its threads can be left behind without starting another one to join them.
         self._executor = ThreadPoolExecutor(thread_name_prefix="meshrl-portal")
@@ -152,7 +165,7 @@ class Portal:
 
     def serves(self, arguments: Mapping[str, Any]) -> bool:
         """Whether it is the one for these arguments."""
-        if self.over or (self._mesh is not None and self._mesh.connection.closed):
+        if self.over or (self._mesh is not None and context_of(self._mesh).connection.closed):
             return False
         same_place = "url" in arguments or self._said_url == os.environ.get(URL_VARIABLE)
         return same_place and self.arguments == arguments
@@ -176,14 +189,20 @@ class Portal:
         """
         if self.over:
             raise SessionClosed(f"{call.op}: the connection to the mesh was closed")
-        self._loop.call_soon_threadsafe(call.start, self._loop)
+        # Known before it is on its way: what the loop does not come to any more is ended by its thread.
+        self._calls.add(call)
+        try:
+            self._loop.call_soon_threadsafe(self._start, call)
+        except RuntimeError:  # the loop is closed
+            raise SessionClosed(f"{call.op}: the connection to the mesh was closed") from None
         call.wait()
+        self._calls.discard(call)
         return call.result()
 
     def abandon(self, call: Call[Any]) -> None:
         """Cancel ``call``; what comes later finds it over or cancelled, in the order of the calls."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the call with it
-            self._loop.call_soon_threadsafe(call.cancel)
+            self._loop.call_soon_threadsafe(self._abandon, call)
 
     def release(self) -> None:
         """Give a lease back; the last one ends the portal."""
@@ -216,6 +235,20 @@ class Portal:
 
     # ---------------------------------------------------------------- on the loop
 
+    def _start(self, call: Call[Any]) -> None:
+        if self.over:
+            call.refuse()
+        else:
+            call.start(self._loop)
+
+    def _abandon(self, call: Call[Any]) -> None:
+        call.cancel()
+        self._begin(self._forget(call))
+
+    async def _forget(self, call: Call[Any]) -> None:
+        await call.ended()
+        self._calls.discard(call)
+
     async def env(
         self,
         name: str,
@@ -239,17 +272,21 @@ class Portal:
         task.add_done_callback(self._tasks.discard)
 
     async def _close_dropped(self, env: RemoteEnv) -> None:
-        await env.close()
-        if _PORTALS.release(self):
-            await self._shut()
+        try:
+            await env.close()
+        finally:
+            if _PORTALS.release(self):
+                await self._shut()
 
     async def _dispose(self, opening: Call[RemoteEnv]) -> None:
-        opening.cancel()
-        await opening.ended()
-        if not opening.cancelled and opening.error is None:
-            await opening.value.close()
-        if _PORTALS.release(self):
-            await self._shut()
+        try:
+            opening.cancel()
+            await opening.ended()
+            if opening.ran:
+                await opening.value.close()
+        finally:
+            if _PORTALS.release(self):
+                await self._shut()
 
     async def _shut(self) -> None:
         if self.over:
@@ -271,6 +308,8 @@ class Portal:
         finally:
             self._executor.shutdown(wait=False)
             self._loop.close()
+            for call in list(self._calls):
+                call.refuse()
 
 
 class _Portals:

@@ -9,58 +9,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import logging
-import math
-import os
-import random
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import nats.errors
 
+from meshrl.bus.awaited import Awaited, OnFail, OnReply
+from meshrl.bus.dialling import first_connection
+from meshrl.bus.events import Events
 from meshrl.bus.login import Credentials, Login, login
 from meshrl.bus.plain import PlainPath
 from meshrl.bus.splitting import Joining, Window, whole
-from meshrl.bus.thin import ThinPath
+from meshrl.bus.thin import MAX_HELD_BYTES, ThinPath, thin_supported
 from meshrl.errors import (
     BusClosed,
-    LoginRefused,
     MeshError,
     MeshUnreachable,
     MessageTooLarge,
     RequestTimeout,
     SubjectNotPermitted,
+    TransportError,
 )
-from meshrl.wire.parts import split
-
-log = logging.getLogger("meshrl.bus")
 
 # subject, reply subject, body
 Handler = Callable[[str, str, bytes], None]
-# the body of a reply; None when NATS says that nobody listens on the subject
-OnReply = Callable[[bytes | None], None]
 
 CONNECT_TIMEOUT_S = 5.0
-# A client comes back within half a second of its server; the spread keeps a thousand from doing so at once.
-RECONNECT_WAIT_S = (0.1, 0.5)
 # A connection that is closed waits this long for the server to take what is left.
 CLOSE_S = 1.0
-# A server that froze is noticed in two missed pings.
-PING_INTERVAL_S = 10
-
-
-def thin_supported() -> bool:
-    """Whether the installed nats-py has what the thin path takes over, and the operator did not ask for the plain."""
-    if os.environ.get("MESHRL_BUS") == "plain":
-        return False
-    from nats.aio import client, transport  # noqa: PLC0415  # looked at, not used
-
-    wanted = ("_connect_to_server", "_process_err", "_process_op_err")
-    return all(callable(getattr(client.Client, name, None)) for name in wanted) and hasattr(transport, "TcpTransport")
 
 
 class Subscription:
@@ -91,118 +69,104 @@ class Connection:
         self.user = login_.user
         self.url = login_.url
         self.closed = False
-        self.on_disconnect: list[Callable[[], None]] = []
-        self.on_reconnect: list[Callable[[], None]] = []
-        self.on_close: list[Callable[[MeshError], None]] = []
+        self._events = Events(self, login_, name, on_error)
+        self.on_disconnect = self._events.on_disconnect
+        self.on_reconnect = self._events.on_reconnect
+        self.on_close = self._events.on_close
         self._login = login_
         self._name = name
-        self._on_error = on_error
         scheme = login_.servers[0].split("://")[0]
-        thin = thin_supported() and scheme in {"nats", "tls"}
-        self.path: ThinPath | PlainPath = ThinPath(self._failed) if thin else PlainPath(self._failed)
+        path = ThinPath if thin_supported() and scheme in {"nats", "tls"} else PlainPath
+        self.path: ThinPath | PlainPath = path(self._events.failed)
         self._client = self.path.client
-        self._inbox = f"_INBOX.{login_.user}.{secrets.token_hex(8)}"
-        self._inbox_cut = len(self._inbox) + 1
+        self._awaited = Awaited(f"_INBOX.{login_.user}.{secrets.token_hex(8)}", self._events.tell)
         self._subscriptions: list[Any] = []
-        self._ids = itertools.count(1)
-        self._waiting: dict[int, OnReply] = {}
         self._joining = Joining(self.publish)
-        self._window = Window(self.path.publish, self.flush)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._up_since: float | None = None
-        self._refused: asyncio.Future[MeshError] | None = None
-        self._fatal: MeshError | None = None
+        self._window = Window(self.path.publish, self._taken, self._events.failed)
+        self._why: MeshError | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "up" if self._client.is_connected else "reconnecting"
-        return f"<Connection {self._name!r} to {self.url} as {self.user}: {state}, {len(self._waiting)} awaited>"
+        return f"<Connection {self._name!r} to {self.url} as {self.user}: {state}, {len(self._awaited)} awaited>"
 
     # ---------------------------------------------------------------- life
 
     async def _open(self, timeout: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._refused = loop.create_future()
-        dial = loop.create_task(
-            self._client.connect(
-                self._login.servers,
-                name=self._name,
-                error_cb=self._error_cb,
-                disconnected_cb=self._disconnected_cb,
-                reconnected_cb=self._reconnected_cb,
-                closed_cb=self._closed_cb,
-                inbox_prefix=f"_INBOX.{self.user}",
-                connect_timeout=timeout,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=random.uniform(*RECONNECT_WAIT_S),  # noqa: S311  # jitter
-                ping_interval=PING_INTERVAL_S,
-                max_outstanding_pings=2,
-                **self._login.options,
-            )
-        )
         try:
-            await asyncio.wait({dial, self._refused}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not dial.done():
-                dial.cancel()
-                await asyncio.gather(dial, return_exceptions=True)
-                await self._drop()
-        if self._refused.done():
-            await self._drop()
-            raise self._refused.result()
-        if dial.cancelled() or dial.exception() is not None:
-            cause = None if dial.cancelled() else dial.exception()
-            raise MeshUnreachable(
-                f"no NATS server answers at {self.url}; start one (meshrl up, docker compose up) or give its address "
-                "(url=, MESHRL_URL)",
-                url=self.url,
-            ) from cause
-        # Nobody this connection knows of is known from before it: word that nobody listens is to be believed at once.
-        self._up_since = -math.inf
-        await self.subscribe(f"{self._inbox}.*", self._on_inbox)
+            await self._dial(timeout)
+        except BaseException:
+            await self.close()
+            raise
 
-    async def _drop(self) -> None:
-        self.closed = True
-        with contextlib.suppress(Exception):
-            await self._client.close()
+    async def _dial(self, timeout: float) -> None:
+        deadline = asyncio.get_running_loop().time() + timeout
+        await first_connection(self._client, self._login, self._events, self._name, timeout)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self.subscribe(f"{self._awaited.inbox}.*", self._awaited.answered)
+        except TimeoutError as exc:
+            raise MeshUnreachable(
+                f"the server at {self.url} took the login and then fell silent", url=self.url
+            ) from exc
 
     async def close(self) -> None:
-        """Send what is still held, then close. Safe to cancel, and to call twice; awaited replies fail."""
-        if self.closed:
-            return
-        self.closed = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        with contextlib.suppress(Exception):  # whatever is wrong with it, it is being closed
-            async with asyncio.timeout(CLOSE_S):
-                if self._client.is_connected:
-                    # First no interest any more, then the end: what the server would still route here meanwhile is lost
-                    # in silence, where "no responders" tells its sender at once.
-                    for raw in self._subscriptions:
-                        await self.path.unsubscribe(raw)
-                    await self.path.flush()
-                    await self.path.flush()
-        with contextlib.suppress(Exception):
-            await self._client.close()
-        self._end(BusClosed("the connection was closed"))
+        """Send what is still held, then close. Awaited replies fail at once.
+
+        Safe to cancel, and to call twice: closing goes on, and another call waits for its end.
+        """
+        await asyncio.shield(self._begin_close(BusClosed(f"the connection to {self.url} was closed")))
+
+    def _begin_close(self, why: MeshError) -> asyncio.Task[None]:
+        if self._closing is None:
+            self._end(why)
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        return self._closing
+
+    async def _close(self) -> None:
+        try:
+            with contextlib.suppress(Exception):  # whatever is wrong with it, it is being closed
+                async with asyncio.timeout(CLOSE_S):
+                    await self._window.close()
+                    # First no interest any more, then the end: what the server would still route here meanwhile is
+                    # lost in silence, where "no responders" tells its sender at once.
+                    if self._client.is_connected:
+                        for raw in self._subscriptions:
+                            await self.path.unsubscribe(raw)
+                        await self.path.flush(CLOSE_S)
+                        await self.path.flush(CLOSE_S)
+        finally:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(CLOSE_S):
+                    await self._client.close()
+            with contextlib.suppress(Exception):
+                self.path.abort()  # nothing is left of it but in a socket that a frozen server does not read
+            self.path.lost()
 
     def _end(self, why: MeshError) -> None:
+        """From now on nothing can be sent, and no answer comes."""
         self.closed = True
-        self._waiting.clear()
+        self._why = why
+        self._events.up_since = None
         self._joining.close()
-        for told in list(self.on_close):
-            told(why)
+        self.path.lost()
+        self._awaited.fail(why)
+        self._events.tell(self.on_close, why)
+
+    def _gone(self) -> MeshError:
+        why = self._why or BusClosed(f"the connection to {self.url} is closed")
+        return type(why)(why.message, **why.details)
 
     # ---------------------------------------------------------------- state
 
     @property
     def connected(self) -> bool:
         """Whether the server is there at this moment."""
-        return self._up_since is not None
+        return self._events.up_since is not None
 
     def up_for(self, now: float) -> float:
         """Seconds since the last reconnect, infinite before the first; 0 while disconnected."""
-        return 0.0 if self._up_since is None else now - self._up_since
+        return 0.0 if self._events.up_since is None else now - self._events.up_since
 
     @property
     def max_payload(self) -> int:
@@ -231,11 +195,17 @@ class Connection:
             join: put split messages together first.
 
         Raises:
+            SubjectNotPermitted: the server does not allow it to this login.
             BusClosed: the connection is closed, or was while this waited.
         """
+        if self.closed:
+            raise self._gone()
         deliver = self._joining.handler(handler) if join else whole(handler)
-        with self._translated():
+        with self._events.translated(), self._awaited.subscribing(subject) as refused:
             raw = await self.path.subscribe(subject, queue, deliver)
+        if refused:
+            await self.path.unsubscribe(raw)
+            raise refused[0]
         self._subscriptions.append(raw)
         return Subscription(self, raw)
 
@@ -248,7 +218,8 @@ class Connection:
 
         Args:
             subject: where to.
-            body: over ``max_payload`` it is split, if ``mark`` says of which (lane, seq, attempt) it is.
+            body: over ``max_payload`` it is split, if ``mark`` says of which (lane, seq, attempt) it is. What is split
+                is not held while disconnected, and not sent while the same (subject, reply, lane, seq) is under way.
             reply: where answers go.
             mark: given for directed subjects only: the parts of one message must reach one peer.
 
@@ -257,7 +228,7 @@ class Connection:
             BusClosed: the connection was closed.
         """
         if self.closed:
-            raise self._fatal or BusClosed(f"the connection to {self.url} is closed")
+            raise self._gone()
         if len(body) <= self._client.max_payload:
             self.path.publish(subject, reply, body)
             return
@@ -268,45 +239,57 @@ class Connection:
                 size_bytes=len(body),
                 limit_bytes=self.max_payload,
             )
-        lane, seq, attempt = mark
-        parts = split(body, self.max_payload, lane=lane, seq=seq, attempt=attempt)
-        task = asyncio.get_running_loop().create_task(self._window.send(subject, reply, parts))
-        self._tasks.add(task)
-        task.add_done_callback(self._sent)
+        if self._client.is_connected:
+            self._window.send(subject, reply, body, self.max_payload, mark)
 
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (exc := task.exception()) is not None and isinstance(exc, Exception):
-            self._failed(exc)
-
-    def request(self, subject: str, body: bytes, on_reply: OnReply, *, mark: tuple[int, int, int] | None = None) -> int:
+    def request(
+        self,
+        subject: str,
+        body: bytes,
+        on_reply: OnReply,
+        *,
+        mark: tuple[int, int, int] | None = None,
+        on_fail: OnFail | None = None,
+    ) -> int:
         """Send a request; every answer goes to ``on_reply`` until :meth:`forget`. There is no deadline here.
+
+        Args:
+            subject: where to.
+            body: of the request.
+            on_reply: gets each answer.
+            mark: as in :meth:`publish`.
+            on_fail: is told that no answer can come: the subject is not permitted, or the connection has ended.
 
         Returns:
             the request's id, for :meth:`again` and :meth:`forget`.
         """
-        rid = next(self._ids)
-        self._waiting[rid] = on_reply
+        rid = self._awaited.add(subject, on_reply, on_fail)
         try:
-            self.publish(subject, body, f"{self._inbox}.{rid}", mark=mark)
-        except MeshError:
-            del self._waiting[rid]
+            self.publish(subject, body, f"{self._awaited.inbox}.{rid}", mark=mark)
+        except BaseException:
+            self._awaited.forget(rid)
             raise
         return rid
 
     def again(self, rid: int, subject: str, body: bytes, *, mark: tuple[int, int, int] | None = None) -> None:
         """Send the request ``rid`` once more; an answer to either sending will do."""
-        self.publish(subject, body, f"{self._inbox}.{rid}", mark=mark)
+        self.publish(subject, body, f"{self._awaited.inbox}.{rid}", mark=mark)
+
+    def sending(self, rid: int) -> bool:
+        """Whether the server has yet to take the request ``rid``, which was split: it cannot have been answered."""
+        return self._window.sending(f"{self._awaited.inbox}.{rid}")
 
     def forget(self, rid: int) -> None:
         """Expect no more answers to ``rid``."""
-        self._waiting.pop(rid, None)
+        self._awaited.forget(rid)
 
     async def ask(self, subject: str, body: bytes, timeout: float) -> bytes | None:
         """One request, one answer; None when nobody listens. For what is not on the step path.
 
         Raises:
             RequestTimeout: no answer within ``timeout`` seconds.
+            SubjectNotPermitted: the server does not allow it to this login.
+            BusClosed: the connection was closed meanwhile.
         """
         future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
 
@@ -314,7 +297,11 @@ class Connection:
             if not future.done():
                 future.set_result(reply)
 
-        rid = self.request(subject, body, answered)
+        def failed(exc: MeshError) -> None:
+            if not future.done():
+                future.set_exception(exc)
+
+        rid = self.request(subject, body, answered, on_fail=failed)
         try:
             async with asyncio.timeout(timeout):
                 return await future
@@ -324,79 +311,50 @@ class Connection:
             self.forget(rid)
 
     async def flush(self, timeout: float = 10.0) -> None:
-        """Wait until the server has taken everything published before.
+        """Wait until the server has taken everything published before, or the connection to it is lost.
 
         Raises:
             RequestTimeout: it did not within ``timeout`` seconds.
             BusClosed: the connection was closed meanwhile.
         """
-        with self._translated():
+        await self._taken(timeout)
+
+    async def _taken(self, timeout: float) -> bool:
+        with self._events.translated():
             try:
-                async with asyncio.timeout(timeout):
-                    await self.path.flush()
-            except (TimeoutError, nats.errors.TimeoutError):
-                if self._client.is_connected:
-                    raise RequestTimeout(f"{self.url} did not take what was sent", timeout_s=timeout) from None
+                taken = await self.path.flush(timeout)
+            except nats.errors.TimeoutError:
+                raise RequestTimeout(f"{self.url} did not take what was sent", timeout_s=timeout) from None
+        if self.closed:
+            raise self._gone()
+        return taken
 
-    def _on_inbox(self, subject: str, _reply: str, body: bytes) -> None:
-        waiting = self._waiting.get(int(subject[self._inbox_cut :]))
-        if waiting is not None:
-            waiting(body or None)  # every reply of ours has a body; an empty one is the server's 503
+    # ---------------------------------------------------------------- what becomes of the connection
 
-    # ---------------------------------------------------------------- what nats-py tells
+    def denied(self, publish: bool, subject: str, exc: SubjectNotPermitted) -> bool:
+        """The server refused ``subject`` (in small letters); gives whether somebody who waits was told."""
+        return self._awaited.denied(publish, subject, exc)
 
-    @contextlib.contextmanager
-    def _translated(self) -> Any:
-        try:
-            yield
-        except (nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError) as exc:
-            raise self._fatal or BusClosed(f"the connection to {self.url} is closed") from exc
-        except nats.errors.Error as exc:
-            raise MeshUnreachable(f"{self.url}: {exc}", url=self.url) from exc
+    def cut(self) -> None:
+        """The connection is lost: no PONG comes any more."""
+        self.path.lost()
 
-    def _failed(self, exc: Exception) -> None:
-        """Something went wrong that no caller waits for; it is never swallowed."""
-        if self._on_error is not None:
-            self._on_error(exc)
-        else:
-            log.warning("%s: %s: %s", self._name, type(exc).__name__, exc, exc_info=log.isEnabledFor(logging.DEBUG))
-
-    async def _error_cb(self, exc: Exception) -> None:
-        text = str(exc).lower()
-        if "permissions violation" in text:
-            self._failed(SubjectNotPermitted(f"{self.url} does not permit this to {self.user}: {exc}"))
-        elif "authorization" in text or "authentication" in text:
-            refused = LoginRefused(
-                f"{self.url} refuses the login of {self.user}; check user and password in the URL or credentials=",
-                url=self.url,
-                user=self.user,
-            )
-            if self._refused is not None and not self._refused.done():
-                self._refused.set_result(refused)
-            self._fatal = refused
-        elif isinstance(exc, (OSError, nats.errors.UnexpectedEOF, nats.errors.StaleConnectionError)):
-            log.debug("%s: %s", self._name, exc)  # the reconnection that follows is told of by _disconnected_cb
-        elif self._up_since is not None:
-            self._failed(exc)
-
-    async def _disconnected_cb(self) -> None:
-        if self._up_since is not None and not self.closed:
-            self._up_since = None
-            log.info("%s: lost %s; reconnecting", self._name, self.url)
-            for told in list(self.on_disconnect):
-                told()
-
-    async def _reconnected_cb(self) -> None:
-        self._up_since = time.monotonic()
-        log.info("%s: back at %s", self._name, self.url)
+    def back(self) -> None:
+        """The connection is back: what was held leaves."""
         self.path.write_out()
-        for told in list(self.on_reconnect):
-            told()
+        dropped, self.path.dropped = self.path.dropped, 0
+        if dropped:
+            self._events.failed(
+                TransportError(
+                    f"{dropped} messages to {self.url} were dropped: while disconnected, {MAX_HELD_BYTES >> 20} MiB "
+                    "are held; requests among them are sent again",
+                    dropped=dropped,
+                )
+            )
 
-    async def _closed_cb(self) -> None:
-        if not self.closed:
-            self._up_since = None
-            self._end(self._fatal or BusClosed(f"the connection to {self.url} was closed by the server"))
+    def give_up(self, why: MeshError) -> None:
+        """The connection does not come back."""
+        self._begin_close(why)
 
 
 @contextlib.asynccontextmanager

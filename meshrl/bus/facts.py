@@ -20,7 +20,7 @@ from meshrl.bus.embedded import URL_VARIABLE as EMBEDDED_VARIABLE
 from meshrl.bus.locate import LOCAL_URL, URL_VARIABLE, locate
 from meshrl.bus.login import Credentials
 from meshrl.bus.record import read_record
-from meshrl.errors import MeshError, RequestTimeout
+from meshrl.errors import MeshError, RequestTimeout, SubjectNotPermitted
 from meshrl.wire.messages import Probe
 from meshrl.wire.subjects import Subjects, is_id
 
@@ -99,6 +99,8 @@ async def jetstream_problem(connection: Connection) -> str | None:
         answer = await connection.ask("$JS.API.INFO", b"", ANSWER_S)
     except RequestTimeout:
         return "no answer; the login may not be permitted to publish to $JS.API.>"
+    except SubjectNotPermitted:
+        return "the login is not permitted to publish to $JS.API.>"
     if answer is None:
         return "off: the server runs without JetStream"
     error = _json(answer).get("error")
@@ -122,14 +124,16 @@ async def workers(connection: Connection, subjects: Subjects) -> list[WorkerFact
 async def _services(connection: Connection, kind: str) -> list[WorkerFacts]:
     arrived: asyncio.Queue[bytes | None] = asyncio.Queue()
     facts = []
-    rid = connection.request(f"$SRV.PING.meshrl-{kind}", b"", arrived.put_nowait)
+    rid = connection.request(
+        f"$SRV.PING.meshrl-{kind}", b"", arrived.put_nowait, on_fail=lambda _exc: arrived.put_nowait(None)
+    )
     try:
         wait_s = ANSWER_S
         while True:
             async with asyncio.timeout(wait_s):
                 answer = await arrived.get()
             if answer is None:
-                break  # nobody is there
+                break  # nobody is there, or may be asked
             wait_s = QUIET_S
             metadata = _json(answer).get("metadata")
             worker = metadata.get("worker") if isinstance(metadata, dict) else None

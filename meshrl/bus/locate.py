@@ -17,7 +17,7 @@ from meshrl.bus.embedded import URL_VARIABLE as EMBEDDED_VARIABLE
 from meshrl.bus.login import Credentials
 from meshrl.bus.record import read_record
 from meshrl.bus.shared import embedded_mesh
-from meshrl.errors import MeshUnreachable, RequestTimeout
+from meshrl.errors import BusClosed, MeshUnreachable, RequestTimeout, SubjectNotPermitted
 from meshrl.wire.messages import Ask
 from meshrl.wire.subjects import Subjects
 
@@ -70,5 +70,5 @@ async def _registry_answers(credentials: str | Path | Credentials | None, namesp
     try:
         async with connect(LOCAL_URL, name="meshrl locate", credentials=credentials, timeout=2.0) as connection:
             return await connection.ask(Subjects(namespace).ask, Ask().to_wire(), REGISTRY_S) is not None
-    except (RequestTimeout, MeshUnreachable):
+    except (RequestTimeout, MeshUnreachable, BusClosed, SubjectNotPermitted):
         return False

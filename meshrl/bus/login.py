@@ -1,7 +1,7 @@
 """Logins: who a connection is on the NATS server, and the user token that its subjects carry.
 
-A login comes from the URL (``nats://user:password@host``), from ``credentials=`` (a file or a :class:`Credentials`),
-or there is none, and the user is ``anon``.
+A login comes from the URL (``nats://user:password@host``, ``nats://token@host``), from ``credentials=`` (a file or
+a :class:`Credentials`), or there is none, and the user is ``anon``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Credentials(BaseModel):
     """A login, given as one object instead of a file.
 
     Attributes:
-        user: with ``password``, or alone as the name that a token login acts under.
+        user: with ``password``, or alone as the name that the URL's login (``nats://token@host``) acts under.
         password: of the user.
         file: a credentials file (``.creds``: JWT and seed) or an NKEY seed file.
         tls_ca: certificates (PEM) that the server's is checked against; the system's when None.
@@ -83,18 +83,22 @@ def login(url: str, credentials: str | Path | Credentials | None = None) -> Logi
     user = None
     if creds.file is not None:
         user, options = _from_file(creds.file)
-    elif creds.user is not None:
+    elif creds.user is not None and creds.password is not None:
         user = creds.user
-        options = {
-            "user": creds.user,
-            "password": creds.password.get_secret_value() if creds.password else "",
-        }
+        options = {"user": user, "password": creds.password.get_secret_value()}
+        servers = [_without_login(part) for part in servers]
     else:
         parts = urlsplit(servers[0])
         if parts.username and parts.password is not None:
             user = unquote(parts.username)
             options = {"user": user, "password": unquote(parts.password)}
             servers = [_without_login(part) for part in servers]
+        elif parts.username:
+            options = {"token": unquote(parts.username)}
+            servers = [_without_login(part) for part in servers]
+        elif creds.user is not None:
+            options = {"user": creds.user, "password": ""}
+        user = creds.user or user
     tls = _tls(creds, servers)
     if tls is not None:
         options["tls"] = tls

@@ -7,6 +7,7 @@ hold, over WebSocket, and with ``MESHRL_BUS=plain``.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import nats.aio.client
 import nats.errors
 
-from meshrl.bus.thin import MAX_HELD_BYTES, RawHandler
+from meshrl.bus.flushing import Flushes
+from meshrl.bus.thin import MAX_HELD_BYTES, SUBSCRIBE_S, RawHandler
 
 # What may wait for handlers before nats-py calls this connection a slow consumer.
 MAX_PENDING_BYTES = 512 * 1024 * 1024
@@ -30,6 +32,7 @@ class PlainPath:
         self._out: deque[tuple[str, str, bytes]] = deque()
         self._out_bytes = 0
         self._writer: asyncio.Task[None] | None = None
+        self._flushes = Flushes(self.client)
 
     async def subscribe(self, subject: str, queue: str, handler: RawHandler) -> Any:
         """Subscribe; the server knows it when this returns."""
@@ -49,7 +52,7 @@ class PlainPath:
         subscription = await self.client.subscribe(
             subject, queue=queue, cb=deliver, pending_bytes_limit=MAX_PENDING_BYTES
         )
-        await self.flush()
+        await self.flush(SUBSCRIBE_S)
         return subscription
 
     async def unsubscribe(self, subscription: Any) -> None:
@@ -73,12 +76,21 @@ class PlainPath:
         if self._out and (self._writer is None or self._writer.done()):
             self._writer = asyncio.get_running_loop().create_task(self._write())
 
-    async def flush(self) -> None:
-        """Wait until the server has taken everything published before."""
+    async def flush(self, timeout: float) -> bool:
+        """Wait until the server has taken everything published before; see :meth:`Flushes.one`."""
+        deadline = time.monotonic() + timeout
         if self._writer is not None and not self._writer.done():
-            await asyncio.wait({self._writer})
-        await self.client.flush()  # the first only gets it written: nats-py's PING overtakes what is pending
-        await self.client.flush()
+            await asyncio.wait({self._writer}, timeout=timeout)
+        # The first only gets it written: nats-py's PING overtakes what is pending.
+        await self._flushes.one(deadline - time.monotonic())
+        return await self._flushes.one(deadline - time.monotonic())
+
+    def lost(self) -> None:
+        """The connection is gone: no PONG comes any more."""
+        self._flushes.lost()
+
+    def abort(self) -> None:
+        """Nothing: over its public API, nats-py drops no socket."""
 
     async def _write(self) -> None:
         while self._out and self.client.is_connected:

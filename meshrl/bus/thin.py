@@ -10,13 +10,14 @@ flusher task. On the step path that is most of the time (design, section 6). Her
 
 Private attributes used, held by ``tests/unit/bus/test_contract.py`` against the locked version; where they are
 missing, :mod:`meshrl.bus.plain` does the same over the public API: ``Client._transport``, ``_connect_to_server``,
-``_process_err``, ``_process_op_err``; ``Subscription._id``; ``TcpTransport._io_reader``, ``_io_writer``,
-``_bare_io_reader``, ``_bare_io_writer``.
+``_process_err``, ``_process_op_err``, ``_process_pong``, ``_pongs``; ``Subscription._id``;
+``TcpTransport._io_reader``, ``_io_writer``, ``_bare_io_reader``, ``_bare_io_writer``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import Callable, Iterable
 from typing import Any, SupportsIndex
@@ -25,6 +26,8 @@ from urllib.parse import ParseResult
 import nats.aio.client
 import nats.aio.transport
 import nats.errors
+
+from meshrl.bus.flushing import Flushes
 
 # A handler gets subject, reply subject, body and the raw header block (empty without headers).
 RawHandler = Callable[[str, str, bytes, bytes], None]
@@ -35,6 +38,9 @@ MESSAGES_A_WRITE = 8
 
 # What is published while there is no connection waits for one, up to this; requests are sent again anyway (R9).
 MAX_HELD_BYTES = 8 * 1024 * 1024
+
+# A subscription that a connected server has not taken by then is an error.
+SUBSCRIBE_S = 10.0
 
 _CRLF = b"\r\n"
 
@@ -154,8 +160,18 @@ class _Transport(nats.aio.transport.TcpTransport):  # type: ignore[misc]
         self._io_writer = asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
+def thin_supported() -> bool:
+    """Whether the installed nats-py has what the thin path takes over, and the operator did not ask for the plain."""
+    if os.environ.get("MESHRL_BUS") == "plain":
+        return False
+    wanted = ("_connect_to_server", "_process_err", "_process_op_err", "_process_pong")
+    return all(callable(getattr(nats.aio.client.Client, name, None)) for name in wanted)
+
+
 class _Client(nats.aio.client.Client):  # type: ignore[misc]
-    """nats-py's client on our transport; only a refused login or a broken permission ends it for good."""
+    """nats-py's client on our transport; no word of the server ends it for good."""
+
+    _transport: Any
 
     def __init__(self, path: ThinPath) -> None:
         super().__init__()
@@ -169,13 +185,20 @@ class _Client(nats.aio.client.Client):  # type: ignore[misc]
         await super()._connect_to_server(s)
 
     async def _process_err(self, err_msg: str) -> None:
-        # nats-py closes the client on every -ERR, a slow consumer's or a full server's too: those come back instead.
-        if "authorization" in err_msg or "permissions violation" in err_msg or "authentication" in err_msg:
+        # nats-py closes the client on every -ERR but a permission's: a slow consumer's, a full server's, one of a login
+        # that ran out. Those come back instead; a login that is refused again and again is given up by our owner.
+        if "permissions violation" in err_msg:
             await super()._process_err(err_msg)
         else:
             error = nats.errors.Error(f"nats: {err_msg}")
             await self._error_cb(error)
             await self._process_op_err(error)
+
+    async def _process_pong(self) -> None:
+        # Who waited for it has left (nats-py's own deadlines cancel): to set its result would end the read loop.
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
 
 
 class ThinPath:
@@ -190,6 +213,7 @@ class ThinPath:
         self._out_bytes = 0
         self._scheduled = False
         self.reading = False
+        self._flushes = Flushes(self.client)
 
     async def subscribe(self, subject: str, queue: str, handler: RawHandler) -> Any:
         """Subscribe; the server knows it when this returns."""
@@ -201,8 +225,8 @@ class ThinPath:
         # before the next line.
         subscription = await self.client.subscribe(subject, queue=queue, cb=early)
         self.handlers[str(subscription._id).encode()] = handler  # noqa: SLF001
-        await self.client.flush()  # the first only gets the SUB written: nats-py's PING overtakes what is pending
-        await self.client.flush()
+        await self.flush(SUBSCRIBE_S)  # the first only gets the SUB written: nats-py's PING overtakes what is pending
+        await self.flush(SUBSCRIBE_S)
         return subscription
 
     async def unsubscribe(self, subscription: Any) -> None:
@@ -228,17 +252,29 @@ class ThinPath:
         self._scheduled = False
         self.write_out()
 
-    async def flush(self) -> None:
-        """Wait until the server has taken everything published before."""
+    async def flush(self, timeout: float) -> bool:
+        """Wait until the server has taken everything published before; see :meth:`Flushes.one`."""
         self.write_out()
-        await self.client.flush()
+        return await self._flushes.one(timeout)
+
+    def lost(self) -> None:
+        """The connection is gone: no PONG comes any more."""
+        self._flushes.lost()
+
+    def abort(self) -> None:
+        """Drop the socket with what is still to be written, of a client that is closed."""
+        transport = self.client._transport  # noqa: SLF001
+        if transport is not None and transport._io_writer is not None:  # noqa: SLF001
+            transport._io_writer.transport.abort()  # noqa: SLF001
 
     def write_out(self) -> None:
         """Write what was published; while disconnected, hold it."""
         out = self._out
         if not out:
             return
-        if not self.client.is_connected:
+        transport = self.client._transport  # noqa: SLF001
+        # A socket that was reset is closing for a moment before nats-py notices; uvloop's raises at a write.
+        if not self.client.is_connected or transport._io_writer.is_closing():  # noqa: SLF001
             if self._out_bytes > MAX_HELD_BYTES:
                 self.dropped += len(out) // 3
                 out.clear()
@@ -247,7 +283,6 @@ class ThinPath:
         self._out = []
         self._out_bytes = 0
         # One copy for many small messages in one system call; a large body goes down as it is.
-        transport = self.client._transport  # noqa: SLF001
         if len(out) == 3 and len(out[1]) > 65536:
             transport.writelines(out)
         else:

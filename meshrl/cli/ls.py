@@ -15,6 +15,7 @@ from rich.text import Text
 from meshrl.bus.facts import workers
 from meshrl.bus.locate import locate
 from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
+from meshrl.client.context import context_of
 from meshrl.client.mesh import Mesh
 from meshrl.wire.messages import Advertisement, Kind
 from meshrl.worker.running import run
@@ -88,12 +89,13 @@ def ls(
 
 async def listed(mesh: Mesh) -> Listing:
     """What is on the mesh at this moment."""
-    known = await workers(mesh.connection, mesh.subjects)
+    context = context_of(mesh)
+    known = await workers(context.connection, context.subjects)
     envs, agents = await mesh.envs(), await mesh.agents()
     serving = {advertisement.worker for advertisement in (*envs, *agents)}
     return Listing(
-        url=mesh.connection.url,
-        namespace=mesh.subjects.namespace,
+        url=context.connection.url,
+        namespace=context.subjects.namespace,
         envs=envs,
         agents=agents,
         idle=[

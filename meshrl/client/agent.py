@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import gymnasium
 
+from meshrl.client.opening import Opening
 from meshrl.client.session import RemoteSession, fields_of
+from meshrl.client.shielded import shielded
 from meshrl.errors import (
     MalformedMessage,
+    MeshError,
     RequestTimeout,
     SessionClosed,
     SpacesDiffer,
@@ -27,11 +32,11 @@ from meshrl.wire.frames import Frame
 from meshrl.wire.messages import Description, SessionState
 
 if TYPE_CHECKING:
+    from meshrl.client.context import Context
     from meshrl.client.env import RemoteEnv
-    from meshrl.client.mesh import Mesh
 
 # A stateless act is at least once (R12): with no answer for this long it is sent again, to whichever worker NATS
-# picks then.
+# picks then. Each time it is twice as long: workers that are slow because they are busy get no busier.
 ACT_AGAIN_S = 2.0
 AGAIN_IN_GRACE_S = 0.1
 
@@ -45,13 +50,13 @@ class RemoteAgent:
     """
 
     def __init__(
-        self, mesh: Mesh, description: Description, session: RemoteSession | None, env: RemoteEnv | None
+        self, context: Context, description: Description, session: RemoteSession | None, env: RemoteEnv | None
     ) -> None:
-        self._mesh = mesh
+        self._context = context
         self._description = description
         self._session = session
         self._closed = False
-        self._subject = mesh.subjects.any_act(description.name, mesh.connection.user)
+        self._subject = context.subjects.any_act(description.name, context.connection.user)
         # An agent that acts in any space is told which.
         self._space = None
         if description.action_space is None and env is not None:
@@ -60,6 +65,12 @@ class RemoteAgent:
     def __repr__(self) -> str:
         kind = "stateful" if self.stateful else "stateless"
         return f"<RemoteAgent {self.name}, {kind}{f' at {self._session!r}' if self._session else ''}>"
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        session = getattr(self, "_session", None)
+        if session is not None and session.abandoned:
+            session.let_go()
+            _warn(f"unclosed {self!r}: `await agent.close()` frees its slot", ResourceWarning, source=self)
 
     @property
     def name(self) -> str:
@@ -71,13 +82,13 @@ class RemoteAgent:
         """Whether it remembers, and is leased."""
         return self._session is not None
 
-    @property
+    @cached_property
     def observation_space(self) -> gymnasium.Space[Any] | None:
         """What it declares; None when it takes any."""
         declared = self._description.observation_space
         return None if declared is None else spaces.rebuild(declared)
 
-    @property
+    @cached_property
     def action_space(self) -> gymnasium.Space[Any] | None:
         """What it declares; None when it acts in any."""
         declared = self._description.action_space
@@ -112,7 +123,8 @@ class RemoteAgent:
 
         Raises:
             AgentError: the agent's code raised.
-            RequestTimeout: no worker answered in time.
+            RequestTimeout: no worker answered a stateless one within the ``timeout`` of the :class:`meshrl.Mesh`, in
+                all of which it was sent again after 2, 4, 8 s and so on.
             UnknownName: no worker serves it any more.
         """
         fields = fields_of(
@@ -133,50 +145,59 @@ class RemoteAgent:
         return await self._act_anywhere(fields)
 
     async def _act_anywhere(self, fields: Frame) -> Any:
-        connection, timeout = self._mesh.connection, self._mesh.timeout
-        body = pack(fields)
-        answers: asyncio.Queue[bytes | None] = asyncio.Queue()
+        connection, timeout = self._context.connection, self._context.timeout
+        answers: asyncio.Queue[bytes | MeshError | None] = asyncio.Queue()
         began = time.monotonic()
+        body = pack(fields)
+        # What must be split goes to one worker: the parts of a message on a queue group would be dealt out.
+        asked: list[str] | None = None
         if len(body) > connection.max_payload:
-            # What must be split goes to one worker: the parts of a message on a queue group would be dealt out.
-            worker = self._any_worker()
-            subject = self._mesh.subjects.worker(worker, "act", connection.user)
+            asked = []
             body = pack({"name": self.name, **fields})  # there, the subject does not say which agent is meant
-        else:
-            subject = self._subject
-        rid = connection.request(subject, body, answers.put_nowait, mark=(0, 0, 0))
-        attempt = 0
+        rid = connection.request(self._to(asked), body, answers.put_nowait, mark=(0, 0, 0), on_fail=answers.put_nowait)
+        attempt, again_s = 0, min(ACT_AGAIN_S, timeout / 3)
         try:
             while True:
                 left = began + timeout - time.monotonic()
                 try:
-                    async with asyncio.timeout(min(ACT_AGAIN_S, timeout / 3, max(left, 0.0))):
+                    async with asyncio.timeout(max(min(again_s, left), 0.0)):
                         answer = await answers.get()
                 except TimeoutError:
-                    if time.monotonic() - began >= timeout:
+                    if left <= again_s:
                         raise RequestTimeout(
                             f"agent {self.name} did not answer within {timeout:g} s", timeout_s=timeout
                         ) from None
-                    attempt += 1
-                    connection.again(rid, subject, body, mark=(0, 0, attempt))
-                    continue
-                if answer is not None:
-                    return _action_of(answer)
-                now = time.monotonic()
-                grace = GRACE_S if connection.up_for(began) > GRACE_AFTER_RECONNECT_S else GRACE_AFTER_RECONNECT_S
-                if now - began > min(grace, timeout / 2):
-                    raise UnknownName(f"no worker serves agent {self.name!r} any more", name=self.name)
-                await asyncio.sleep(AGAIN_IN_GRACE_S)
+                    again_s *= 2
+                else:
+                    if isinstance(answer, MeshError):
+                        raise answer
+                    if answer is not None:
+                        return _action_of(answer)
+                    now = time.monotonic()
+                    grace = GRACE_S if connection.up_for(began) > GRACE_AFTER_RECONNECT_S else GRACE_AFTER_RECONNECT_S
+                    if now - began > min(grace, timeout / 2):
+                        raise self._unknown()
+                    await asyncio.sleep(AGAIN_IN_GRACE_S)
                 attempt += 1
-                connection.again(rid, subject, body, mark=(0, 0, attempt))
+                # To the same reply subject: by it, a worker knows the request again.
+                connection.again(rid, self._to(asked), body, mark=(0, 0, attempt))
         finally:
             connection.forget(rid)
 
-    def _any_worker(self) -> str:
-        entries = self._mesh.directory.candidates("agent", self.name)
-        if not entries:
-            raise UnknownName(f"no worker serves agent {self.name!r} any more", name=self.name)
-        return max(entries, key=lambda entry: entry.advertisement.free).worker
+    def _to(self, asked: list[str] | None) -> str:
+        """The subject of the next sending; of a large one, that of the freest worker not yet ``asked``."""
+        if asked is None:
+            return self._subject
+        entries = self._context.registry.directory.candidates("agent", self.name)
+        others = [entry for entry in entries if entry.worker not in asked] or entries
+        if others:
+            asked.append(max(others, key=lambda entry: entry.advertisement.free).worker)
+        elif not asked:
+            raise self._unknown()
+        return self._context.subjects.worker(asked[-1], "act", self._context.connection.user)
+
+    def _unknown(self) -> UnknownName:
+        return UnknownName(f"no worker serves agent {self.name!r} any more", name=self.name)
 
     def _leased(self, op: str) -> RemoteSession:
         if self._session is None:
@@ -221,7 +242,7 @@ class RemoteAgent:
 
 
 async def open_agent(
-    mesh: Mesh,
+    context: Context,
     name: str,
     *,
     kwargs: Mapping[str, Any] | None,
@@ -231,7 +252,7 @@ async def open_agent(
     wait: float,
 ) -> RemoteAgent:
     """Find an agent, compare its spaces with the env's, and lease it if it is stateful."""
-    description = await mesh.describe(name, "agent", wait=wait)
+    description = await Opening(context, "agent", name, wait=wait, where=None, request={}).described()
     if description.stateful != stateful:
         is_, other = ("stateful", "True") if description.stateful else ("stateless", "False")
         raise UsageError(f"agent {description.name} is {is_}; ask for it with stateful={other}", name=description.name)
@@ -240,9 +261,13 @@ async def open_agent(
     if not stateful:
         if kwargs:
             raise UsageError(f"agent {description.name} is stateless and shared: it takes no kwargs")
-        return RemoteAgent(mesh, description, None, env)
-    session = await mesh.open("agent", name, kwargs, where, wait)
-    return RemoteAgent(mesh, session.grant.description, session, env)
+        return RemoteAgent(context, description, None, env)
+    session = await context.open("agent", name, kwargs, where, wait)
+    try:
+        return RemoteAgent(context, session.grant.description, session, env)
+    except BaseException:
+        await shielded(session.close())
+        raise
 
 
 def check_spaces(description: Description, env: RemoteEnv) -> None:

@@ -13,9 +13,11 @@ from gymnasium.envs.registration import EnvSpec
 
 from meshrl.client.actions import checker
 from meshrl.client.session import RemoteSession, fields_of
-from meshrl.client.window import Window
+from meshrl.client.window import Shows, Window
 from meshrl.errors import MalformedMessage, StepUnsettled, UsageError
+from meshrl.protocol.turn import READING
 from meshrl.wire import spaces
+from meshrl.wire.frames import Frame
 from meshrl.wire.messages import SessionState
 
 # What step gives: observation, reward, terminated, truncated, info.
@@ -43,8 +45,9 @@ class RemoteEnv:
         self._observation_space = spaces.rebuild(description.observation_space)
         self._action_space = spaces.rebuild(description.action_space)
         self._check = checker(self._action_space, description.name, strict=check_actions == "strict")
-        self._window = Window(description.name) if render_mode == "human" else None
-        self._unshown: Step | None = None  # the result of a step whose caller was cancelled while its frame was fetched
+        self._window: Shows | None = Window(description.name) if render_mode == "human" else None
+        # The op and the result of a step or a reset whose frame was not to be had, or not waited for.
+        self._unshown: tuple[str, Any] | None = None
 
     def __repr__(self) -> str:
         return f"<RemoteEnv {self.name} at {self.worker}: {self._session!r}>"
@@ -52,7 +55,8 @@ class RemoteEnv:
     def __del__(self, _warn: Any = warnings.warn) -> None:
         session = getattr(self, "_session", None)
         if session is not None and session.abandoned:
-            _warn(f"unclosed {self!r}: `await env.close()` frees its slot at once", ResourceWarning, source=self)
+            session.let_go()
+            _warn(f"unclosed {self!r}: `await env.close()` frees its slot", ResourceWarning, source=self)
 
     # ---------------------------------------------------------------- facts
 
@@ -106,11 +110,14 @@ class RemoteEnv:
         Returns:
             observation, with exactly the types that the env returned, and info.
         """
-        self._unshown = None
-        reply = await self._session.request("reset", fields_of(seed=seed, options=options))
-        if self._window is not None:
-            self._window.show(await self._frame())
-        return _reset_of(reply)
+        kept, self._unshown = self._unshown, None
+        try:
+            result = _reset_of(await self._request("reset", fields_of(seed=seed, options=options)))
+        except UsageError:
+            self._unshown = kept  # it did not begin
+            raise
+        await self._show_after("reset", result)
+        return result
 
     async def step(self, action: Any) -> Step:
         """Take one step: ``gymnasium.Env.step``.
@@ -128,28 +135,40 @@ class RemoteEnv:
             StepUnsettled: a cancelled step has to be settled first.
         """
         self._check(action)
-        if self._window is not None:
-            return await self._step_and_show(self._window, action)
-        return _step_of(await self._session.request("step", {"action": action}))
-
-    async def _step_and_show(self, window: Window, action: Any) -> Step:
-        if self._unshown is not None:
-            raise StepUnsettled(
-                f"{self.name}: a step was cancelled after it ran; `await env.settle()` gives its result"
-            )
-        result = self._unshown = _step_of(await self._session.request("step", {"action": action}))
-        window.show(await self._frame())
-        self._unshown = None
+        if self._unshown is None and self._window is None:
+            return _step_of(await self._session.request("step", {"action": action}))
+        result = _step_of(await self._request("step", {"action": action}))
+        await self._show_after("step", result)
         return result
+
+    async def _request(self, op: str, fields: Frame) -> Frame:
+        """The session's, which does not know of a result that was never handed out."""
+        if self._unshown is not None and op != "reset" and op not in READING:
+            raise StepUnsettled(
+                f"{self.name}: a {self._unshown[0]} ran and its frame was cut off; `await env.settle()` gives its "
+                "result, or reset",
+                op=self._unshown[0],
+            )
+        return await self._session.request(op, fields)
+
+    async def _show_after(self, op: str, result: Any) -> None:
+        """In human mode, show the frame after ``op``; whatever keeps it away, the result is kept for :meth:`settle`."""
+        if self._window is None:
+            return
+        try:
+            self._window.show(await self._frame())
+        except BaseException:
+            self._unshown = (op, result)
+            raise
 
     async def settle(self) -> Any:
         """The result of the call whose waiting was cancelled: for a step, its tuple.
 
         Raises:
-            NothingUnsettled: no call was cancelled.
+            NothingUnsettled: no call was cancelled, and none lost its frame in ``human`` mode.
         """
         if self._unshown is not None:
-            result, self._unshown = self._unshown, None
+            (_, result), self._unshown = self._unshown, None
             return result
         op, reply = await self._session.settle()
         if op == "step":
@@ -181,7 +200,7 @@ class RemoteEnv:
         Raises:
             NotAllowed: the operator does not allow it, or there is none.
         """
-        reply = await self._session.request("call", {"name": name, "args": list(args), "kwargs": kwargs})
+        reply = await self._request("call", {"name": name, "args": list(args), "kwargs": kwargs})
         return reply.get("value")
 
     async def get_attr(self, name: str) -> Any:
@@ -199,7 +218,7 @@ class RemoteEnv:
         Raises:
             NotAllowed: the operator does not allow it.
         """
-        await self._session.request("set_attr", {"name": name, "value": value})
+        await self._request("set_attr", {"name": name, "value": value})
 
     async def close(self) -> None:
         """Close the env and free its slot. Safe to call twice."""

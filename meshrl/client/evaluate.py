@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from meshrl.errors import MeshError, UsageError
+from meshrl.errors import MeshError, MeshFull, UsageError
 
 if TYPE_CHECKING:
     from meshrl.client.mesh import Mesh
@@ -65,43 +66,62 @@ async def evaluate(
     env_kwargs: Mapping[str, Any] | None,
     deterministic: bool,
     concurrency: int,
+    wait: float,
 ) -> Report:
     """Run the episodes; see :meth:`meshrl.Mesh.evaluate`."""
     if episodes < 1 or concurrency < 1:
         raise UsageError("evaluate runs at least one episode, at least one at once")
     seeds = list(range(seed, seed + episodes))
     seeds.reverse()
-    done: list[EpisodeReport] = []
-    description = await mesh.describe(agent, "agent")
+    reports: list[EpisodeReport] = []
+    starved: list[MeshFull] = []
+    opening: set[asyncio.Task[None]] = set()
+    description = await mesh.describe(agent, "agent", wait=wait)
 
     async def run() -> None:
-        async with (
-            await mesh.env(env, env_kwargs) as remote,
-            await mesh.agent(agent, stateful=description.stateful, env=remote) as policy,
-        ):
-            while seeds:
-                done.append(await _episode(remote, policy, seeds.pop(), deterministic))
+        try:
+            async with contextlib.AsyncExitStack() as leased:
+                remote = await leased.enter_async_context(await mesh.env(env, env_kwargs, wait=wait))
+                policy = await leased.enter_async_context(
+                    await mesh.agent(agent, stateful=description.stateful, env=remote, wait=wait)
+                )
+                opening.discard(_this_task())
+                while seeds:
+                    reports.append(await _episode(remote, policy, seeds.pop(), deterministic))
+        except MeshFull as exc:
+            starved.append(exc)  # those that have an env run its episodes too
+        if len(reports) == episodes:
+            for task in opening:
+                task.cancel()
 
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(concurrency, episodes)):
-                group.create_task(run())
+                opening.add(group.create_task(run()))
     except* MeshError as failures:
         # One is told: several learners of one lost worker say the same.
         first: BaseException = failures
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from None
-    done.sort(key=lambda episode: episode.seed)
-    returns = np.array([episode.episode_return for episode in done])
+    if not reports:
+        raise starved[0]
+    reports.sort(key=lambda episode: episode.seed)
+    returns = np.array([episode.episode_return for episode in reports])
     return Report(
         env=env,
         agent=agent,
         mean_return=float(returns.mean()),
         std_return=float(returns.std()),
-        mean_length=float(np.mean([episode.length for episode in done])),
-        episodes=done,
+        mean_length=float(np.mean([episode.length for episode in reports])),
+        episodes=reports,
     )
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 async def _episode(env: Any, agent: Any, seed: int, deterministic: bool) -> EpisodeReport:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from meshrl.bus.connection import Connection
-from meshrl.errors import MeshError, SessionLost
+from meshrl.errors import MeshError, MeshUnreachable, SessionLost
 from meshrl.protocol.doubt import QUIET_S, Do, Doubt
 from meshrl.wire.messages import MAX_BATCH, Probe, Probed, parse
 from meshrl.wire.subjects import Subjects
@@ -111,7 +111,16 @@ class Flight:
                 self.future.exception()  # who waits is told; when nobody does, there is nothing to log
 
     def rearm(self) -> None:
-        """The waiter was cancelled, and its future with it: the next one waits for a new one."""
+        """Make it fit to be awaited again.
+
+        A waiter that was cancelled took the future with it: there is a new one. A request of which nothing is known,
+        because this client was without a connection for too long, is sent again.
+        """
+        if isinstance(self._landed, MeshUnreachable):
+            self._landed = None
+            self.future = self._flights.loop.create_future()
+            self._flights.relaunch(self)
+            return
         if not self.future.cancelled():
             return
         self.future = self._flights.loop.create_future()
@@ -140,7 +149,6 @@ class Flights:
         self._quiet: set[Flight] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._last_tick = 0.0
-        self._probes: dict[str, int] = {}
         connection.on_reconnect.append(self._reconnected)
         connection.on_close.append(self._closed)
 
@@ -153,14 +161,34 @@ class Flights:
         Raises:
             BusClosed: the connection is closed.
         """
-        now = time.monotonic()
-        flight = Flight(self, worker, entry, subject, body, deadline_s, now)
-        flight.rid = self._connection.request(subject, body, flight.answered, mark=(entry.lane, entry.seq, 0))
+        flight = Flight(self, worker, entry, subject, body, deadline_s, time.monotonic())
+        self._send(flight)
+        return flight
+
+    def relaunch(self, flight: Flight) -> None:
+        """Send a request again that had landed without an answer."""
+        flight.attempt += 1
+        flight.sent_at = time.monotonic()
+        flight.state = ""
+        flight.doubt = None
+        try:
+            self._send(flight)
+        except MeshError as exc:
+            flight.failed(exc)
+
+    def _send(self, flight: Flight) -> None:
+        entry = flight.entry
+        flight.rid = self._connection.request(
+            flight.subject,
+            flight.body,
+            flight.answered,
+            mark=(entry.lane, entry.seq, flight.attempt),
+            on_fail=flight.failed,
+        )
         self._fresh[flight.rid] = flight
         if self._timer is None:
-            self._last_tick = now
+            self._last_tick = flight.sent_at
             self._timer = self.loop.call_later(TICK_S, self._tick)
-        return flight
 
     def landed(self, flight: Flight) -> None:
         """Nothing more is expected of it."""
@@ -192,19 +220,24 @@ class Flights:
             if now - flight.sent_at < QUIET_S:
                 break
             self._doubt(flight)
-        heard = self._connection.connected and not late
+        connected = self._connection.connected
         asked: dict[str, list[Flight]] = defaultdict(list)
         for flight in list(self._quiet):
             doubt = self._doubt(flight)
-            if doubt.due() > now and heard:
+            if late or self._connection.sending(flight.rid):
+                # Its answer may wait for this process; or the request, and a probe behind it, for the network.
+                doubt.deaf(now)
                 continue
-            do = doubt.tick(now, connected=heard)
+            if doubt.due() > now and connected:
+                continue
+            do = doubt.tick(now, connected=connected)
             if do is Do.PROBE:
                 asked[flight.worker].append(flight)
             else:
                 self._act(flight, do)
         for worker, flights in asked.items():
-            self._probe(worker, flights[:MAX_BATCH])
+            for at in range(0, len(flights), MAX_BATCH):
+                self._probe(worker, flights[at : at + MAX_BATCH])
 
     def _probe(self, worker: str, flights: list[Flight]) -> None:
         def answered(data: bytes | None) -> None:
@@ -224,12 +257,16 @@ class Flights:
                     flight.state = state
                     self._act(flight, self._doubt(flight).heard(state, now))
 
-        old = self._probes.pop(worker, None)
-        if old is not None:
-            self._connection.forget(old)
+        def failed(exc: MeshError) -> None:
+            for flight in flights:
+                if not flight.landed:
+                    flight.failed(exc)
+
+        # Probes of one worker overlap: over a slow network the next leaves before the last is answered.
         body = Probe(awaited=[flight.entry for flight in flights]).to_wire()
-        rid = self._connection.request(self._subjects.worker(worker, "probe", self._connection.user), body, answered)
-        self._probes[worker] = rid
+        subject = self._subjects.worker(worker, "probe", self._connection.user)
+        rid = self._connection.request(subject, body, answered, on_fail=failed)
+        self.loop.call_later(self._silence_s, self._connection.forget, rid)
 
     def alone(self, flight: Flight) -> None:
         """NATS says that nobody listens where it was sent, or where its probe was."""
@@ -244,6 +281,9 @@ class Flights:
         elif do is Do.LOST:
             assert flight.doubt is not None
             reason = flight.doubt.reason
+            if reason == "disconnected":
+                flight.failed(self._unreachable(flight.doubt.disconnected_s))
+                return
             why = _WHY[reason].format(worker=flight.worker, silence=self._silence_s, deadline=flight.deadline_s)
             flight.failed(
                 SessionLost(
@@ -253,6 +293,15 @@ class Flights:
                     worker=flight.worker,
                 )
             )
+
+    def _unreachable(self, disconnected_s: float) -> MeshUnreachable:
+        url = self._connection.url
+        return MeshUnreachable(
+            f"{url} has not answered for {disconnected_s:g} s; see that the NATS server runs and can be reached from "
+            "here. The connection goes on trying, and the request may have run",
+            url=url,
+            disconnected_s=disconnected_s,
+        )
 
     def _reconnected(self) -> None:
         now = time.monotonic()

@@ -25,6 +25,8 @@ log = logging.getLogger("meshrl.client")
 # Three renewals a lease: two may be lost.
 RENEWALS_A_LEASE = 3
 STOP_S = 2.0
+# Between attempts to renew again after an error; leases are three times as long at the least.
+PAUSE_S = 1.0
 
 OnLost = Callable[[str, str], None]
 
@@ -52,7 +54,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
-        self._stopping = False
+        self._stopping = threading.Event()
         self._ended = False
         self._on_end: Callable[[], object] | None = None
 
@@ -61,7 +63,7 @@ class Keeper:
         with self._lock:
             self._leases[worker, session] = (epoch, lease_s)
             self._new.append((worker, session))
-            if self._thread is None:
+            if self._thread is None and not self._stopping.is_set():
                 self._thread = threading.Thread(target=self._run, name="meshrl-keeper", daemon=True)
                 self._thread.start()
         self._rouse()
@@ -71,14 +73,18 @@ class Keeper:
         with self._lock:
             self._leases.pop((worker, session), None)
 
+    def end(self) -> None:
+        """Renew nothing any more; the thread ends soon."""
+        self._stopping.set()
+        self._rouse()
+
     async def stop(self) -> None:
         """End the thread; returns when it has ended, or after 2 s. Starts no thread, so it works at the exit too."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         with self._lock:
-            self._stopping = True
             running = self._thread is not None and not self._ended
             self._on_end = lambda: loop.call_soon_threadsafe(ended.set)
-        self._rouse()
+        self.end()
         if running:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_S):
@@ -93,23 +99,30 @@ class Keeper:
                 return  # its loop has ended
 
     def _run(self) -> None:
-        while not self._stopping:
-            try:
-                asyncio.run(self._main())
-            except MeshError as exc:
-                # The client's own connection tells the user; here it is tried again, since leases are at stake.
-                log.warning("leases cannot be renewed: %s", exc)
-                time.sleep(1.0)
-            except RuntimeError:
-                # asyncio.run ends with a thread of its own (for the resolver's), which the interpreter's exit forbids.
-                if not self._stopping:
-                    raise
-        with self._lock:
-            self._ended = True
-            told = self._on_end
-        with contextlib.suppress(RuntimeError):  # its loop has ended
-            if told is not None:
-                told()
+        try:
+            while not self._stopping.is_set():
+                self._try()
+        finally:
+            with self._lock:
+                self._ended = True
+                told = self._on_end
+            with contextlib.suppress(RuntimeError):  # its loop has ended
+                if told is not None:
+                    told()
+
+    def _try(self) -> None:
+        """Renew until told to stop, or until something is wrong; whatever that is, leases are at stake."""
+        try:
+            asyncio.run(self._main())
+        except MeshError as exc:
+            # The client's own connection tells the user.
+            log.warning("leases cannot be renewed: %s; trying again", exc)
+        except Exception:
+            # asyncio.run ends with a thread of its own (for the resolver's), which the interpreter's exit forbids.
+            if self._stopping.is_set():
+                return
+            log.exception("leases cannot be renewed; trying again")
+        self._stopping.wait(PAUSE_S)
 
     async def _main(self) -> None:
         self._wake = asyncio.Event()
@@ -121,7 +134,7 @@ class Keeper:
                 connection.on_close.append(lambda _why: self._rouse())
                 connection.on_reconnect.append(self._renew_all_soon)
                 due = time.monotonic()
-                while not self._stopping:
+                while not self._stopping.is_set():
                     if ended:
                         raise ended[0]
                     now = time.monotonic()

@@ -10,22 +10,38 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from meshrl.client.flights import Entry, Flight
-from meshrl.errors import MeshError, MeshFull, SessionLost, UnknownName, WorkerDraining, from_wire
+from meshrl.errors import (
+    MeshError,
+    MeshFull,
+    MeshUnreachable,
+    RequestTimeout,
+    SessionLost,
+    UnknownName,
+    WorkerDraining,
+    from_wire,
+)
 from meshrl.protocol.names import near
 from meshrl.protocol.placement import Choice
 from meshrl.wire.codec import unpack
-from meshrl.wire.messages import Close, Full, Grant, Kind, Open, check
+from meshrl.wire.messages import Ask, Close, Description, Full, Grant, Kind, Open, check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from meshrl.client.mesh import Mesh
+    from meshrl.client.context import Context
     from meshrl.protocol.directory import Entry as Served
 
-# A name that nobody serves is an error after this long when other workers are there; a mesh without any worker is
-# waited for (it may be starting).
+# A name that nobody serves is an error after this long when other workers are there, counted from when one last said
+# that it is making it; a mesh without any worker is waited for (it may be starting).
 UNKNOWN_S = 3.0
 ASK_AGAIN_S = 1.0
+# A description is asked for by the first advertisement; its answer may have been lost.
+DESCRIBE_AGAIN_S = 0.5
+# While parked, a change is a reason to look whether another worker has room. One that was full and is not any more may
+# have advertised the same all along.
+LOOK_AGAIN_S = 2.0
+# Workers answer full at the deadline; this is for their answer's way.
+LATE_S = 1.0
 # How often a worker that is busier than believed may send one open on. Four clients with stale directories that open
 # four sessions each at once end at 4 ± 1 a worker in all of 10,000 simulated runs with three, in 94 % with one.
 MAX_BOUNCES = 3
@@ -37,7 +53,7 @@ class Opening:
     """One open, from the wish to the grant.
 
     Args:
-        mesh: whose directory and placement it uses.
+        context: of the mesh.
         kind: ``env`` or ``agent``.
         asked: the name as the user wrote it.
         wait: seconds to wait for a worker and a slot; a constructor that is running is waited for beyond it.
@@ -47,7 +63,7 @@ class Opening:
 
     def __init__(
         self,
-        mesh: Mesh,
+        context: Context,
         kind: Kind,
         asked: str,
         *,
@@ -55,7 +71,8 @@ class Opening:
         where: Mapping[str, Any] | None,
         request: dict[str, Any],
     ) -> None:
-        self._mesh = mesh
+        self._context = context
+        self._registry = context.registry
         self._kind: Kind = kind
         self._asked = asked
         self._wait = wait
@@ -75,13 +92,14 @@ class Opening:
         Raises:
             UnknownName: nobody serves the name, or nobody with those capabilities.
             MeshFull: no slot was free for all of ``wait``.
+            MeshUnreachable: the server is away.
             KwargsNotAllowed, EnvError: the worker's answer.
         """
         served = ""
         try:
             while True:
                 entries = await self.served()
-                choice = self._mesh.placement.choose(entries, exclude=self._excluded, draw=random.random())  # noqa: S311
+                choice = self._registry.placement.choose(entries, exclude=self._excluded, draw=random.random())  # noqa: S311
                 if choice is None:
                     self._excluded.clear()
                     await self._change(ASK_AGAIN_S)
@@ -100,30 +118,68 @@ class Opening:
 
     async def served(self) -> list[Served]:
         """Who serves the name and could take the session; waits until somebody does."""
-        mesh, began, asked_at = self._mesh, time.monotonic(), -ASK_AGAIN_S
+        registry, began, asked_at = self._registry, time.monotonic(), -ASK_AGAIN_S
         while True:
             now = time.monotonic()
-            name = mesh.resolve(self._kind, self._asked)
+            name = registry.resolve(self._kind, self._asked)
             if name is not None:
-                entries = mesh.directory.candidates(self._kind, name, self._where)
+                entries = registry.directory.candidates(self._kind, name, self._where)
                 if entries:
                     return entries
-            refusal = mesh.refusals.get((self._kind, self._asked))
+            refusal = registry.refusal(self._kind, self._asked)
             if name is None and refusal is not None:
                 raise refusal
-            known = mesh.directory.names(self._kind)
-            if now >= self._deadline or (name is None and known and now - began > UNKNOWN_S):
+            known = registry.directory.names(self._kind)
+            heard_of = max(began, registry.making(self._asked))
+            if now >= self._deadline or (name is None and known and now - heard_of > UNKNOWN_S):
                 raise self._unknown(name, known)
             if now - asked_at >= ASK_AGAIN_S:
                 asked_at = now
-                mesh.ask_for(self._kind, self._asked if name is None else name)
+                registry.ask_for(self._kind, self._asked if name is None else name)
             await self._change(min(ASK_AGAIN_S, self._deadline - now))
 
+    async def described(self) -> Description:
+        """What one of those who serve the name says of it.
+
+        Raises:
+            UnknownName: nobody serves it.
+            RequestTimeout: nobody described it.
+            MeshUnreachable: the server is away.
+        """
+        while True:
+            entries = await self.served()
+            for entry in entries:
+                if entry.description is not None:
+                    return entry.description
+            name = entries[0].name
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise self._away() or RequestTimeout(
+                    f"{name}: its worker did not describe it within {self._wait:g} s", name=name, timeout_s=self._wait
+                )
+            if not await self._change(min(DESCRIBE_AGAIN_S, left)):
+                self._registry.ask(Ask(kind=self._kind, name=name))
+
+    def _away(self) -> MeshUnreachable | None:
+        """The error of this moment if the server is away: then nobody can be heard, whoever is there."""
+        connection = self._context.connection
+        if connection.connected or connection.closed:
+            return None
+        return MeshUnreachable(
+            f"the server at {connection.url} is away, and {self._asked!r} cannot be asked for; this client reconnects "
+            "by itself: try again when it is back",
+            url=connection.url,
+            name=self._asked,
+        )
+
     def _unknown(self, name: str | None, known: list[str]) -> MeshError:
+        away = self._away()
+        if away is not None:
+            return away
         if name is not None:
             able = [
                 f"{e.worker}: {dict(e.description.capabilities) if e.description else 'not yet described'}"
-                for e in self._mesh.directory.entries(self._kind)
+                for e in self._registry.directory.entries(self._kind)
                 if e.name == name
             ]
             return UnknownName(
@@ -133,31 +189,35 @@ class Opening:
                 where=self._where,
             )
         close = near(self._asked, known)
-        if not known:
+        if time.monotonic() - self._registry.making(self._asked) <= UNKNOWN_S:
+            text = "a worker is making it, which takes longer than wait; ask again, or give more seconds as wait="
+        elif not known:
             text = "no worker is on the mesh; start one (meshrl serve, meshrl up)"
         elif close:
             text = f"did you mean {', '.join(close)}?"
         else:
             text = f"served are: {', '.join(known[:20])}; list them with `meshrl ls`"
         return UnknownName(
-            f"no {self._kind} {self._asked!r} is served at {self._mesh.connection.url}: {text}",
+            f"no {self._kind} {self._asked!r} is served at {self._context.connection.url}: {text}",
             name=self._asked,
             near=close,
         )
 
-    async def _change(self, timeout: float) -> None:
-        """Wait until the directory changes, or for ``timeout`` seconds."""
-        changed = self._mesh.changed
+    async def _change(self, timeout: float) -> bool:
+        """Wait until the directory changes, or for ``timeout`` seconds; whether it changed."""
+        self._context.check_open()
+        changed = self._registry.changed
         try:
             async with asyncio.timeout(max(0.0, timeout)):
                 await changed.wait()
         except TimeoutError:
-            return
+            return False
+        return True
 
     # ---------------------------------------------------------------- ask
 
     def _launch(self, worker: str, name: str, *, believed: int | None, park_s: float) -> Flight:
-        mesh = self._mesh
+        context = self._context
         open_ = Open(
             session=self._session,
             kind=self._kind,
@@ -168,77 +228,90 @@ class Opening:
             **self._request,
         )
         self._workers.add(worker)
-        mesh.placement.asked(worker, time.monotonic())
-        subject = mesh.subjects.worker(worker, "open", mesh.connection.user)
-        return mesh.flights.launch(
-            worker, Entry(self._session, open_.epoch, 0, 0), subject, open_.to_wire(), CONSTRUCT_S
-        )
+        subject = context.subjects.worker(worker, "open", context.connection.user)
+        entry = Entry(self._session, open_.epoch, 0, 0)
+        flight = context.flights.launch(worker, entry, subject, open_.to_wire(), CONSTRUCT_S)
+        self._registry.placement.asked(worker, time.monotonic())
+        return flight
 
     async def _ask(self, choice: Choice, name: str) -> Grant | None:
-        """Ask one worker; None when another choice has to be made."""
-        now = time.monotonic()
-        if now >= self._deadline:
+        """Ask one worker, and while parked there another that has room; None when another choice has to be made."""
+        began = time.monotonic()
+        if began >= self._deadline:
             raise self._full()
         unsure = choice.believed_free > 0 and self._bounces[choice.worker] < MAX_BOUNCES
         believed = choice.believed_free if unsure else None
-        flight = self._launch(choice.worker, name, believed=believed, park_s=self._deadline - now)
+        flight = self._launch(choice.worker, name, believed=believed, park_s=self._deadline - began)
         trial: Flight | None = None
+        under_way = [flight]
+        looked_at = began
         try:
             while True:
-                pending: set[asyncio.Future[Any]] = {f.future for f in (flight, trial) if f is not None}
-                changed: asyncio.Future[Any] = asyncio.ensure_future(self._mesh.changed.wait())
-                try:
-                    await asyncio.wait({*pending, changed}, timeout=0.25, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    changed.cancel()
-                if flight.future.done():
-                    return self._landed(flight)
-                if trial is not None and trial.future.done():
-                    grant = self._landed(trial)
+                await self._landing(under_way)
+                for landed in [each for each in under_way if each.future.done()]:
+                    # The other one goes on: a worker that has room may be at the env's constructor at the deadline.
+                    under_way.remove(landed)
+                    grant = self._landed(landed)
                     if grant is not None:
                         return grant
-                    trial = None
-                elif trial is None and flight.state == "parked" and self._mesh.changed_since(now):
-                    now = time.monotonic()
+                    if landed is trial:
+                        self._refused = False  # it did not ask for a place in that queue
+                if not under_way:
+                    return None
+                now = time.monotonic()
+                look = now - looked_at > LOOK_AGAIN_S or self._registry.changed_since(looked_at)
+                if look and under_way == [flight] and flight.state == "parked":
+                    looked_at = now
                     trial = self._try_elsewhere(choice.worker, name)
-                if time.monotonic() >= self._deadline + 1.0 and flight.state != "running":
+                    if trial is not None:
+                        under_way.append(trial)
+                running = any(each.state == "running" for each in under_way)
+                if time.monotonic() >= self._deadline + LATE_S and not running:
                     raise self._full()
         finally:
-            for left in (flight, trial):
-                if left is not None and not left.future.done():
-                    self._mesh.flights.landed(left)
-                    left.future.cancel()
-                    self._mesh.placement.withdrawn(left.worker)
+            for left in under_way:
+                self._context.flights.landed(left)
+                left.future.cancel()
+                self._registry.placement.withdrawn(left.worker)
+
+    async def _landing(self, under_way: list[Flight]) -> None:
+        """Wait until one of them has landed, the directory has changed, or a moment has passed."""
+        changed: asyncio.Future[Any] = asyncio.ensure_future(self._registry.changed.wait())
+        futures: set[asyncio.Future[Any]] = {flight.future for flight in under_way}
+        try:
+            await asyncio.wait({*futures, changed}, timeout=0.25, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
 
     def _try_elsewhere(self, parked_at: str, name: str) -> Flight | None:
         """While parked: ask a worker that has room, as many of the waiters as there is room for."""
-        entries = self._mesh.directory.candidates(self._kind, name, self._where)
-        worker = self._mesh.placement.should_move(entries, parked_at, random.random())  # noqa: S311
+        entries = self._registry.directory.candidates(self._kind, name, self._where)
+        worker = self._registry.placement.should_move(entries, parked_at, random.random())  # noqa: S311
         return None if worker is None else self._launch(worker, name, believed=None, park_s=0.0)
 
     def _landed(self, flight: Flight) -> Grant | None:
-        mesh, worker, now = self._mesh, flight.worker, time.monotonic()
+        placement, worker, now = self._registry.placement, flight.worker, time.monotonic()
         try:
             body = unpack(flight.future.result())
             if isinstance(body, dict) and "error" in body:
                 raise from_wire(body["error"])
             if not isinstance(body, dict) or "load" not in body or "worker" in body:
                 grant = check(Grant, body)
-                mesh.placement.granted(worker, now, grant.load)
+                placement.granted(worker, now, grant.load)
                 return grant
             full = check(Full, body)
         except SessionLost:
-            mesh.placement.withdrawn(worker)
-            mesh.gone(worker)
+            placement.withdrawn(worker)
+            self._registry.gone(worker)
             return None
         except (WorkerDraining, UnknownName):
-            mesh.placement.withdrawn(worker)
+            placement.withdrawn(worker)
             self._excluded.add(worker)
             return None
         except MeshError:
-            mesh.placement.withdrawn(worker)
+            placement.withdrawn(worker)
             raise
-        mesh.placement.busier(worker, full.load, now)
+        placement.busier(worker, full.load, now)
         if full.bounced:
             self._bounces[worker] += 1
         elif full.ticket is not None:
@@ -247,15 +320,18 @@ class Opening:
             self._refused = True
         return None
 
-    def _full(self) -> MeshFull:
-        mesh, name = self._mesh, self._mesh.resolve(self._kind, self._asked)
+    def _full(self) -> MeshError:
+        away = self._away()
+        if away is not None:
+            return away
+        registry, name = self._registry, self._registry.resolve(self._kind, self._asked)
         loads = {
             e.worker: {
                 "slots": e.advertisement.slots,
-                "free": mesh.placement.believed_free(e),
+                "free": registry.placement.believed_free(e),
                 "waiting": e.advertisement.waiting,
             }
-            for e in mesh.directory.entries(self._kind)
+            for e in registry.directory.entries(self._kind)
             if e.name == name
         }
         shown = ", ".join(
@@ -272,9 +348,9 @@ class Opening:
 
     def _say_close(self, workers: set[str]) -> None:
         """Tell those that do not serve: a grant on its way, or a place in a queue, is not wanted any more (R4)."""
-        mesh = self._mesh
-        if mesh.connection.closed:
+        context = self._context
+        if context.connection.closed:
             return
         for worker in workers:
-            subject = mesh.subjects.session(worker, mesh.connection.user, self._session, "close")
-            mesh.connection.publish(subject, Close(epoch=1).to_wire())
+            subject = context.subjects.session(worker, context.connection.user, self._session, "close")
+            context.connection.publish(subject, Close(epoch=1).to_wire())

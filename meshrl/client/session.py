@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from meshrl.client.flights import Entry, Flight
-from meshrl.errors import MeshError, SessionClosed, SessionExpired, SessionLost, SessionUnknown, WrongEpoch
+from meshrl.errors import (
+    MeshError,
+    MeshUnreachable,
+    SessionClosed,
+    SessionExpired,
+    SessionLost,
+    SessionUnknown,
+    SubjectNotPermitted,
+    TransportError,
+    WrongEpoch,
+)
 from meshrl.protocol.turn import Begin, Turn
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, check_reply
 from meshrl.wire.messages import Close, Grant
 
 if TYPE_CHECKING:
-    from meshrl.client.mesh import Mesh
+    from meshrl.client.context import Context
 
 _GONE = (SessionUnknown, SessionExpired, WrongEpoch)
 
@@ -26,14 +37,14 @@ class RemoteSession:
         closed: whether this client has closed it.
     """
 
-    def __init__(self, mesh: Mesh, grant: Grant) -> None:
+    def __init__(self, context: Context, grant: Grant) -> None:
         self.grant = grant
         self.closed = False
-        self._mesh = mesh
-        self._connection = mesh.connection
-        self._flights = mesh.flights
+        self._context = context
+        self._connection = context.connection
+        self._flights = context.flights
         self._turn = Turn(f"{grant.description.kind} {grant.description.name}")
-        self._subject = mesh.subjects.session(grant.worker, mesh.connection.user, grant.session, "")
+        self._subject = context.subjects.session(grant.worker, context.connection.user, grant.session, "")
         self._flight: Flight | None = None
         self._lost: SessionLost | None = None
 
@@ -56,6 +67,7 @@ class RemoteSession:
             StepUnsettled: a cancelled one has not been settled.
             SessionLost: the session is gone.
             SessionClosed: this client closed it.
+            MeshUnreachable: the server was away for too long; when it is back, settle or reset.
             MeshError: what the worker answered.
         """
         if self._lost is not None or self.closed:
@@ -63,6 +75,8 @@ class RemoteSession:
         turn = self._turn
         if turn.may_begin(op) is Begin.AFTER_LAST:
             await self._discard()
+            if self._lost is not None or self.closed:  # closed while it waited
+                raise self._ended()
         grant = self.grant
         # Encoded before the turn is taken: what cannot be encoded has not begun.
         seq = turn.seq + 1
@@ -88,8 +102,7 @@ class RemoteSession:
         if self._lost is not None or self.closed:
             raise self._ended()
         op = self._turn.settling()
-        assert self._flight is not None
-        return op, await self._landing(self._flight)
+        return op, await self._landing_again()
 
     async def _landing(self, flight: Flight) -> Frame:
         try:
@@ -99,7 +112,13 @@ class RemoteSession:
             flight.rearm()
             self._turn.cancelled()
             raise
+        except MeshUnreachable:
+            # Without a connection for too long: it may have run, so it is to be settled like a cancelled one.
+            self._turn.cancelled()
+            raise
         except MeshError as exc:
+            if isinstance(exc, SubjectNotPermitted) and flight.attempt == 0:
+                self._turn.seq -= 1  # it never left this user's side of the server
             self._turn.answered()
             if isinstance(exc, SessionLost):
                 self._lose(exc)
@@ -115,17 +134,20 @@ class RemoteSession:
                 self._lose_as("ended", str(exc))
             raise
 
+    async def _landing_again(self) -> Frame:
+        assert self._flight is not None
+        self._flight.rearm()
+        return await self._landing(self._flight)
+
     async def _discard(self) -> None:
         """Wait for a cancelled request and drop its answer, whatever it is."""
         self._turn.discarding()
-        assert self._flight is not None
         try:
-            await self._landing(self._flight)
-        except SessionLost:
+            await self._landing_again()
+        except (SessionLost, MeshUnreachable):
             raise
         except MeshError:
-            if self._lost is not None:
-                raise self._lost from None
+            return
 
     def lost(self, reason: str) -> None:
         """The keeper was told that the worker does not hold the session any more.
@@ -157,7 +179,7 @@ class RemoteSession:
     def _lose(self, exc: SessionLost) -> None:
         if self._lost is None:
             self._lost = exc
-            self._mesh.forget(self)
+            self._context.forget(self)
 
     def _ended(self) -> MeshError:
         if self.closed:
@@ -171,7 +193,7 @@ class RemoteSession:
             return
         self.closed = True
         gone = self._lost is not None
-        self._mesh.forget(self)
+        self._context.forget(self)
         flight = self._flight
         if flight is not None and not flight.landed:
             flight.failed(SessionClosed(f"{self.grant.description.name}: it was closed while a request was under way"))
@@ -179,8 +201,22 @@ class RemoteSession:
             body = Close(epoch=self.grant.epoch).to_wire()
             try:
                 await self._connection.ask(self._subject + "close", body, 2.0)
-            except TimeoutError:
+            except TransportError:
                 return  # nobody renews it any more: its lease ends it
+
+    def let_go(self) -> None:
+        """What held it is garbage: free its slot, on the loop, whenever that comes to it.
+
+        From any thread and at any moment, as ``__del__`` is called; nothing here may wait.
+        """
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and its connection with it
+            self._context.loop.call_soon_threadsafe(self._let_go)
+
+    def _let_go(self) -> None:
+        if self.abandoned:
+            self.closed = True
+            self._context.forget(self)
+            self._connection.publish(self._subject + "close", Close(epoch=self.grant.epoch).to_wire())
 
 
 def fields_of(**values: Any) -> Frame:

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from meshrl.errors import UsageError
+
+
+class Shows(Protocol):
+    """Where the frames of ``render_mode="human"`` go."""
+
+    def show(self, frame: Any) -> None:
+        """Show one frame, height x width x 3 of uint8."""
+
+    def close(self) -> None:
+        """Show no more."""
+
+
+class Latest:
+    """Keeps the newest frame for a window of another thread: pygame's are best left to the one that opened them."""
+
+    def __init__(self) -> None:
+        self._frame: Any = None
+
+    def show(self, frame: Any) -> None:
+        """Keep ``frame`` in place of the one before it."""
+        self._frame = frame
+
+    def take(self) -> Any:
+        """The newest frame, once; None when there is none that was not taken."""
+        frame, self._frame = self._frame, None
+        return frame
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Window:

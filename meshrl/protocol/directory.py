@@ -3,7 +3,7 @@
 The rules:
 
 - Who has not been heard for 3.5 of its own intervals has left. Only silence that the client could have heard
-  counts: after a time in which the client itself slept, everyone gets the whole period again.
+  counts: after a time in which the client itself slept, or was cut off, everyone gets the whole period again.
 - A worker that said goodbye, or that the client found dead, is gone at once. Its advertisements that were
   under way are not listened to for one interval; a later one brings it back, because detection may be wrong.
 - What a worker can do is its description, known by a hash; until it is known, no ``where`` matches.
@@ -11,13 +11,15 @@ The rules:
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from meshrl.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from meshrl.wire.messages import Advertisement, Description
 
@@ -85,19 +87,30 @@ class Directory:
 
     def __init__(self, *, sweep_s: float = SWEEP_S) -> None:
         self._sweep_s = sweep_s
-        self._entries: dict[Key, Entry] = {}
+        # An advertisement comes a second and worker: what it needs is found without looking at the others.
+        self._served: dict[tuple[str, str], dict[str, Entry]] = {}  # (kind, name) -> worker -> entry
+        self._keys_of: defaultdict[str, set[Key]] = defaultdict(set)  # of a worker; never an empty set
         self._deadlines: dict[Key, float] = {}
         self._ignored_until: dict[Key, float] = {}
         # By (kind, name, hash), or with the worker before the hash where that worker hashes in its own way.
         self._descriptions: dict[tuple[str, ...], Description] = {}
+        self._unused_descriptions = False
         self._swept_at: float | None = None
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._deadlines)
 
     def __repr__(self) -> str:
-        workers = {worker for _, _, worker in self._entries}
-        return f"<Directory {len(self._entries)} entries of {len(workers)} workers>"
+        return f"<Directory {len(self)} entries of {len(self._keys_of)} workers>"
+
+    def get(self, key: Key) -> Entry | None:
+        """The entry of a (kind, name, worker), or None."""
+        kind, name, worker = key
+        return self._served.get((kind, name), {}).get(worker)
+
+    def has(self, worker: str) -> bool:
+        """Whether that worker serves anything."""
+        return worker in self._keys_of
 
     def heard(self, ad: Advertisement, now: float) -> list[Event]:
         """Take in an advertisement.
@@ -110,7 +123,7 @@ class Directory:
             at most one event; none for a repetition that says nothing new.
         """
         key: Key = (ad.kind, ad.name, ad.worker)
-        before = self._entries.get(key)
+        before = self.get(key)
         if ad.left:
             # Also of a worker not known: its goodbye may overtake its advertisements, which use another
             # connection.
@@ -118,16 +131,19 @@ class Directory:
             return [self._left(key)] if before else []
         if now < self._ignored_until.get(key, now):
             return []
-        if not self._entries:
+        if not len(self):
             # With nothing to expire nobody had to call expire(), so that gap says nothing; this moment does.
             self._swept_at = now
-        self._entries[key] = Entry(ad, now, self._description_of(ad))
+        self._put(key, Entry(ad, now, self._description_of(ad)))
+        self._keys_of[ad.worker].add(key)
         self._deadlines[key] = now + EXPIRY_INTERVALS * ad.interval_s
         if before is None:
             return [Event("joined", key, ad)]
+        if before.advertisement.description != ad.description:
+            self._unused_descriptions = True
         return [] if before.advertisement == ad else [Event("updated", key, ad)]
 
-    def expire(self, now: float) -> list[Event]:
+    def expire(self, now: float, *, connected: bool = True) -> list[Event]:
         """Take out who has been silent too long; to be called at :meth:`next_expiry` or more often.
 
         Called more than twice ``sweep_s`` after the last time, it takes the client to have slept: it takes
@@ -135,18 +151,20 @@ class Directory:
 
         Args:
             now: monotonic seconds.
+            connected: whether anybody could be heard since the last time; if not, it is as after a sleep.
 
         Returns:
             an event ``left`` for each that was taken out.
         """
         slept = self._swept_at is not None and now - self._swept_at > 2 * self._sweep_s
         self._swept_at = now
-        if slept:
-            for key, entry in self._entries.items():
-                self._deadlines[key] = now + EXPIRY_INTERVALS * entry.advertisement.interval_s
+        if slept or not connected:
+            for entry in self._all():
+                self._deadlines[entry.key] = now + EXPIRY_INTERVALS * entry.advertisement.interval_s
         self._ignored_until = {key: until for key, until in self._ignored_until.items() if until > now}
-        events = [self._left(key) for key, deadline in sorted(self._deadlines.items()) if deadline <= now]
-        self._prune_descriptions()
+        events = [self._left(key) for key in sorted(key for key, at in self._deadlines.items() if at <= now)]
+        if self._unused_descriptions:
+            self._prune_descriptions()
         return events
 
     def next_expiry(self) -> float | None:
@@ -170,10 +188,10 @@ class Directory:
         Returns:
             an event ``left`` for each of its names.
         """
-        gone = sorted(key for key in self._entries if key[2] == worker)
-        for key in gone:
-            self._ignored_until[key] = now + self._entries[key].advertisement.interval_s
-        return [self._left(key) for key in gone]
+        events = [self._left(key) for key in sorted(self._keys_of.get(worker, ()))]
+        for event in events:
+            self._ignored_until[event.key] = now + event.advertisement.interval_s
+        return events
 
     def described(self, description: Description, digest: str | None = None) -> None:
         """Attach a description to the entries that advertise its hash.
@@ -184,30 +202,35 @@ class Directory:
                 ``description.digest()`` (a worker in another language); it is then taken for this worker
                 alone, because nobody checked that the hash is the description's.
         """
-        kind, name = description.kind, description.name
-        if digest is None or digest == description.digest():
-            self._descriptions[kind, name, description.digest()] = description
-        else:
-            self._descriptions[kind, name, description.worker, digest] = description
-        for key, entry in self._entries.items():
-            if key[:2] == (kind, name):
-                self._entries[key] = replace(entry, description=self._description_of(entry.advertisement))
+        own = description.digest()
+        key: tuple[str, ...] = (description.kind, description.name, own)
+        if digest not in (None, own):
+            key = (description.kind, description.name, description.worker, str(digest))
+        new = key not in self._descriptions
+        self._descriptions[key] = description
+        if not new:
+            return  # attached to whom it concerns, or so as soon as they advertise it
+        self._unused_descriptions = True  # it may be of nobody who is there
+        for entry in list(self._served.get((description.kind, description.name), {}).values()):
+            known = self._description_of(entry.advertisement)
+            if known is not entry.description:
+                self._put(entry.key, replace(entry, description=known))
 
     def missing(self) -> set[tuple[str, str, str]]:
         """(worker, name, hash) of each entry whose description is not known."""
         return {
             (entry.worker, entry.name, entry.advertisement.description)
-            for entry in self._entries.values()
+            for entry in self._all()
             if entry.description is None
         }
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All entries, or those of a kind, by (kind, name, worker)."""
-        return [entry for key, entry in sorted(self._entries.items()) if kind in (None, key[0])]
+        return sorted((entry for entry in self._all() if kind in (None, entry.advertisement.kind)), key=_key)
 
     def names(self, kind: str) -> list[str]:
         """The names that are served, draining workers' included; sorted."""
-        return sorted({key[1] for key in self._entries if key[0] == kind})
+        return sorted(name for of, name in self._served if of == kind)
 
     def candidates(self, kind: str, name: str, where: Mapping[str, object] | None = None) -> list[Entry]:
         """The entries at which a session of ``name`` may be opened, full ones included, by worker.
@@ -227,15 +250,32 @@ class Directory:
                 raise UsageError(
                     f"where[{capability!r}] is callable; it is compared as a value, so nothing could match"
                 )
-        return [
+        fit = (
             entry
-            for entry in self.entries(kind)
-            if entry.name == name and not entry.advertisement.draining and _capable(entry, wanted)
-        ]
+            for entry in self._served.get((kind, name), {}).values()
+            if not entry.advertisement.draining and _capable(entry, wanted)
+        )
+        return sorted(fit, key=_key)
+
+    def _all(self) -> Iterator[Entry]:
+        return itertools.chain.from_iterable(entries.values() for entries in self._served.values())
+
+    def _put(self, key: Key, entry: Entry) -> None:
+        self._served.setdefault(key[:2], {})[key[2]] = entry
 
     def _left(self, key: Key) -> Event:
+        kind, name, worker = key
+        entries = self._served[kind, name]
+        entry = entries.pop(worker)
+        if not entries:
+            del self._served[kind, name]
+        keys = self._keys_of[worker]
+        keys.discard(key)
+        if not keys:
+            del self._keys_of[worker]
         del self._deadlines[key]
-        return Event("left", key, self._entries.pop(key).advertisement)
+        self._unused_descriptions = True
+        return Event("left", key, entry.advertisement)
 
     def _description_of(self, ad: Advertisement) -> Description | None:
         own = self._descriptions.get((ad.kind, ad.name, ad.worker, ad.description))
@@ -244,10 +284,15 @@ class Directory:
     def _prune_descriptions(self) -> None:
         """Forget those that no entry advertises any more; workers come and go while a client lives."""
         used: set[tuple[str, ...]] = set()
-        for entry in self._entries.values():
+        for entry in self._all():
             ad = entry.advertisement
             used |= {(ad.kind, ad.name, ad.description), (ad.kind, ad.name, ad.worker, ad.description)}
         self._descriptions = {key: known for key, known in self._descriptions.items() if key in used}
+        self._unused_descriptions = False
+
+
+def _key(entry: Entry) -> Key:
+    return entry.key
 
 
 def _capable(entry: Entry, wanted: Mapping[str, object]) -> bool:

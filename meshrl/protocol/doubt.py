@@ -10,7 +10,7 @@ A request is *quiet* after ``QUIET_S``; then one probe asks its worker, and what
     unknown          LOST session_unknown
     no responders    send again while in grace, then LOST worker_lost; no word after that is silence again
     (silence)        ask again; after ``FROZEN_S`` LOST worker_frozen
-    (disconnected)   wait; when the connection is back, ask at once
+    (disconnected)   wait; when the connection is back, ask at once; after ``DISCONNECTED_S`` LOST disconnected
 
 Sending again is free: the lane runs each sequence number once. Finding a worker dead that is not is safe as well:
 epochs keep it from answering for what it no longer owns.
@@ -28,6 +28,9 @@ PROBE_AGAIN_S = 1.0
 RUNNING_AGAIN_MAX_S = 5.0
 # No word at all from the worker for this long: it is stopped or cut off, and given up.
 FROZEN_S = 10.0
+# This client has had no server for this long: nothing is known, and its caller should hear so. A server that is
+# restarted or fails over is back in a fraction of it.
+DISCONNECTED_S = 30.0
 # NATS says that nobody listens: a worker's connection may be coming back (it does within half a second).
 GRACE_S = 0.6
 # The same when this client itself was cut off a moment ago: the server may have restarted for everyone.
@@ -54,12 +57,15 @@ class Doubt:
     __slots__ = (
         "_again_s",
         "_alone_since",
+        "_cut_at",
+        "_cut_s",
         "_due",
         "_heard",
         "_nobody",
         "_probing",
         "_started",
         "deadline_s",
+        "disconnected_s",
         "reason",
         "silence_s",
     )
@@ -67,6 +73,7 @@ class Doubt:
     def __init__(self, now: float, *, deadline_s: float, silence_s: float = FROZEN_S) -> None:
         self.deadline_s = deadline_s
         self.silence_s = silence_s
+        self.disconnected_s = max(DISCONNECTED_S, silence_s)
         self.reason = ""
         self._started = now  # when it may have begun to run
         self._heard = now  # the worker's last word on it
@@ -75,19 +82,20 @@ class Doubt:
         self._probing = False
         self._alone_since: float | None = None  # since when nobody listens
         self._nobody = False  # that was the last word, and it has not been tried again since
+        self._cut_at: float | None = None  # the last tick, if it was without a connection
+        self._cut_s = 0.0  # how long there has been none
 
     def due(self) -> float:
         """When :meth:`tick` has something to say."""
         return self._due
 
     def tick(self, now: float, *, connected: bool) -> Do:
-        """Time passed."""
+        """Time passed. While disconnected, call it at every tick."""
         if not connected:
-            self._heard = now  # nobody can be heard; their silence says nothing
-            self._due = now + QUIET_S
-            self._probing = False
-            self._alone_since = None
-            return Do.WAIT
+            self._cut_s += 0.0 if self._cut_at is None else now - self._cut_at
+            self.deaf(now)
+            self._cut_at = now
+            return self._lost("disconnected") if self._cut_s >= self.disconnected_s else Do.WAIT
         if now < self._due:
             return Do.WAIT
         if self._nobody:
@@ -100,6 +108,14 @@ class Doubt:
         self._probing = True
         self._due = now + PROBE_AGAIN_S
         return Do.PROBE
+
+    def deaf(self, now: float) -> None:
+        """Nobody could be heard until now: this process slept, say. Their silence says nothing."""
+        self._heard = now
+        self._due = now + QUIET_S
+        self._probing = False
+        self._alone_since = None
+        self._cut_at = None  # nor does the time without a connection that passed in a sleep count
 
     def heard(self, state: str, now: float) -> Do:
         """The worker said what became of the request."""
@@ -141,6 +157,8 @@ class Doubt:
         self._nobody = False
         self._probing = False
         self._again_s = QUIET_S
+        self._cut_at = None
+        self._cut_s = 0.0
         self._due = now
 
     def _later(self, now: float) -> None:

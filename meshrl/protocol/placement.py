@@ -104,7 +104,8 @@ class _View:
 class Placement:
     """One client's choice of workers, and its own doings that the directory cannot know yet.
 
-    Workers are named by id. Times are the client's monotonic seconds; draws are uniform in [0, 1).
+    Workers are named by id; one that was forgotten is known again by a new ask or a grant alone. Times are the
+    client's monotonic seconds; draws are uniform in [0, 1).
     """
 
     def __init__(self) -> None:
@@ -130,19 +131,21 @@ class Placement:
 
     def released(self, worker: str, now: float) -> None:
         """A session of this client's ended, and its slot is free or soon will be."""
-        self._at(worker).marks.append(_Mark(now, next(self._order), -1))
+        own = self._own.get(worker)
+        if own is not None:
+            own.marks.append(_Mark(now, next(self._order), -1))
 
     def busier(self, worker: str, load: Load, now: float) -> None:
         """An open was answered with the worker's load and no grant: busier than believed, or full."""
-        own = self._at(worker)
-        if own.asks:
-            own.asks.popleft()
-        own.answer = _Answer(now, next(self._order), load)
+        self.withdrawn(worker)
+        own = self._own.get(worker)
+        if own is not None:
+            own.answer = _Answer(now, next(self._order), load)
 
     def withdrawn(self, worker: str) -> None:
         """An open came to nothing: the client gave it up, or it was answered with an error."""
-        own = self._at(worker)
-        if own.asks:
+        own = self._own.get(worker)
+        if own is not None and own.asks:
             own.asks.popleft()
 
     def forget(self, worker: str) -> None:

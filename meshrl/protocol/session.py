@@ -37,6 +37,8 @@ GRANT_S = 2.0
 LATE_SWEEPS = 4
 # Why a session is gone is remembered for this many, so that its client is told more than "unknown".
 MAX_REMEMBERED = 10_000
+# The answers with which sessions ended are kilobytes each, and asked for within seconds.
+MAX_LAST_ANSWERS = 200
 # Cached answers of all sessions together; beyond it the worker takes no new sessions (R1).
 MAX_CACHED_BYTES = 1024 * 1024 * 1024
 
@@ -52,7 +54,6 @@ class Gone(NamedTuple):
     reason: str
     epoch: int
     final: bool  # not to be opened again in this epoch
-    last: Last | None
 
 
 class Opening(Enum):
@@ -139,6 +140,7 @@ class SessionTable:
         self.cached_bytes = 0
         self._sessions: dict[Key, Session] = {}
         self._gone: OrderedDict[Key, Gone] = OrderedDict()
+        self._lasts: OrderedDict[Key, Last] = OrderedDict()
         self._last_sweep: float | None = None
 
     def __len__(self) -> int:
@@ -178,6 +180,7 @@ class SessionTable:
             session = Session(user, id_, epoch, lanes, reply_to)
             self._sessions[session.key] = session
             self._gone.pop(session.key, None)
+            self._lasts.pop(session.key, None)
             return Opening.NEW, session
         if epoch < session.epoch:
             return Opening.WRONG_EPOCH, session
@@ -189,15 +192,21 @@ class SessionTable:
         if session.state is State.OPENING:
             return Opening.JOIN, session
         if not session.confirmed:
-            session.lease_until = now + self.grant_s  # the first answer may have been lost
+            self._grant(session, now)  # the first answer may have been lost
         return Opening.REPEAT, session
 
     def granted(self, session: Session, grant: bytes, now: float) -> str:
         """The session's env is there; gives the reply subject that the grant goes to."""
         session.state = State.OPEN
         session.grant = grant
-        session.lease_until = now + (self.lease_s if session.confirmed else self.grant_s)
+        self._grant(session, now)
         return session.reply_to
+
+    def _grant(self, session: Session, now: float) -> None:
+        """Start its countdown anew."""
+        session.lease_until = now + (self.lease_s if session.confirmed else self.grant_s)
+        if session.confirmed:  # by now: the other thread may have renewed it in between, and its lease counts
+            session.lease_until = now + self.lease_s
 
     def ending(self, session: Session, reason: str, last: Last | None = None) -> bool:
         """The session is over, its slot not yet free; False when it was ending already.
@@ -208,7 +217,7 @@ class SessionTable:
             return False
         session.state = State.ENDING
         final = session.confirmed or reason == "closed"
-        self._remember(session.key, Gone(reason, session.epoch, final, last))
+        self._remember(session.key, Gone(reason, session.epoch, final), last)
         return True
 
     def ended(self, session: Session) -> None:
@@ -217,11 +226,16 @@ class SessionTable:
             del self._sessions[session.key]
             self.cached_bytes -= sum(len(lane.cached) for lane in session.lanes)
 
-    def _remember(self, key: Key, gone: Gone) -> None:
+    def _remember(self, key: Key, gone: Gone, last: Last | None) -> None:
         self._gone[key] = gone
         self._gone.move_to_end(key)
         while len(self._gone) > MAX_REMEMBERED:
             self._gone.popitem(last=False)
+        self._lasts.pop(key, None)
+        if last is not None:
+            self._lasts[key] = last
+            while len(self._lasts) > MAX_LAST_ANSWERS:
+                self._lasts.popitem(last=False)
 
     def why_gone(self, key: Key) -> str:
         """``session_expired``, ``closed``, another reason given to :meth:`ending`, or ``session_unknown``."""
@@ -229,11 +243,9 @@ class SessionTable:
         return "session_unknown" if gone is None else gone.reason
 
     def last_answer(self, key: Key, epoch: int, lane: int, seq: int) -> bytes | None:
-        """The answer that the session ended with, if it is that of this request."""
-        gone = self._gone.get(key)
-        if gone is None or gone.last is None or gone.last[:3] != (epoch, lane, seq):
-            return None
-        return gone.last[3]
+        """The answer that the session ended with, if it is that of this request; of the newest sessions alone."""
+        last = self._lasts.get(key)
+        return last[3] if last is not None and last[:3] == (epoch, lane, seq) else None
 
     # ---------------------------------------------------------------- leased
 
@@ -272,7 +284,7 @@ class SessionTable:
         """Start every countdown anew, as after a reconnect."""
         for session in list(self._sessions.values()):
             if session.state is State.OPEN:
-                session.lease_until = now + (self.lease_s if session.confirmed else self.grant_s)
+                self._grant(session, now)
 
     # ---------------------------------------------------------------- probed
 

@@ -163,10 +163,16 @@ class Ask(Message):
 
 
 class Known(Message):
-    """A worker's answer to :class:`Ask`: its advertisements with their descriptions, at most 16 a message."""
+    """A worker's answer to :class:`Ask`: its advertisements with their descriptions, at most 16 a message.
+
+    Attributes:
+        making: names as they were asked for that are being made on demand; said at once and again each second, until
+            they are described or refused.
+    """
 
     advertisements: list[Advertisement]
     descriptions: list[Description]
+    making: list[Name] = Field(default_factory=list)
 
 
 # --------------------------------------------------------------------------- sessions
@@ -292,6 +298,7 @@ class SessionState(Message):
         total_steps: steps over all episodes of the session.
         seed: the last seed given to reset, None if none was.
         phase: ``new`` before the first reset, ``running``, or ``ended`` after termination or truncation.
+        episode_return: sum of the current episode's rewards; None when one of them was no number.
     """
 
     session: Id
@@ -302,4 +309,4 @@ class SessionState(Message):
     steps: Count
     total_steps: int
     seed: int | None = None
-    episode_return: float = 0.0
+    episode_return: float | None = 0.0

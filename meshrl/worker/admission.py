@@ -97,7 +97,8 @@ class Admission:
             self._replies.send(reply, session.grant)
         elif opening is Opening.WRONG_EPOCH:
             raise WrongEpoch(
-                f"session {session.id} is in epoch {session.epoch}; an open of epoch {open_.epoch} comes too late",
+                f"session {session.id} is in epoch {session.epoch}; an open of epoch {open_.epoch} comes too late; "
+                "open a new session",
                 session=session.id,
                 epoch=session.epoch,
             )
@@ -109,10 +110,10 @@ class Admission:
         """What is asked for, if this worker serves it and lets clients pass those kwargs."""
         description = self.served.get(open_.name)
         if description is None or open_.kind != self._kind:
+            close = near(open_.name, self.served)
+            hint = f"did you mean {', '.join(close)}?" if close else f"it serves {', '.join(self.served) or 'nothing'}"
             raise UnknownName(
-                f"worker {self._worker} serves no {open_.kind} {open_.name!r}; it serves {', '.join(self.served)}",
-                name=open_.name,
-                near=near(open_.name, self.served),
+                f"worker {self._worker} serves no {open_.kind} {open_.name!r}: {hint}", name=open_.name, near=close
             )
         allowed = description.allow_kwargs
         refused = [] if "*" in allowed else sorted(set(open_.kwargs) - set(allowed))
@@ -142,7 +143,7 @@ class Admission:
     def _constructed(self, session: Session, open_: Open, held: Held, description: Description) -> None:
         session.held = Hold(held, self._codecs[open_.key_style])
         if session.state is State.ENDING:
-            self.execution.dispose_late(session)
+            self.execution.dispose(session)
             return
         grant = Grant(
             session=session.id,
@@ -158,9 +159,9 @@ class Admission:
         self._replies.send(self._table.granted(session, grant.to_wire(), time.monotonic()), session.grant)
 
     def _not_constructed(self, session: Session, exc: MeshError) -> None:
-        self._replies.refuse(session.reply_to, exc)
         self._table.ending(session, "not_constructed")
         self._table.ended(session)
+        self._replies.refuse(session.reply_to, exc)
         self.slot_freed(session.key)
 
     # ---------------------------------------------------------------- waiting
@@ -177,7 +178,11 @@ class Admission:
         self._replies.send(reply, Full(load=self.load()).to_wire())
 
     def take_back(self, key: Key, epoch: int) -> bool:
-        """The client gave up a parked open."""
+        """The client gave up an open that is parked, or waits for its session's epoch before to close."""
+        after = self._after_end.get(key)
+        if after is not None and after[0].epoch == epoch:
+            del self._after_end[key]
+            return True
         parked = self._parked.get(key)
         if parked is None or parked[0].epoch != epoch:
             return False
@@ -191,7 +196,8 @@ class Admission:
             parked = self._parked.pop((waiter.user, waiter.session), None)
             if parked is not None:
                 self._replies.send(parked[1], Full(load=self.load(), ticket=waiter.ticket).to_wire())
-        if self._parked:
+        self._admit_parked()  # room for answers comes without a word, unlike a slot
+        if self._parked and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(PARKED_S, self._look_at_parked)
 
     def slot_freed(self, key: Key) -> None:
@@ -203,6 +209,11 @@ class Admission:
                 self._take(open_.model_copy(update={"believed_free": None}), key[0], reply)
             except MeshError as exc:
                 self._replies.refuse(reply, exc)
+        self._admit_parked()
+        if not len(self._table):
+            self.idle.set()
+
+    def _admit_parked(self) -> None:
         while self._table.free and self._parked:
             waiter = self._waiting.next()
             if waiter is None:
@@ -210,8 +221,6 @@ class Admission:
             parked = self._parked.pop((waiter.user, waiter.session), None)
             if parked is not None:
                 self._admit(*parked, waiter.user)
-        if not len(self._table):
-            self.idle.set()
 
     def _admit(self, open_: Open, reply: str, user: str) -> None:
         try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import logging
 import threading
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,12 @@ from meshrl.errors import EnvError, MeshError, UnknownName
 from meshrl.protocol.names import near
 from meshrl.wire.messages import Description, Open
 from meshrl.worker.describe import describe_env
+from meshrl.worker.execution import CLOSE_S
 from meshrl.worker.factories import EnvSource, Factory, as_factory, registered
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.service import Service, valid_names
+
+log = logging.getLogger("meshrl.worker")
 
 SLOTS = 64
 # How long one request of a session may run before its client gives the session up.
@@ -87,12 +93,13 @@ class EnvWorker(Service):
         self._on_demand = on_demand
         self._import_modules = import_modules
         self._step_deadline_s = step_deadline_s
-        self._providing = threading.Lock()
+        self._making: dict[str, threading.Lock] = {}  # by name: one that takes its time holds no other up
+        self._adding = threading.Lock()
 
     async def _describe_all(self) -> dict[str, Description]:
         described = {}
-        for name in self._factories:
-            described[name] = await asyncio.to_thread(self._describe, name)
+        for name, factory in self._factories.items():
+            described[name] = await self._threads.call(partial(self._describe, name, factory))
         return described
 
     async def _subscribe(self, connection: Connection) -> None:
@@ -101,23 +108,50 @@ class EnvWorker(Service):
             subject = self.subjects.any_open(name, "*")
             await connection.subscribe(subject, self._admission.on_open, queue="open", join=False)
 
-    def _describe(self, name: str) -> Description:
-        """Make one env to see its spaces; on a thread, since constructors take their time."""
+    def _describe(self, name: str, factory: Factory) -> Description:
+        """Make one env to see its spaces; on a thread, since constructors take their time.
+
+        Raises:
+            EnvError: its constructor raised, or it has no spaces.
+        """
+        op = "constructor"
         try:
-            env = self._factories[name].make({}, None)
+            env = factory.make({}, None)
+            try:
+                op = "description"
+                return self._describe_env(name, env)
+            finally:
+                self._let_go(name, env)
         except MeshError:
             raise
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
+            what = "constructed" if op == "constructor" else "described"
             raise EnvError(
-                f"{name}: the env cannot be constructed: {type(exc).__name__}: {exc}",
-                remote_traceback="".join(traceback.format_exception(exc)),
+                f"{name}: the env cannot be {what}: {type(exc).__name__}: {exc}"[:2000] + self._remedy(name, op, exc),
+                remote_traceback="".join(traceback.format_exception(exc))[-20_000:],
                 type=type(exc).__name__,
-                op="constructor",
+                op=op,
             ) from exc
+
+    def _remedy(self, name: str, op: str, exc: BaseException) -> str:
+        if op == "description":
+            return "; an env has observation_space and action_space once it is constructed"
+        if isinstance(exc, TypeError):
+            return (
+                "; it is constructed without arguments to see its spaces; if it needs some, serve it by name with "
+                f"them: meshrl serve {name} --kwargs '{{...}}', or Factory(source, kwargs)"
+            )
+        return ""
+
+    def _let_go(self, name: str, env: Any) -> None:
+        """Close an env that no session had; on a thread."""
         try:
-            return self._describe_env(name, env)
-        finally:
-            env.close()
+            closing = env.close()
+            if inspect.isawaitable(closing):
+                assert self._threads.loop is not None, "a worker that makes envs was started"
+                asyncio.run_coroutine_threadsafe(_awaited(closing), self._threads.loop).result(CLOSE_S)
+        except (Exception, SystemExit) as exc:  # noqa: BLE001  # it is not needed any more
+            log.warning("worker %s: closing an env of %s raised %r", self.id, name, exc)
 
     def _describe_env(self, name: str, env: Any) -> Description:
         return describe_env(
@@ -131,28 +165,33 @@ class EnvWorker(Service):
         )
 
     def provide(self, name: str) -> Description | None:
-        """The description of ``name``, made now if the worker serves on demand and Gymnasium knows the name."""
-        with self._providing:
-            served = self._admission.served
-            known = served.get(name)
-            if known is not None or not self._on_demand:
+        """The description of ``name``, made now if the worker serves on demand and Gymnasium knows the name.
+
+        As slow as the env's constructor; may be called on several threads.
+
+        Raises:
+            UnknownName: Gymnasium does not know it.
+            EnvError: it cannot be made.
+        """
+        known = self._admission.served.get(name)
+        if known is not None or not self._on_demand:
+            return known
+        found = registered(name, import_modules=self._import_modules)
+        if found is None:
+            close = near(name, [*self._admission.served, *gymnasium.registry])
+            hint = f"did you mean {', '.join(close)}?" if close else "gymnasium.pprint_registry() lists its ids"
+            raise UnknownName(
+                f"no env {name!r} is served, nor is it in Gymnasium's registry: {hint}", name=name, near=close
+            )
+        with self._making.setdefault(found, threading.Lock()):
+            known = self._admission.served.get(found)
+            if known is not None:
                 return known
-            found = registered(name, import_modules=self._import_modules)
-            if found is None:
-                close = near(name, [*served, *gymnasium.registry])
-                hint = f"did you mean {', '.join(close)}?" if close else "gymnasium.pprint_registry() lists its ids"
-                raise UnknownName(
-                    f"no env {name!r} is served, nor is it in Gymnasium's registry: {hint}", name=name, near=close
-                )
-            if found in served:
-                return served[found]
-            self._factories[found] = Factory(found)
-            try:
-                described = self._describe(found)
-            except MeshError:
-                del self._factories[found]
-                raise
-            self._admission.served = {**served, found: described}
+            factory = Factory(found)
+            described = self._describe(found, factory)
+            with self._adding:
+                self._factories[found] = factory
+                self._admission.served = {**self._admission.served, found: described}
             return described
 
     def _construct(self, open_: Open, description: Description) -> tuple[HostedEnv, Description]:
@@ -162,8 +201,19 @@ class EnvWorker(Service):
         env = factory.make(open_.kwargs, open_.render_mode)
         try:
             own = self._describe_env(open_.name, env) if open_.kwargs or open_.render_mode else description
-            hosted = HostedEnv(env, name=open_.name, session=open_.session, worker=self.id, allow=self._allow)
+            hosted = HostedEnv(
+                env,
+                name=open_.name,
+                session=open_.session,
+                worker=self.id,
+                allow=self._allow,
+                threads=self._threads,
+            )
         except BaseException:
-            env.close()
+            self._let_go(open_.name, env)
             raise
         return hosted, own
+
+
+async def _awaited(closing: Awaitable[Any]) -> None:
+    await closing

@@ -11,8 +11,8 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 from meshrl.errors import (
     MalformedMessage,
@@ -36,6 +36,8 @@ from meshrl.worker.threads import Threads
 
 log = logging.getLogger("meshrl.worker")
 
+# What a coroutine that closes an env may take; one that takes longer is left behind, and the slot is free.
+CLOSE_S = 5.0
 # What of an exception travels: its message, and the end of its traceback.
 MAX_MESSAGE_CHARS = 2000
 MAX_TRACEBACK_CHARS = 20_000
@@ -55,8 +57,8 @@ class Held(Protocol):
         """The same where it must be awaited."""
         ...
 
-    def close(self) -> None:
-        """Let go of it."""
+    async def close(self, seconds: float) -> None:
+        """Let go of it; a coroutine of its own has ``seconds`` for that."""
         ...
 
 
@@ -140,17 +142,16 @@ class Execution:
     def _run(self, session: Session, lane: Lane, number: int, op: str, body: Frame, now: float) -> None:
         held: Held = session.held.held
         if held.coroutine:
-            task = asyncio.get_running_loop().create_task(self._run_coroutine(session, lane, number, op, body))
+            task = self._begin(self._run_coroutine(session, lane, number, op, body))
+            task.add_done_callback(lambda task: self._ran(task, session, lane, number, op))
             session.held.task = task
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
         elif op == "step" and held.pace.inline:
             try:
                 frame = held.run(op, body)
             except MeshError as exc:
                 self._answer(session, lane, number, error_reply(exc))
                 return
-            except (Exception, SystemExit) as exc:  # noqa: BLE001  # env code may raise anything; its session ends
+            except (Exception, SystemExit, asyncio.CancelledError) as exc:  # noqa: BLE001  # env code; its session ends
                 self._end_crashed(session, lane, number, op, exc)
                 return
             held.pace.took(time.monotonic() - now)
@@ -178,14 +179,26 @@ class Execution:
             frame = await held.run_async(op, body)
         except MeshError as exc:
             frame = error_reply(exc)
-        except asyncio.CancelledError:  # the session ended meanwhile; nobody waits for the answer
-            lane.running = False
-            self._dispose(session)
-            return
-        except Exception as exc:  # noqa: BLE001  # as above
+        except (Exception, SystemExit) as exc:  # noqa: BLE001  # as above; SystemExit would end the event loop
             self._end_crashed(session, lane, number, op, exc)
             return
         self._answer(session, lane, number, frame)
+
+    def _ran(self, task: asyncio.Task[None], session: Session, lane: Lane, number: int, op: str) -> None:
+        """Only here is it sure that a task was cancelled: before its first turn, nothing in it runs any more."""
+        if not task.cancelled():
+            return
+        if session.state is State.ENDING:  # nobody waits for the answer
+            lane.running = False
+            self.dispose(session)
+        else:
+            self._end_crashed(session, lane, number, op, asyncio.CancelledError("the env cancelled its own step"))
+
+    def _begin(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _answer(self, session: Session, lane: Lane, number: int, frame: Frame) -> None:
         frame["seq"] = lane.seq
@@ -198,20 +211,23 @@ class Execution:
             packed = pack(error_reply(MessageTooLarge(why, size_bytes=len(packed)), lane.seq))
         self._replies.send(self._table.answered(lane, packed), packed, number, lane.seq)
         if session.state is State.ENDING:
-            self._dispose(session)
+            self.dispose(session)
 
     def _end_crashed(self, session: Session, lane: Lane, number: int, op: str, exc: BaseException) -> None:
         seq = lane.seq
         packed = pack(error_reply(self.crashed(session.id, op, exc), seq))
         self._replies.send(self._table.answered(lane, packed), packed, number, seq)
         self._table.ending(session, "ended", last=(session.epoch, number, seq, packed))
-        self._dispose(session)
+        self.dispose(session)
 
     def crashed(self, what: str, op: str, exc: BaseException) -> WorkerError:
         """The error for an exception of remote code, with its traceback."""
         text = "".join(traceback.format_exception(exc))
+        remedy = (
+            "mend what the remote traceback shows" if op == "constructor" else "its session is over, open a new one"
+        )
         return self._crash(
-            f"{what}: {op} raised {type(exc).__name__}: {exc}"[:MAX_MESSAGE_CHARS],
+            f"{what}: {op} raised {type(exc).__name__}: {exc}"[:MAX_MESSAGE_CHARS] + f"; {remedy}",
             remote_traceback=text[-MAX_TRACEBACK_CHARS:],
             type=type(exc).__name__,
             op=op,
@@ -234,25 +250,20 @@ class Execution:
         if not self._table.ending(session, reason) or session.held is None:
             return  # it was ending already, or is still being constructed
         if not any(lane.running for lane in session.lanes):
-            self._dispose(session)
+            self.dispose(session)
         elif session.held.task is not None:
             session.held.task.cancel()
 
-    def dispose_late(self, session: Session) -> None:
-        """The session ended while its env was under construction; now it is there, and goes."""
-        self._dispose(session)
+    def dispose(self, session: Session) -> None:
+        """Close what a session held that is ending and of which nothing runs any more; then its slot is free."""
+        self._begin(self._close(session)).add_done_callback(lambda _: self._disposed(session))
 
-    def _dispose(self, session: Session) -> None:
+    async def _close(self, session: Session) -> None:
         held: Held = session.held.held
-
-        def close() -> None:
-            try:
-                held.close()
-            except BaseException as exc:  # noqa: BLE001  # the env is going anyway
-                log.warning("worker %s: closing the env of session %s raised %r", self._worker, session.id, exc)
-            self._threads.back(self._disposed, session)
-
-        self._threads.submit(close)
+        try:
+            await held.close(CLOSE_S)
+        except (Exception, SystemExit) as exc:  # noqa: BLE001  # the env is going anyway
+            log.warning("worker %s: closing the env of session %s raised %r", self._worker, session.id, exc)
 
     def _disposed(self, session: Session) -> None:
         self._table.ended(session)
@@ -265,7 +276,9 @@ class Execution:
         exc: MeshError
         if session is not None and session.state is State.OPEN:
             exc = WrongEpoch(
-                f"session {key[1]} is in epoch {session.epoch}, not {epoch}", session=key[1], epoch=session.epoch
+                f"session {key[1]} is in epoch {session.epoch}, not {epoch}: another open took it; open a new session",
+                session=key[1],
+                epoch=session.epoch,
             )
         elif last is not None:
             self._replies.send(reply, last, number, seq)
@@ -279,12 +292,18 @@ class Execution:
             )
         else:
             exc = SessionUnknown(
-                f"worker {self._worker} has no session {key[1]} of user {key[0]} ({why})", session=key[1], reason=why
+                f"worker {self._worker} has no session {key[1]} of user {key[0]} ({why}); open a new session",
+                session=key[1],
+                reason=why,
             )
         self._replies.refuse(reply, exc, seq)
 
-    async def stop(self) -> None:
-        """End every session; coroutines are cancelled, threads are left to end by themselves."""
+    def stop(self) -> None:
+        """End every session: coroutines are cancelled, threads end by themselves; slots become free as envs close."""
         for session in self._table:
             self.end(session, "worker_stopped")
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def abandon(self) -> None:
+        """Wait for nothing any more that did not end."""
+        for task in self._tasks:
+            task.cancel()

@@ -20,7 +20,7 @@ from typing import Any
 
 import gymnasium
 
-from meshrl.errors import InvalidName
+from meshrl.errors import InvalidName, UsageError
 from meshrl.protocol.names import resolve
 
 _GYMNASIUM_ID = re.compile(r"^(?:(?P<module>[\w.]+):)?(?:[\w-]+/)?[\w:.-]*-v\d+$")
@@ -41,14 +41,36 @@ class Factory:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, kwargs: Mapping[str, Any], render_mode: str | None) -> Any:
-        """A new env, by whatever the source's own code does and raises."""
+        """A new env.
+
+        Raises:
+            UsageError: the source takes no ``render_mode``, and its env does not have this one anyway.
+            Exception: whatever the source's own code raises.
+        """
         merged = {**self.kwargs, **kwargs}
         if isinstance(self.source, str) and is_gymnasium_id(self.source):
-            return gymnasium.make(self.source, render_mode=render_mode, **merged)
+            if render_mode is not None:  # Gymnasium hands None on as well, to constructors that may take none
+                merged["render_mode"] = render_mode
+            return gymnasium.make(self.source, **merged)
         made = load(self.source) if isinstance(self.source, str) else self.source
-        if render_mode is not None and _takes(made, "render_mode"):
-            merged["render_mode"] = render_mode
-        return made(**merged)
+        if render_mode is None:
+            return made(**merged)
+        if _takes(made, "render_mode"):
+            return made(**{**merged, "render_mode": render_mode})
+        env = made(**merged)
+        own = getattr(env, "render_mode", None)
+        if own != render_mode:
+            env.close()
+            modes = (getattr(env, "metadata", None) or {}).get("render_modes") or []
+            raise UsageError(
+                f"render_mode={render_mode!r} cannot be had: the factory takes no render_mode, its envs have {own!r} "
+                f"(modes they know: {', '.join(map(str, modes)) or 'none'}); let the factory take render_mode, or ask "
+                "for none",
+                render_mode=render_mode,
+                own=own,
+                modes=[str(mode) for mode in modes],
+            )
+        return env
 
 
 def is_gymnasium_id(text: str) -> bool:

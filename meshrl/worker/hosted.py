@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import secrets
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from meshrl.errors import MalformedMessage, NotAllowed, ResetNeeded
 from meshrl.protocol.pace import Pace
 from meshrl.protocol.seeds import check_seed
 from meshrl.wire.frames import Frame
-from meshrl.wire.messages import SessionState
+from meshrl.worker.calls import Calls, is_coroutine
+from meshrl.worker.episode import Episode
+from meshrl.worker.threads import Threads
 
 # A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
 SEED_BITS = 31
@@ -26,30 +28,27 @@ class HostedEnv:
         session: its session's id.
         worker: the worker's id.
         allow: public names that clients may call and set; ``"*"`` in it for all.
+        threads: where its ``close`` runs, and whatever is no coroutine function of an env that has some.
 
     Attributes:
         pace: whether to step it on the event loop.
         coroutine: whether its ``reset`` or ``step`` must be awaited.
     """
 
-    def __init__(self, env: Any, *, name: str, session: str, worker: str, allow: Collection[str]) -> None:
+    def __init__(
+        self, env: Any, *, name: str, session: str, worker: str, allow: Collection[str], threads: Threads
+    ) -> None:
         self.env = env
         self.name = name
         self.session = session
         self.worker = worker
         self.pace = Pace()
         bare = getattr(env, "unwrapped", env)
-        self.coroutine = any(
-            inspect.iscoroutinefunction(getattr(of, op, None)) for of in (env, bare) for op in ("reset", "step")
-        )
+        self.coroutine = any(is_coroutine(getattr(of, op, None)) for of in (env, bare) for op in ("reset", "step"))
         self._allow = allow
+        self._calls = Calls(threads)
         self._step = env.step
-        self._phase = "new"
-        self._episode = 0
-        self._steps = 0
-        self._total = 0
-        self._return = 0.0
-        self._seed: int | None = None
+        self._episode = Episode()
         self._ops: dict[str, Callable[[Frame], Frame]] = {
             "reset": self._op_reset,
             "step": self._op_step,
@@ -73,64 +72,59 @@ class HostedEnv:
         return known(body)
 
     async def run_async(self, op: str, body: Frame) -> Frame:
-        """The same for an env whose ``reset`` and ``step`` are coroutine functions."""
+        """The same for an env with coroutine functions: those are awaited, everything else of it runs on a thread."""
         if op == "reset":
             seed, options = self._reset_arguments(body)
-            obs, info = await _awaited(self.env.reset(seed=seed, options=options))
-            return self._was_reset(obs, info)
+            return self._was_reset(await self._calls(self.env.reset, seed=seed, options=options))
         if op == "step":
             self._need_reset("step")
-            return self._stepped(*await _awaited(self._step(_action(body))))
-        if op == "call":
-            return {"value": await _awaited(self._op_call(body)["value"])}
-        if op == "render":
-            return {"frame": await _awaited(self._op_render(body)["frame"])}
-        return self.run(op, body)
+            return self._stepped(await self._calls(self._step, _action(body)))
+        if op == "state":
+            return self._op_state(body)
+        frame = await self._calls(self.run, op, body)
+        return {key: await value if inspect.isawaitable(value) else value for key, value in frame.items()}
 
-    def close(self) -> None:
-        """Close the env; what it raises is the caller's to report."""
-        self.env.close()
+    async def close(self, seconds: float) -> None:
+        """Close the env; what it raises is the caller's to report.
+
+        Raises:
+            TimeoutError: its ``close`` is a coroutine function and took longer than ``seconds``.
+        """
+        await self._calls.close(self.env.close, seconds)
 
     # ---------------------------------------------------------------- ops
 
     def _op_reset(self, body: Frame) -> Frame:
         seed, options = self._reset_arguments(body)
-        obs, info = self.env.reset(seed=seed, options=options)
-        return self._was_reset(obs, info)
+        return self._was_reset(self.env.reset(seed=seed, options=options))
 
     def _reset_arguments(self, body: Frame) -> tuple[int | None, Any]:
         seed, options = body.get("seed"), body.get("options")
         if seed is not None:
             seed = check_seed(seed)
-        elif self._seed is None:
+        elif self._episode.seed is None:
             seed = secrets.randbits(SEED_BITS)  # drawn and kept (R7); later unseeded resets go on with the generator
         if options is not None and not isinstance(options, dict):
             raise MalformedMessage(f"reset options are a map or nothing, not {type(options).__name__}")
         if seed is not None:
-            self._seed = seed
+            self._episode.seed = seed
         return seed, options
 
-    def _was_reset(self, obs: Any, info: Any) -> Frame:
-        self._phase = "running"
-        self._episode += 1
-        self._steps = 0
-        self._return = 0.0
+    def _was_reset(self, outcome: Any) -> Frame:
+        obs, info = outcome
+        self._episode.began()
         return {"obs": obs, "info": info}
 
     def _op_step(self, body: Frame) -> Frame:
-        if self._phase == "new":
-            self._need_reset("step")
-        if "action" not in body:
-            raise MalformedMessage("a step needs an action")
-        obs, reward, terminated, truncated, info = self._step(body["action"])
-        return self._stepped(obs, reward, terminated, truncated, info)
+        self._need_reset("step")
+        return self._stepped(self._step(_action(body)))
 
-    def _stepped(self, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> Frame:
-        self._steps += 1
-        self._total += 1
-        self._return += reward
+    def _stepped(self, outcome: Any) -> Frame:
+        obs, reward, terminated, truncated, info = outcome
+        self._episode.stepped()
+        self._episode.rewarded(reward)
         if terminated or truncated:
-            self._phase = "ended"
+            self._episode.ended()
         return {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "info": info}
 
     def _op_render(self, _body: Frame) -> Frame:
@@ -138,20 +132,7 @@ class HostedEnv:
         return {"frame": self.env.render()}
 
     def _op_state(self, _body: Frame) -> Frame:
-        state = SessionState.model_validate(
-            {
-                "session": self.session,
-                "worker": self.worker,
-                "name": self.name,
-                "phase": self._phase,
-                "episode": self._episode,
-                "steps": self._steps,
-                "total_steps": self._total,
-                "seed": self._seed,
-                "episode_return": float(self._return),
-            }
-        )
-        return {"state": state.model_dump()}
+        return {"state": self._episode.state(session=self.session, worker=self.worker, name=self.name)}
 
     def _op_call(self, body: Frame) -> Frame:
         name = self._public(body)
@@ -181,7 +162,7 @@ class HostedEnv:
     # ---------------------------------------------------------------- checks
 
     def _need_reset(self, op: str) -> None:
-        if self._phase == "new":
+        if self._episode.phase == "new":
             raise ResetNeeded(f"{self.name}: {op} before the first reset; call reset once", session=self.session)
 
     def _public(self, body: Frame) -> str:
@@ -216,7 +197,3 @@ def _action(body: Frame) -> Any:
     if "action" not in body:
         raise MalformedMessage("a step needs an action")
     return body["action"]
-
-
-async def _awaited(value: Any) -> Any:
-    return await value if isinstance(value, Awaitable) else value

@@ -11,14 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
 from meshrl.bus.connection import Connection, connect
 from meshrl.bus.login import Credentials
-from meshrl.bus.micro import advertise_service
-from meshrl.errors import MeshError
+from meshrl.bus.micro import MicroService, advertise_service
+from meshrl.errors import BusClosed, MeshError, MeshUnreachable, WorkerError
 from meshrl.protocol.session import Session, SessionTable
 from meshrl.wire.codec import pack
 from meshrl.wire.frames import error_reply
@@ -35,12 +36,18 @@ from meshrl.wire.messages import (
     parse,
 )
 from meshrl.wire.subjects import Subjects
+from meshrl.worker.threads import Threads
 
 log = logging.getLogger("meshrl.worker")
 
 ADVERTISE_S = 1.0
 SWEEP_S = 0.25
 KNOWN_A_MESSAGE = 16
+# A server takes a second connection within this, or the worker does not start.
+START_S = 15.0
+# Something that is made on demand is said to be in the making after this long, then each second.
+MAKING_AT_ONCE_S = 0.05
+MAKING_S = 1.0
 
 
 class Beating(Protocol):
@@ -104,28 +111,49 @@ class Pulse:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._failure: BaseException | None = None
+        self._stop_asked = False
+        self._main_task: asyncio.Task[None] | None = None
+        self._service: MicroService | None = None
+        self._threads = Threads(f"provide-{worker.id}")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._making: dict[str, set[str]] = {}  # by name as it was asked for: the reply subjects of those who did
 
     def start(self) -> None:
         """Start; returns when the worker is advertised. Blocks the calling thread: call it from one that may wait.
 
         Raises:
-            MeshError: the connection could not be made.
+            MeshError: the connection could not be made, or :meth:`stop` was called meanwhile.
         """
         self._thread.start()
-        self._ready.wait()
+        if not self._ready.wait(START_S):
+            self.stop()
+            raise MeshUnreachable(
+                f"{self._url} did not take the second connection of worker {self._worker.id} within {START_S:g} s; "
+                "start the worker again, or look at the server's load"
+            )
         if self._failure is not None:
             raise self._failure
 
     def stop(self) -> None:
-        """Say goodbye on the registry and end the thread; returns when it has ended, or after 3 s."""
-        loop, stopping = self._loop, self._stopping
-        if loop is not None and stopping is not None and self._thread.is_alive():
+        """Say goodbye on the registry and end the thread; returns when it has ended, or after 3 s.
+
+        May be called at any time, from any other thread: a start that is under way is given up.
+        """
+        self._stop_asked = True  # read by a thread that has no loop yet
+        loop = self._loop
+        if loop is not None:
             try:
-                loop.call_soon_threadsafe(stopping.set)
+                loop.call_soon_threadsafe(self._stop_now)
             except RuntimeError:
                 return  # its loop has ended on its own
+        if self._thread.is_alive():
             self._thread.join(timeout=3.0)
+
+    def _stop_now(self) -> None:
+        if self._stopping is not None:
+            self._stopping.set()
+        if not self._ready.is_set() and self._main_task is not None:
+            self._main_task.cancel()
 
     def nudge(self) -> None:
         """Advertise now; from any thread."""
@@ -140,6 +168,8 @@ class Pulse:
     def _run(self) -> None:
         try:
             asyncio.run(self._main())
+        except asyncio.CancelledError:
+            self._failure = BusClosed(f"worker {self._worker.id} was stopped while it started; start another one")
         except BaseException as exc:  # noqa: BLE001  # told to the worker, which cannot go on without a pulse
             self._failure = exc
             if self._ready.is_set():
@@ -148,8 +178,11 @@ class Pulse:
             self._ready.set()
 
     async def _main(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
+        self._main_task = asyncio.current_task()
+        self._loop = self._threads.loop = asyncio.get_running_loop()
+        if self._stop_asked:
+            raise asyncio.CancelledError
         worker, subjects = self._worker, self._worker.subjects
         async with connect(self._url, name=f"pulse of {worker.id}", credentials=self._credentials) as connection:
             fatal: asyncio.Future[MeshError] = self._loop.create_future()
@@ -158,20 +191,20 @@ class Pulse:
             await connection.subscribe(subjects.at_worker(worker.id, "probe"), self._answering(connection, self._probe))
             await connection.subscribe(subjects.at_worker(worker.id, "renew"), self._answering(connection, self._renew))
             await connection.subscribe(subjects.ask, lambda _s, reply, body: self._on_ask(connection, reply, body))
-            self._connection = connection
-            stop_service = await advertise_service(connection, worker.kind, worker.id, worker.descriptions())
-            self._advertise(connection)
-            await connection.flush()
-            self._ready.set()
+            self._service = await advertise_service(connection, worker.kind, worker.id, worker.descriptions)
             try:
+                self._connection = connection
+                self._advertise(connection)
+                await connection.flush()
+                self._ready.set()
                 await self._beat(connection, fatal)
             finally:
                 self._connection = None
-                await stop_service()
                 for task in self._tasks:
                     task.cancel()
                 if connection.connected and not connection.closed:
                     self._advertise(connection, left=True)
+                    await self._service.stop()
                     await connection.flush(1.0)
 
     async def _beat(self, connection: Connection, fatal: asyncio.Future[MeshError]) -> None:
@@ -223,6 +256,8 @@ class Pulse:
         for description in self._worker.descriptions():
             subject = self._worker.subjects.advertisement(description.kind, description.name, self._worker.id)
             connection.publish(subject, self._advertisement(description, left=left).to_wire())
+        if self._service is not None:
+            self._service.refresh()
 
     def _on_ask(self, connection: Connection, reply: str, body: bytes) -> None:
         try:
@@ -233,35 +268,65 @@ class Pulse:
             return
         if (ask.worker or self._worker.id) != self._worker.id or (ask.kind or self._worker.kind) != self._worker.kind:
             return
-        task = asyncio.get_running_loop().create_task(self._tell(connection, ask, reply))
-        self._tasks.add(task)
-        task.add_done_callback(self._told)
-
-    async def _tell(self, connection: Connection, ask: Ask, reply: str) -> None:
-        if ask.name is not None:
-            try:
-                found = await asyncio.to_thread(self._worker.provide, ask.name)
-            except MeshError as exc:
-                exc.details["asked"] = [self._worker.kind, ask.name]
-                if reply:
-                    connection.publish(reply, pack(error_reply(exc)))
-                return
-            told = [] if found is None else [found]
+        if not reply:
+            return
+        if ask.name is None:
+            self._tell(connection, {reply}, self._worker.descriptions())
+        elif ask.name in self._making:
+            self._making[ask.name].add(reply)
+            self._say_making(connection, ask.name, {reply})
         else:
-            told = self._worker.descriptions()
+            self._making[ask.name] = {reply}
+            task = asyncio.get_running_loop().create_task(self._provide(connection, ask.name))
+            self._tasks.add(task)
+            task.add_done_callback(self._provided)
+
+    def _tell(self, connection: Connection, replies: set[str], told: list[Description]) -> None:
         for at in range(0, len(told), KNOWN_A_MESSAGE):
             some = told[at : at + KNOWN_A_MESSAGE]
-            known = Known(advertisements=[self._advertisement(d) for d in some], descriptions=some)
-            if reply:
+            known = Known(advertisements=[self._advertisement(d) for d in some], descriptions=some).to_wire()
+            for reply in replies:
                 # All workers answer one reply subject: the lane keeps their parts apart.
-                connection.publish(reply, known.to_wire(), mark=(crc32(self._worker.id.encode()) >> 1, at, 0))
-        if ask.name is not None and told:
+                connection.publish(reply, known, mark=(crc32(self._worker.id.encode()) >> 1, at, 0))
+
+    def _say_making(self, connection: Connection, name: str, replies: set[str]) -> None:
+        making = Known(advertisements=[], descriptions=[], making=[name]).to_wire()
+        for reply in replies:
+            connection.publish(reply, making)
+
+    async def _provide(self, connection: Connection, name: str) -> None:
+        """Answer all who ask for ``name`` until it is there, or cannot be; meanwhile they hear that it is made."""
+        replies = self._making[name]
+        try:
+            providing = self._threads.start(partial(self._worker.provide, name))
+            timeout = MAKING_AT_ONCE_S
+            while not (await asyncio.wait({providing}, timeout=timeout))[0]:
+                timeout = MAKING_S
+                self._say_making(connection, name, replies)
+            found, exc = providing.result()
+        finally:
+            del self._making[name]
+        if exc is not None:
+            self._refuse(connection, replies, name, exc)
+        elif found is not None:
+            self._tell(connection, replies, [found])
             self._advertise(connection)
 
-    def _told(self, task: asyncio.Task[None]) -> None:
+    def _provided(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            log.warning("worker %s could not describe itself: %s", self._worker.id, exc)
+            log.warning("worker %s could not tell what it provides: %s", self._worker.id, exc)
+
+    def _refuse(self, connection: Connection, replies: set[str], name: str, exc: BaseException) -> None:
+        if not isinstance(exc, MeshError):
+            log.error("worker %s could not provide %s", self._worker.id, name, exc_info=exc)
+            exc = WorkerError(
+                f"worker {self._worker.id} could not provide {name}: {type(exc).__name__}: {exc}; its log has more"
+            )
+        exc.details["asked"] = [self._worker.kind, name]
+        packed = pack(error_reply(exc))
+        for reply in replies:
+            connection.publish(reply, packed)
 
     # ---------------------------------------------------------------- probes and leases
 

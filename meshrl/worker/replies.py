@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from meshrl.bus.connection import Connection
-from meshrl.errors import MeshError
+from meshrl.errors import MeshError, UnencodableValue
 from meshrl.wire.codec import pack
 from meshrl.wire.frames import error_reply
 
@@ -23,5 +23,9 @@ class Replies:
             self.connection.publish(to, packed, mark=(lane, seq, next(self._attempts)))
 
     def refuse(self, to: str, exc: MeshError, seq: int | None = None) -> None:
-        """Send an error."""
-        self.send(to, pack(error_reply(exc, seq)))
+        """Send an error; facts of it that cannot travel (an env may raise anything) stay here."""
+        try:
+            packed = pack(error_reply(exc, seq))
+        except UnencodableValue:
+            packed = pack(error_reply(type(exc)(exc.message, remote_traceback=exc.remote_traceback), seq))
+        self.send(to, packed)

@@ -18,20 +18,17 @@ from typing import Any, ClassVar, Self
 from meshrl.bus.connection import Connection, dial
 from meshrl.bus.locate import locate
 from meshrl.bus.login import Credentials
-from meshrl.errors import WorkerError
+from meshrl.errors import InvalidName, UsageError, WorkerError
 from meshrl.protocol.session import GRANT_S, LEASE_S, Session, SessionTable, State
 from meshrl.wire.messages import Description, Kind, Open
 from meshrl.wire.subjects import Subjects
 from meshrl.worker.admission import Admission
-from meshrl.worker.execution import Execution, Held
+from meshrl.worker.execution import CLOSE_S, Execution, Held
 from meshrl.worker.pulse import Pulse
 from meshrl.worker.replies import Replies
 from meshrl.worker.threads import Threads
 
 log = logging.getLogger("meshrl.worker")
-
-# At its end, a worker waits this long for envs to close; one that hangs is left behind.
-CLOSE_S = 5.0
 
 
 class Service(ABC):
@@ -58,7 +55,7 @@ class Service(ABC):
         grant_s: float = GRANT_S,
     ) -> None:
         if slots < 1:
-            raise ValueError(f"a worker has at least one slot, not {slots}")
+            raise UsageError(f"a worker has at least one slot, not {slots}; give slots=1 or more", slots=slots)
         self.id = f"{self.kind[0]}{secrets.token_hex(5)}"
         self.url = url
         self.subjects = Subjects(namespace)
@@ -78,6 +75,7 @@ class Service(ABC):
             freed=self._admission.slot_freed,
         )
         self._admission.execution = self._execution
+        self._pulse: Pulse | None = None
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
 
@@ -97,6 +95,9 @@ class Service(ABC):
 
     async def _subscribe(self, connection: Connection) -> None:  # noqa: B027  # not every kind has something
         """Subscribe to what only this kind of worker answers."""
+
+    def _stop(self) -> None:  # noqa: B027  # as above
+        """Answer nothing of that any more."""
 
     def provide(self, name: str) -> Description | None:
         """The description of ``name``; a worker that serves on demand begins to here. Called on any thread."""
@@ -127,9 +128,13 @@ class Service(ABC):
             await connection.subscribe(self.subjects.sessions(self.id), self._execution.on_session)
             await self._subscribe(connection)
             self._pulse = Pulse(self, url, self._credentials, self._pulse_died)
-            await asyncio.to_thread(self._pulse.start)
+            await self._threads.call(self._pulse.start)
         except BaseException:
-            await connection.close()
+            try:
+                if self._pulse is not None:  # a start that was cancelled would go on by itself
+                    await self._threads.call(self._pulse.stop)
+            finally:
+                await connection.close()
             raise
         self._connection = connection
         log.info("%s worker %s serves %s at %s", self.kind, self.id, ", ".join(self._admission.served), self.url)
@@ -138,16 +143,19 @@ class Service(ABC):
     async def __aexit__(self, *_exc: object) -> None:
         """Say goodbye, close every env, disconnect. An env that hangs is left behind after 5 s."""
         self.drain(0.0)
-        await asyncio.to_thread(self._pulse.stop)
+        if self._pulse is not None:
+            await self._threads.call(self._pulse.stop)
         self._admission.stop()
         self._admission.idle.clear()
-        await self._execution.stop()
+        self._execution.stop()
+        self._stop()
         if len(self.table):
             try:
                 async with asyncio.timeout(CLOSE_S):
                     await self._admission.idle.wait()
             except TimeoutError:
                 log.warning("worker %s leaves %d envs behind that did not close", self.id, len(self.table))
+                self._execution.abandon()
         await self._connection.close()
 
     async def serve_forever(self) -> None:
@@ -165,8 +173,13 @@ class Service(ABC):
         self._stopped.set()
 
     def drain(self, seconds: float) -> None:
-        """Take no new sessions any more, and say so: the worker goes in ``seconds``."""
+        """Take no new sessions any more, and advertise at once that the worker goes in ``seconds``.
+
+        It goes when its ``async with`` is left, not by itself. To be called on the worker's own event loop.
+        """
         self._admission.drain(time.monotonic() + seconds)
+        if self._pulse is not None:
+            self._pulse.nudge()
 
     def _die(self, why: BaseException) -> None:
         self._failure = why
@@ -212,6 +225,12 @@ class Service(ABC):
 
 
 def valid_names(names: Mapping[str, object]) -> None:
-    """Refuse an empty table of names at once."""
+    """Refuse an empty table of names at once.
+
+    Raises:
+        InvalidName: there is none, or one of them is no text or an empty one.
+    """
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError("a worker serves at least one name")
+        raise InvalidName(
+            'a worker serves at least one name, and each is a text that is not empty: {"cartpole": "CartPole-v1"}'
+        )

@@ -11,11 +11,15 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 # A thread that had nothing to do for this long ends.
 IDLE_S = 30.0
 
 Job = Callable[[], None]
+T = TypeVar("T")
+# what a call gave, or what it raised
+Outcome = tuple[T | None, BaseException | None]
 
 
 class Threads:
@@ -45,6 +49,38 @@ class Threads:
         self._jobs.put(job)
         if start:
             threading.Thread(target=self._work, name=f"{self._name}-{self.count}", daemon=True).start()
+
+    def start(self, call: Callable[[], T]) -> asyncio.Future[Outcome[T]]:
+        """Make ``call`` on a thread; gives the future of what comes of it, on the running event loop.
+
+        What was raised is a result as well: a future cannot hold every exception (``StopIteration``), and must not hold
+        those that end the loop. Cancelling the future stops the waiting, not the call.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Outcome[T]] = loop.create_future()
+
+        def told(outcome: Outcome[T]) -> None:
+            if not future.done():
+                future.set_result(outcome)
+
+        def job() -> None:
+            outcome: Outcome[T]
+            try:
+                outcome = call(), None
+            except BaseException as exc:  # noqa: BLE001  # raised where the future is awaited
+                outcome = None, exc
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and whoever waited
+                loop.call_soon_threadsafe(told, outcome)
+
+        self.submit(job)
+        return future
+
+    async def call(self, call: Callable[[], T]) -> T:
+        """Make ``call`` on a thread and wait for what it gives or raises. Cancelling stops the waiting alone."""
+        value, exc = await self.start(call)
+        if exc is not None:
+            raise exc
+        return value  # type: ignore[return-value]  # without an exception it is what the call gave
 
     def back(self, call: Callable[..., object], *args: object) -> None:
         """Call on the event loop, from any thread; a loop that has ended needs nothing any more."""

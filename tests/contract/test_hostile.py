@@ -1,10 +1,12 @@
 """The hostile corpus: at each decoder, and over a real server on every subject that workers and clients listen to."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from tests.contract.reading import V1, asyncapi, corpus, fault, titles
 
 Entry = dict[str, Any]
 
-FILES = ["values", "parts", "control", "requests", "acts", "replies"]
+FILES = ["values", "parts", "control", "requests", "acts", "replies", "noise", "mutants"]
 CORPUS = [entry for file in FILES for entry in corpus("hostile", file)]
 ANSWER_S = 20.0
 
@@ -51,14 +53,19 @@ def test_the_corpus_is_what_its_program_writes() -> None:
 def decode(decoder: str, data: bytes) -> object:
     if decoder == "value":
         return unpack(data)
-    if decoder == "request":
+    if decoder == "request" or ":" in decoder:
         return check_request(unpack(data))
+    if decoder == "act":
+        return unpack(data)
     if decoder == "reply":
         return check_reply(unpack(data), 1)
     return messages.parse(getattr(messages, decoder), data)
 
 
-DECODED = [e for e in CORPUS if ":" not in e["decoder"] and e["decoder"] not in {"part", "act"}]
+DECODED = [
+    e for e in CORPUS if ":" not in e["decoder"] and e["decoder"] not in {"part", "act"} and e["expect"] != "any"
+]
+MUTANTS = corpus("hostile", "mutants")
 
 
 @pytest.mark.parametrize("entry", DECODED, ids=titles(DECODED))
@@ -69,6 +76,44 @@ def test_a_decoder_raises_the_expected_error_and_no_other(entry: Entry) -> None:
     with pytest.raises(MeshError) as raised:
         decode(entry["decoder"], bodies(entry)[0])
     assert raised.value.code == entry["expect"]
+
+
+@pytest.mark.parametrize("entry", MUTANTS, ids=titles(MUTANTS))
+def test_a_decoder_raises_typed_errors_alone(entry: Entry) -> None:
+    for decoder in ("value", "request", "reply", "Open", "Renew", "Probe", "Ask", "Close"):
+        with contextlib.suppress(MeshError):
+            decode(decoder, bodies(entry)[0])
+
+
+def test_random_bodies_get_past_their_first_bytes_and_mutants_are_near_right_ones() -> None:
+    """Otherwise all of them would be one case."""
+    random = [bodies(e)[0] for e in corpus("hostile", "noise") if e["name"].startswith("random body")]
+    assert len({body[:1] for body in random}) >= 30
+    assert len({len(body) for body in random}) >= 60
+
+    def values_before_the_fault(body: bytes) -> int:
+        reader = msgpack.Unpacker(raw=True, strict_map_key=False)
+        reader.feed(body[1:])
+        count = 0
+        with contextlib.suppress(ValueError, TypeError, msgpack.UnpackException):
+            for _ in reader:
+                count += 1
+        return count
+
+    assert sum(values_before_the_fault(body) > 3 for body in random) >= 60
+    unharmed = [entry for entry in MUTANTS if not _refused(entry)]
+    assert {entry["decoder"] for entry in unharmed} == {entry["decoder"] for entry in MUTANTS}, (
+        "some of each pass the decoder, and reach what is behind it"
+    )
+    assert len(unharmed) < len(MUTANTS) / 2
+
+
+def _refused(entry: Entry) -> bool:
+    try:
+        decode(entry["decoder"], bodies(entry)[0])
+    except MeshError:
+        return True
+    return False
 
 
 PARTS = corpus("hostile", "parts")
@@ -213,6 +258,8 @@ def code_of(data: bytes) -> str:
 
 def expected(operation: str, entry: Entry) -> str | None:
     """The code that the corpus tells for an entry on a subject; None where it does not tell."""
+    if entry["expect"] == "any":
+        return None
     if entry["decoder"] == "part":
         return "malformed_message" if operation in QUEUED else entry["expect"]
     if entry["decoder"] in {"value", DECODER_OF[operation]}:
@@ -235,12 +282,19 @@ def check_answer(operation: str, data: bytes, entry: Entry, codes: set[str]) -> 
     code = code_of(data)
     told = expected(operation, entry)
     assert told in {None, code}, f"{operation}: {entry['name']}: {code} and not {told}"
-    assert code in codes or code == "accepted"
+    assert code in (CODES if entry["expect"] == "any" else codes) or code == "accepted", f"{operation}: {entry['name']}"
+    assert is_reply(operation, data), f"{operation}: {entry['name']}: {data[:200]!r}"
+
+
+@cache
+def is_reply(operation: str, data: bytes) -> bool:
+    """Whether the AsyncAPI document has such a reply to that operation."""
     replies = asyncapi()["operations"][operation]["reply"]["messages"]
-    names = [reply["$ref"].rpartition("/")[2] for reply in replies]
-    assert "" in {fault(name, data) for name in names}, f"{operation}: {entry['name']}: {data[:200]!r}"
+    return "" in {fault(reply["$ref"].rpartition("/")[2], data) for reply in replies}
 
 
+# Every code of the contract.
+CODES = {cls.code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, MeshError)}
 # What a refusal may be where an entry meets a subject that it was not made for.
 REFUSALS = {"malformed_message", "unsupported_version", "session_unknown", "unknown_name"}
 
@@ -336,6 +390,43 @@ async def test_a_session_refuses_hostile_requests_and_goes_on(server: EmbeddedSe
 
 
 @pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(("kind", "name"), [("env", "cartpole"), ("agent", "counting")])
+async def test_a_session_in_use_answers_noise_and_mutants_and_harms_no_other(
+    server: EmbeddedServer, kind: str, name: str
+) -> None:
+    """Whatever they do to their own session, each is answered, and the session closes."""
+    subjects = Subjects()
+    async with (
+        env_worker(server) as env,
+        agent_worker(server) as agent,
+        connect(server.url) as connection,
+        Mesh(server.url) as mesh,
+    ):
+        worker, user = env if kind == "env" else agent, connection.user
+        held = await mesh.env("cartpole")
+        await held.reset(seed=1)
+        for operation in sorted({e["decoder"] for e in MUTANTS if e["decoder"].startswith(f"{kind}:")}):
+            op = operation.partition(":")[2]
+            session = f"noisy-{op}"
+            open_ = messages.Open.model_validate({"session": session, "kind": kind, "name": name})
+            await answer(connection, subjects.worker(worker.id, "open", user), [open_.to_wire()])
+            # Noise first: a mutant may be an action that the env raises at, which ends the session.
+            codes = set()
+            for entry in corpus("hostile", "noise") + [e for e in MUTANTS if e["decoder"] == operation]:
+                data = await answer(connection, subjects.session(worker.id, user, session, op), bodies(entry))
+                told = {"malformed_message"} if entry["expect"] != "any" else CODES | {"accepted"}
+                codes.add(code_of(data))
+                assert codes <= told | {"malformed_message"}, entry["name"]
+                assert "" in {fault(f"{op}.reply", data), fault("error", data)}, f"{entry['name']}: {data[:200]!r}"
+            close = subjects.session(worker.id, user, session, "close")
+            closed = await answer(connection, close, [messages.Close(epoch=1).to_wire()])
+            assert messages.parse(messages.Closed, closed).existed or "env_error" in codes
+        await held.step(np.int64(0))
+        await held.close()
+        await use_normally(mesh)
+
+
+@pytest.mark.usefixtures("nothing_runs")
 async def test_hostile_advertisements_do_not_disturb_a_client(server: EmbeddedServer) -> None:
     subjects = Subjects()
     async with (
@@ -369,8 +460,7 @@ async def test_hostile_advertisements_do_not_disturb_a_client(server: EmbeddedSe
 
 
 def test_every_error_code_that_the_corpus_expects_is_one_of_the_contract() -> None:
-    known = {cls.code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, MeshError)}
-    assert {entry["expect"] for entry in CORPUS} <= known | {"accepted", "ignored"}
+    assert {entry["expect"] for entry in CORPUS} <= CODES | {"accepted", "ignored", "any"}
 
 
 def test_the_pickle_of_the_corpus_would_run_if_anybody_let_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from typing import Any
 
@@ -124,3 +125,86 @@ class Picture(gymnasium.Env[Any, Any]):
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.count += 1
         return self._observe(), 0.0, False, False, {}
+
+
+class Gated(gymnasium.Env[Any, Any]):
+    """Waits in what ``at`` names (constructor, step, render, close) until ``gate`` is set; says ``reached`` there."""
+
+    observation_space = spaces.Discrete(2)
+    action_space = spaces.Discrete(2)
+    metadata = {"render_modes": ["ansi"]}
+
+    def __init__(
+        self, at: str, reached: threading.Event, gate: threading.Event, render_mode: str | None = None
+    ) -> None:
+        self.at, self.reached, self.gate = at, reached, gate
+        self.render_mode = render_mode
+        self._pass("constructor")
+
+    def _pass(self, where: str) -> None:
+        if where == self.at:
+            self.reached.set()
+            self.gate.wait(60.0)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        return 0, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        self._pass("step")
+        return 1, 0.0, False, False, {}
+
+    def render(self) -> str:
+        self._pass("render")
+        return "nothing"
+
+    def close(self) -> None:
+        self._pass("close")
+
+
+class Waits(Coroutine):
+    """A coroutine env: ``wait`` waits for ever, ``exit`` exits, ``stubborn`` waits and cannot be cancelled.
+
+    It counts what it closed and what it was cancelled in.
+    """
+
+    closed = 0
+    cancelled = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way = asyncio.Event()
+        self.let_go = asyncio.Event()
+
+    async def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if action == "exit":
+            raise SystemExit(3)
+        if action == "cancel":
+            raise asyncio.CancelledError
+        while action in {"wait", "stubborn"} and not self.let_go.is_set():
+            self.under_way.set()
+            try:
+                await self.let_go.wait()
+            except asyncio.CancelledError:
+                type(self).cancelled += 1
+                if action == "wait":
+                    raise
+        return await super().step(action)
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+
+class Rewards(gymnasium.Env[Any, Any]):
+    """The reward of each step is the next of ``rewards``."""
+
+    observation_space = spaces.Discrete(2)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, rewards: list[Any]) -> None:
+        self.rewards = list(rewards)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        return 0, {}
+
+    def step(self, action: int) -> tuple[int, Any, bool, bool, dict[str, Any]]:
+        return 0, self.rewards.pop(0), False, False, {}

@@ -12,6 +12,7 @@ import pytest
 from gymnasium import spaces
 
 from meshrl import AgentWorker, EnvWorker, Mesh
+from meshrl.client.context import context_of
 from meshrl.errors import AgentError, SpacesDiffer, UnknownName, UsageError
 from meshrl.worker.policies import random_policy
 from tests.mesh.conftest import until
@@ -123,7 +124,7 @@ async def test_requests_that_arrive_together_are_answered_as_one_batch(url: str)
         await until(lambda: policy.sizes == [1], "the first is under way")
         rest = asyncio.gather(*(agent.act(i) for i in range(1, 33)))
         await asyncio.sleep(0)
-        await m.connection.flush()
+        await context_of(m).connection.flush()
         policy.go.set()
         assert await first == 1
         assert await rest == [i + 1 for i in range(1, 33)]

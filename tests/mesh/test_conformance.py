@@ -1,5 +1,8 @@
 """The conformance suite over the bus: good envs pass all of it, each broken one fails the check that is about it."""
 
+import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 from gymnasium import spaces
 
 from meshrl.bus.embedded import EmbeddedServer
+from meshrl.client.context import context_of
 from meshrl.client.mesh import Mesh
 from meshrl.errors import EnvError, MeshFull, UnknownName, UsageError
 from meshrl.testing import CHECKS, Report, Result, conformance
@@ -280,6 +284,58 @@ async def test_broken_env_fails_the_check_that_is_about_it(
     assert not [each for each in before if each.outcome == "failed"], str(report)
 
 
+@pytest.mark.parametrize("slots", [1, 4])
+async def test_env_whose_close_hangs_fails_the_check_of_close(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    monkeypatch.setattr("meshrl.testing.sessions.FREED_S", 1.0)
+    hangs, released = threading.Event(), threading.Event()
+
+    class HangingClose(Good):
+        def close(self) -> None:
+            if hangs.is_set():
+                released.wait()
+
+    def note(result: Result) -> None:
+        if result.check == CHECKS[-2].name:  # the one before: the others have their slots
+            hangs.set()
+
+    async with served(server, HangingClose, slots) as mesh:
+        report = await conformance(mesh, "tested", on_result=note)
+        released.set()
+    assert [result.check for result in report.having("failed")] == ["close"], str(report)
+    assert report.result("close").found == "the slot was not free again within 1 s"
+
+
+async def test_env_whose_close_takes_its_time_passes(server: EmbeddedServer) -> None:
+    class SlowClose(Good):
+        def close(self) -> None:
+            time.sleep(0.3)
+
+    report = await report_of(server, SlowClose, slots=2)
+    assert report.result("close").outcome == "passed", str(report)
+
+
+async def test_slot_that_another_client_waits_for_is_not_held_against_the_env(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshrl.testing.sessions.FREED_S", 2.5)
+    others: list[asyncio.Task[Any]] = []
+
+    async with served(server, Good, slots=1) as mesh, Mesh(server.url) as theirs:
+
+        def note(result: Result) -> None:
+            if result.check == CHECKS[-2].name:
+                others.extend(asyncio.create_task(theirs.env("tested", wait=60.0)) for _ in range(3))
+
+        report = await conformance(mesh, "tested", on_result=note)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+    assert report.result("close").outcome in {"warning", "skipped"}, str(report)
+    assert report.ok
+
+
 async def test_checks_that_need_a_failed_one_are_skipped_and_say_so(server: EmbeddedServer) -> None:
     report = await report_of(server, RaisingInStep)
     assert {r.check for r in report.having("failed")} == {"step"}, str(report)
@@ -323,7 +379,7 @@ async def test_all_slots_are_free_afterwards(server: EmbeddedServer) -> None:
         Mesh(server.url) as mesh,
     ):
         await conformance(mesh, "tested")
-        grants = [(await mesh.open("env", "tested", None, None, 10.0)).grant for _ in range(4)]
+        grants = [(await context_of(mesh).open("env", "tested", None, None, 10.0)).grant for _ in range(4)]
         assert grants[-1].load.free == 0
         assert worker.table.free == 0
 

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from meshrl import EnvWorker, Factory, Mesh
-from meshrl.bus.connection import connect
+from meshrl.bus.connection import Connection, connect, dial
+from meshrl.bus.dialling import RECONNECT_WAIT_S
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.plain import PlainPath
-from meshrl.bus.thin import ThinPath
-from meshrl.errors import MessageTooLarge, RequestTimeout
+from meshrl.bus.thin import MAX_HELD_BYTES, ThinPath
+from meshrl.client.context import context_of
+from meshrl.errors import (
+    BusClosed,
+    LoginRefused,
+    MeshError,
+    MeshUnreachable,
+    MessageTooLarge,
+    RequestTimeout,
+    SubjectNotPermitted,
+    TransportError,
+)
 from meshrl.wire.codec import pack
 from tests.mesh.conftest import until
 from tests.mesh.envs import Picture
+from tests.mesh.own_server import own_server
 
 
 @pytest.fixture(params=["thin", "plain"])
@@ -30,7 +49,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
 async def test_pictures_and_batches_over_the_limit_arrive_whole(url: str, path: type[Any]) -> None:
     served: dict[str, Any] = {"picture": Picture, "huge": Factory(Picture, {"shape": (2000, 10_000)})}
     async with EnvWorker(served, url) as worker, Mesh(url) as m:
-        assert type(m.connection.path) is path
+        assert type(context_of(m).connection.path) is path
         assert type(worker._connection.path) is path
         async with await m.env("picture") as picture, await m.env("huge") as huge:
             for env, shape in ((picture, (300, 300, 3)), (huge, (2000, 10_000))):
@@ -143,3 +162,282 @@ async def test_attempts_that_are_accepted_and_dropped_leave_nothing_open(server:
         gc.collect()  # an unclosed transport would warn now, and a warning is an error
     for writer in writers:
         writer.close()
+
+
+# --------------------------------------------------------------------------- flushes
+
+
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """A process that does not run meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stops the server by signal")
+async def test_a_flush_that_was_given_up_leaves_the_connection_whole(server: EmbeddedServer, path: type[Any]) -> None:
+    async with connect(server.url) as bus, connect(server.url) as peer:
+        await peer.subscribe("echo", lambda _s, reply, body: peer.publish(reply, body))
+        with frozen(server.pid):
+            with pytest.raises(RequestTimeout):
+                await bus.flush(0.05)
+            waiting = asyncio.create_task(bus.flush())
+            await until(lambda: len(bus.raw._pongs) >= 2, "two pings are on their way")
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        assert await bus.ask("echo", b"x", 30.0) == b"x"
+        await bus.flush()
+        assert not bus.raw._reading_task.done(), "nats-py still reads"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stops the server by signal")
+async def test_deadlines_of_nats_py_itself_leave_the_thin_path_whole(server: EmbeddedServer) -> None:
+    async with connect(server.url) as bus:
+        assert isinstance(bus.path, ThinPath)
+        with frozen(server.pid), pytest.raises(TimeoutError):
+            await bus.raw.flush(0.05)
+        await bus.flush()
+        assert not bus.raw._reading_task.done()
+
+
+async def test_a_flush_ends_when_the_connection_is_lost(server: EmbeddedServer, path: type[Any]) -> None:
+    async with connect(server.url) as bus:
+        os.kill(server.pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(bus.flush(1000.0))
+        await until(lambda: len(bus.raw._pongs) > 0, "a ping is on its way")
+        await asyncio.to_thread(server.restart)
+        await asyncio.wait_for(waiting, 30.0)
+        await until(lambda: bus.connected, "it is back")
+        await bus.flush()
+
+
+# --------------------------------------------------------------------------- closing and opening
+
+
+async def test_close_that_is_cancelled_goes_on_and_a_second_one_waits_for_its_end(url: str, path: type[Any]) -> None:
+    for turns in range(12):
+        bus = await dial(url)
+        closing = asyncio.create_task(bus.close())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        await bus.close()
+        assert bus.raw.is_closed
+        assert bus.raw._transport._io_writer.is_closing()
+
+
+async def test_closing_and_the_end_of_the_server_fail_awaited_replies_at_once(url: str, path: type[Any]) -> None:
+    async with connect(url) as peer, connect(url) as bus:
+        await peer.subscribe("silent", lambda *_: None)
+        asking = asyncio.create_task(bus.ask("silent", b"x", 1000.0))
+        await until(lambda: len(bus._awaited) == 1, "it is asked")
+        told: list[MeshError] = []
+        bus.on_close.append(told.append)
+        await bus.close()
+        with pytest.raises(BusClosed):
+            await asyncio.wait_for(asking, 30.0)
+        with pytest.raises(BusClosed):
+            await bus.ask("silent", b"x", 1.0)
+        with pytest.raises(BusClosed):
+            await bus.subscribe("silent", lambda *_: None)
+        assert [type(why) for why in told] == [BusClosed]
+
+
+async def test_dial_that_is_cancelled_at_any_moment_leaves_nothing_open(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Connection] = []
+    init = Connection.__init__
+
+    def noted(self: Connection, *args: Any) -> None:
+        init(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(Connection, "__init__", noted)
+    turns, opened = 0, False
+    while not opened:
+        task = asyncio.create_task(dial(url))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        opened = task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        turns += 1
+    last = made.pop()
+    assert last.connected
+    await last.close()
+    assert len(made) > 10
+    assert all(bus.raw.is_closed and bus.closed for bus in made)
+    gc.collect()  # an unclosed transport would warn now, and a warning is an error
+
+
+async def test_a_server_that_takes_the_login_and_falls_silent_is_unreachable() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"version":"2.11.0","max_payload":1048576,"headers":true,"proto":1}\r\n')
+        while b"PING" not in await reader.readline():
+            pass
+        writer.write(b"PONG\r\n")
+        await reader.read()
+        writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with listener:
+        with pytest.raises(MeshUnreachable, match="silent"):
+            await dial(f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}", timeout=0.5)
+
+
+# --------------------------------------------------------------------------- lost and back
+
+
+async def test_a_login_that_is_withdrawn_ends_the_connection_and_tells_everybody(
+    tmp_path: Path, path: type[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def config(password: str) -> dict[str, Any]:
+        return {"authorization": {"users": [{"user": "ann", "password": password}, {"user": "svc", "password": "p"}]}}
+
+    async with own_server(tmp_path, config("p")) as server, connect(server.url("svc:p")) as peer:
+        await peer.subscribe("silent", lambda *_: None)
+        async with connect(server.url("ann:p")) as bus:
+            ended: asyncio.Future[MeshError] = asyncio.get_running_loop().create_future()
+            bus.on_close.append(ended.set_result)
+            asking = asyncio.create_task(bus.ask("silent", b"x", 1000.0))
+            await until(lambda: len(bus._awaited) == 1, "it is asked")
+            with caplog.at_level(logging.WARNING, "meshrl.bus"):
+                server.reload(config("other"))
+                assert isinstance(await asyncio.wait_for(ended, 30.0), LoginRefused)
+            with pytest.raises(LoginRefused, match="ann"):
+                await asking
+            with pytest.raises(LoginRefused):
+                bus.publish("x", b"")
+            assert path is PlainPath or "refuses the login of ann" in caplog.text
+
+
+async def test_a_login_that_is_refused_once_and_then_taken_comes_back(tmp_path: Path) -> None:
+    def config(password: str) -> dict[str, Any]:
+        return {"authorization": {"users": [{"user": "ann", "password": password}]}}
+
+    async with own_server(tmp_path, config("p")) as server, connect(server.url("ann:p")) as bus:
+        for _ in range(4):  # never three in a row
+            refusals = bus._events._refusals
+            assert refusals == 0
+            server.reload(config("other"))
+            await until(lambda: bus._events._refusals > 0, "it is refused")
+            server.reload(config("p"))
+            await until(lambda: bus.connected and bus._events._refusals == 0, "it is back")
+        await bus.flush()
+        assert not bus.closed
+
+
+async def test_an_exception_in_a_callback_is_reported_and_the_connection_comes_back(
+    server: EmbeddedServer, path: type[Any]
+) -> None:
+    reported: list[Exception] = []
+    told: list[str] = []
+
+    def broken(*_args: object) -> None:
+        raise RuntimeError("callback")
+
+    async with connect(server.url, on_error=reported.append) as bus:
+        for callbacks in (bus.on_disconnect, bus.on_reconnect, bus.on_close):
+            callbacks.append(broken)
+        bus.on_disconnect.append(lambda: told.append("lost"))
+        bus.on_reconnect.append(lambda: told.append("back"))
+        bus.on_close.append(lambda _why: told.append("closed"))
+        for _ in range(2):
+            told.clear()
+            await asyncio.to_thread(server.restart)
+            await until(lambda: told == ["lost", "back"], "it was told of both")
+            await bus.flush()
+    assert told == ["lost", "back", "closed"]
+    assert [str(exc) for exc in reported] == ["callback"] * 5
+
+
+async def test_what_was_dropped_while_disconnected_is_reported_when_it_is_back(
+    server: EmbeddedServer, path: type[Any]
+) -> None:
+    reported: list[Exception] = []
+    async with connect(server.url, on_error=reported.append) as bus:
+        for _ in range(2):
+            reported.clear()
+            await asyncio.to_thread(server.kill)
+            await until(lambda: not bus.connected, "the server is gone")
+            for _ in range(MAX_HELD_BYTES // 1_000_000 + 2):
+                bus.publish("x", bytes(1_000_000))
+                await asyncio.sleep(0)
+            assert reported == []
+            await asyncio.to_thread(server.restart)
+            await until(lambda: bus.connected, "it is back")
+            assert [type(exc) for exc in reported] == [TransportError]
+            assert "dropped" in str(reported[0])
+
+
+async def test_no_two_connections_come_back_at_the_same_moment(url: str, path: type[Any]) -> None:
+    async with connect(url) as one, connect(url) as two:
+        waits = [bus.raw.options["reconnect_time_wait"] for bus in (one, two)]
+        assert waits[0] != waits[1]
+        assert all(RECONNECT_WAIT_S[0] <= wait <= RECONNECT_WAIT_S[1] for wait in waits)
+
+
+@pytest.mark.parametrize("size", [5, 70_000])
+def test_what_is_published_on_a_socket_that_was_reset_is_held_and_sent_later(url: str, size: int) -> None:
+    """On uvloop, whose transports raise where asyncio's only warn."""
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> None:
+        async with connect(url) as peer, connect(url) as bus:
+            await peer.subscribe("echo", lambda _s, reply, body: peer.publish(reply, body))
+            bus.raw._transport._io_writer.transport.abort()
+            assert bus.raw.is_connected, "nats-py has not noticed"
+            asking = [asyncio.create_task(bus.ask("echo", bytes([n]) * size, 30.0)) for n in range(4)]
+            assert await asyncio.gather(*asking) == [bytes([n]) * size for n in range(4)]
+            assert len(bus._awaited) == 0
+
+    uvloop.run(main())
+
+
+# --------------------------------------------------------------------------- permissions
+
+# What a client needs, and no more: its own user token in every subject it publishes to, its own inbox, the registry.
+LEAST_PUBLISH = [
+    "meshrl.v1.default.registry.ask",
+    "meshrl.v1.default.worker.*.*.ann",
+    "meshrl.v1.default.session.*.ann.>",
+    "meshrl.v1.default.env.*.open.ann",
+    "meshrl.v1.default.agent.*.act.ann",
+]
+LEAST_SUBSCRIBE = ["_INBOX.ann.>", "meshrl.v1.default.registry.>"]
+USERS = [
+    {"user": "svc", "password": "p"},
+    {
+        "user": "ann",
+        "password": "p",
+        "permissions": {"publish": {"allow": LEAST_PUBLISH}, "subscribe": {"allow": LEAST_SUBSCRIBE}},
+    },
+]
+
+
+async def test_with_the_least_permissions_a_client_can_lease_and_step(tmp_path: Path, path: type[Any]) -> None:
+    reported: list[Exception] = []
+    async with own_server(tmp_path, {"authorization": {"users": USERS}}) as server:
+        ann = server.url("ann:p")
+        async with EnvWorker({"cartpole": "CartPole-v1"}, server.url("svc:p")), Mesh(ann) as m:
+            async with await m.env("cartpole") as env:
+                await env.reset(seed=1)
+                await env.step(0)
+            async with connect(ann, on_error=reported.append) as bus:
+                for subject in ("_INBOX.bob.>", "_INBOX.>", ">", "meshrl.v1.default.session.>"):
+                    with pytest.raises(SubjectNotPermitted, match="subscribe"):
+                        await bus.subscribe(subject, lambda *_: None)
+                for subject in ("meshrl.v1.default.session.w.Bob.s.step", "_INBOX.bob.x.1"):
+                    with pytest.raises(SubjectNotPermitted, match="publish") as caught:
+                        await asyncio.wait_for(bus.ask(subject, b"x", 1000.0), 30.0)
+                    assert caught.value.details["user"] == "ann"
+                assert reported == [], "whoever waited was told"
+                bus.publish("meshrl.v1.default.session.w.Bob.s.step", b"x")
+                await bus.flush()
+                assert [type(exc) for exc in reported] == [SubjectNotPermitted]
+                assert await bus.ask("meshrl.v1.default.worker.none.open.ann", b"x", 30.0) is None

@@ -1,16 +1,13 @@
 """The demo: what it shows and writes, when it fails, and that nothing of it stays."""
 
 import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
 import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
@@ -111,7 +108,11 @@ def test_learner_that_hangs_is_ended_and_the_demo_fails(tmp_path: Path) -> None:
 
 
 def test_bars_move_in_a_terminal_while_it_learns(tmp_path: Path) -> None:
-    """Some frames are drawn over one another before the table, in which a learner's return and its steps grow."""
+    """Frames are drawn over one another, and in them each learner's steps grow until it has solved it."""
+    import fcntl  # not to be had everywhere, and needed here alone
+    import pty
+    import termios
+
     screen, terminal = pty.openpty()
     # Wide enough that no column of the bars is cut.
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))

@@ -17,14 +17,17 @@ import pytest
 from meshrl import EnvWorker, Mesh
 from meshrl.bus.connection import connect
 from meshrl.bus.embedded import EmbeddedServer
+from meshrl.client.context import context_of
 from meshrl.errors import MeshFull, SessionLost
 from meshrl.wire.codec import unpack
-from meshrl.wire.messages import Close, Open
+from meshrl.wire.messages import Close, Grant, Open, Renew, parse
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
 from tests.mesh.envs import Coroutine, Counter
 
 ROOT = Path(__file__).parents[2]
+# After a lease has run out: the next sweep, and the env's close, on a machine that runs other tests meanwhile.
+SWEEP_S = 3.0
 
 
 async def test_a_client_whose_loop_is_blocked_for_three_lease_times_keeps_its_env(url: str) -> None:
@@ -63,7 +66,8 @@ async def test_a_client_that_is_killed_leaves_no_slot_taken(url: str) -> None:
                     await envs[0].step(1)
         asyncio.run(main())
     """
-    async with EnvWorker({"counter": Counter}, url, lease_s=1.5) as worker:
+    lease_s = 2.0  # as long as a grant that is not renewed yet
+    async with EnvWorker({"counter": Counter}, url, lease_s=lease_s) as worker:
         client = await asyncio.create_subprocess_exec(
             sys.executable, "-c", textwrap.dedent(program), url, cwd=ROOT, stdout=subprocess.PIPE
         )
@@ -72,7 +76,10 @@ async def test_a_client_that_is_killed_leaves_no_slot_taken(url: str) -> None:
         assert worker.table.free == 59
         os.kill(client.pid, signal.SIGKILL)
         await client.wait()
-        await until(lambda: worker.table.free == 64, "the slots are free within a lease")
+        # By the worker's own clock: nothing lasts longer than a lease from now.
+        lapses_at = max(session.lease_until for session in worker.table)
+        assert lapses_at <= time.monotonic() + lease_s
+        await until(lambda: worker.table.free == 64, "the slots are free within a lease", lease_s + SWEEP_S)
 
 
 async def test_sessions_of_an_idle_client_are_renewed_for_many_leases(url: str) -> None:
@@ -165,33 +172,90 @@ async def test_a_full_mesh_makes_opens_wait_in_turn(url: str) -> None:
         assert order == [0, 1, 2, 3, 4]
 
 
+async def test_users_take_turns_however_much_one_of_them_asks_for(url: str) -> None:
+    """Three opens of one user wait when another's first arrives: it is served second, not fourth."""
+    subjects = Subjects()
+    async with EnvWorker({"counter": Counter}, url, slots=1) as worker, connect(url) as raw:
+        order: list[str] = []
+
+        async def open_session(user: str, session: str, park_s: float) -> None:
+            # The user stands in the subject; a server with accounts holds each login to its own.
+            body = Open(session=session, name="counter", park_s=park_s).to_wire()
+            answer = await raw.ask(subjects.worker(worker.id, "open", user), body, 30.0)
+            assert answer is not None
+            parse(Grant, answer)
+            order.append(session)
+
+        async def close(user: str, session: str) -> None:
+            await raw.ask(subjects.session(worker.id, user, session, "close"), Close(epoch=1).to_wire(), 30.0)
+
+        async def visit(user: str, session: str) -> None:
+            await open_session(user, session, 30.0)
+            await close(user, session)
+
+        await open_session("carol", "c1", 0.0)
+        # A grant that nobody renews lapses after 2 s: this one lasts until all have come.
+        await raw.ask(subjects.worker(worker.id, "renew", "carol"), Renew(sessions=[("c1", 1)]).to_wire(), 30.0)
+        waiting = []
+        for user, session in (("ann", "a1"), ("ann", "a2"), ("ann", "a3"), ("bob", "b1"), ("bob", "b2")):
+            waiting.append(asyncio.create_task(visit(user, session)))
+            await until(lambda: worker.waiting_count() == len(waiting), "the open is parked")
+        await close("carol", "c1")
+        await asyncio.gather(*waiting)
+        assert order == ["c1", "a1", "b1", "a2", "b2", "a3"]
+
+
+class Ear:
+    """Hears every message of the server, but for those that are sent by the clock, and their answers."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.advertised: list[str] = []
+        self.renewals: list[str] = []
+        self._by_the_clock: set[str] = set()
+
+    def note(self, subject: str, reply: str, _body: bytes) -> None:
+        if ".registry." in subject or ".probe." in subject:
+            self._by_the_clock.add(reply)
+            self.advertised.append(subject.rpartition(".")[2])
+        elif subject not in self._by_the_clock:
+            self.heard.append(subject)
+            if ".renew." in subject:
+                self.renewals.append(reply)
+
+
 async def test_two_hundred_waiters_cost_a_freed_slot_at_most_four_messages(url: str) -> None:
+    # The lease is long, so that no renewal falls due meanwhile.
     async with (
-        EnvWorker({"counter": Counter}, url, slots=1) as worker,
+        EnvWorker({"counter": Counter}, url, slots=1, lease_s=600.0) as one,
+        EnvWorker({"counter": Counter}, url, slots=1, lease_s=600.0) as two,
         Mesh(url) as holding,
         Mesh(url) as m,
-        connect(url) as ear,
+        connect(url) as raw,
     ):
-        holder = await holding.env("counter")
+        holders = [await holding.env("counter") for _ in range(2)]
+        assert {holder.worker for holder in holders} == {one.id, two.id}
         waiting = [asyncio.create_task(m.env("counter", wait=60.0)) for _ in range(200)]
-        await until(lambda: worker.waiting_count() == 200, "all are parked")
-        heard: list[str] = []
-
-        def note(subject: str, _reply: str, _body: bytes) -> None:
-            # Advertisements, asks and probes are sent by the clock, whether a slot is freed or not.
-            if ".registry." not in subject and ".probe." not in subject:
-                heard.append(subject)
-
-        await ear.subscribe("meshrl.>", note)
-        await ear.subscribe("_INBOX.>", note)
-        await holder.close()
+        await until(lambda: one.waiting_count() + two.waiting_count() == 200, "all are parked")
+        assert one.waiting_count() > 0 < two.waiting_count()
+        ear = Ear()
+        await raw.subscribe("meshrl.>", ear.note)
+        await raw.subscribe("_INBOX.>", ear.note)
+        await holders[0].close()
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         assert len(done) == 1
-        await until(lambda: worker.table.free == 0 and len(done) == 1, "one waiter has the slot")
-        await ear.flush()
-        # Of the holder's own: the close and its answer. The rest is what the freed slot cost.
-        cost = [subject for subject in heard if not subject.endswith(".close")]
-        assert len(cost) - 1 <= 4, cost
+        await until(lambda: ear.renewals != [] and ear.renewals[0] in ear.heard, "the grant's renewal is answered")
+        # What waiters make of the news: both workers have advertised twice since, and the client has dealt with it.
+        ear.advertised.clear()
+        await until(lambda: min(ear.advertised.count(w.id) for w in (one, two)) >= 2, "the news is out")
+        await context_of(m).connection.flush()
+        await raw.flush()
+        assert one.table.free == two.table.free == 0
+        # Of the holder's own are the close and its answer. All else is what the freed slot cost.
+        closes = [subject for subject in ear.heard if subject.endswith(".close")]
+        assert holders[0].worker in closes[0]
+        assert len(ear.heard) - 2 <= 4, ear.heard
+        assert one.waiting_count() + two.waiting_count() == 199
         for task in waiting:
             task.cancel()
         granted = await asyncio.gather(*waiting, return_exceptions=True)

@@ -12,6 +12,7 @@ from meshrl.bus.embedded import EmbeddedServer
 from meshrl.errors import (
     ConcurrentStep,
     InvalidAction,
+    MeshUnreachable,
     NotAllowed,
     NothingUnsettled,
     ResetNeeded,
@@ -234,3 +235,27 @@ async def test_a_step_in_human_mode_that_is_cancelled_while_its_frame_is_fetched
                 expected = await other.step(number % 2)
                 assert result[0].tolist() == expected[0].tolist()
             assert cancelled > 0
+
+
+async def test_a_step_that_outlasts_the_disconnection_bound_is_settled_when_the_server_is_back(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshrl.protocol.doubt.DISCONNECTED_S", 0.5)
+    async with EnvWorker({"counter": Counter}, server.url), Mesh(server.url, timeout=1.0) as m:
+        env = await m.env("counter")
+        await env.reset(seed=0)
+        await env.step(1)
+        await asyncio.to_thread(server.kill)
+        with pytest.raises(MeshUnreachable):
+            await env.step(2)
+        with pytest.raises(StepUnsettled):
+            await env.step(3)
+        await asyncio.to_thread(server.restart)
+        while True:
+            try:
+                obs, reward, *_ = await env.settle()
+                break
+            except MeshUnreachable:
+                continue
+        assert (obs, reward) == (2, 2.0)
+        assert (await env.step(3))[:2] == (3, 3.0)

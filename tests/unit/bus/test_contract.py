@@ -11,10 +11,10 @@ from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
 
-from meshrl.bus.connection import connect, thin_supported
+from meshrl.bus.connection import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.plain import PlainPath
-from meshrl.bus.thin import ThinPath
+from meshrl.bus.thin import ThinPath, thin_supported
 
 
 def test_the_installed_nats_py_supports_the_thin_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +26,8 @@ def test_the_overridden_methods_have_the_signatures_that_nats_py_calls() -> None
     assert list(inspect.signature(Client._connect_to_server).parameters) == ["self", "s"]
     assert list(inspect.signature(Client._process_err).parameters) == ["self", "err_msg"]
     assert list(inspect.signature(Client._process_op_err).parameters) == ["self", "e"]
-    for method in (Client._connect_to_server, Client._process_err, Client._process_op_err):
+    assert list(inspect.signature(Client._process_pong).parameters) == ["self"]
+    for method in (Client._connect_to_server, Client._process_err, Client._process_op_err, Client._process_pong):
         assert inspect.iscoroutinefunction(method)
     assert list(inspect.signature(TcpTransport.connect).parameters) == ["self", "uri", "buffer_size", "connect_timeout"]
     tls = ["self", "uri", "ssl_context", "buffer_size", "connect_timeout"]
@@ -41,6 +42,8 @@ async def test_the_private_attributes_are_there_on_a_live_connection() -> None:
             for name in ("_io_reader", "_io_writer", "_bare_io_reader", "_bare_io_writer"):
                 assert hasattr(client._transport, name)
             assert isinstance(client._transport._io_reader, asyncio.StreamReader)
+            assert client._pongs == []
+            assert callable(client._transport._io_writer.is_closing)
             subscription = await client.subscribe("x")
             assert isinstance(subscription, Subscription)
             assert isinstance(subscription._id, int)

@@ -9,8 +9,10 @@ from pathlib import Path
 import nkeys
 import pytest
 
+from meshrl.bus.connection import connect
 from meshrl.bus.login import ANONYMOUS, Credentials, login
 from meshrl.errors import InvalidName, LoginRefused
+from tests.mesh.own_server import own_server
 
 
 def test_without_a_login_the_user_is_anon() -> None:
@@ -26,6 +28,41 @@ def test_user_and_password_come_from_the_url_and_leave_it() -> None:
     assert found.url == "nats://example:4222"
     assert found.user == "ann@lab"
     assert "p:w" not in repr(found)
+
+
+def test_a_token_comes_from_the_url_and_leaves_it() -> None:
+    found = login("nats://s3%40cret@example:4222")
+    assert found.options == {"token": "s3@cret"}
+    assert found.servers == ["nats://example:4222"]
+    assert found.user == ANONYMOUS
+    assert "cret" not in repr(found)
+
+
+def test_a_name_alone_is_what_the_urls_login_acts_under() -> None:
+    named = Credentials(user="me")
+    by_token = login("nats://s3cret@example:4222", named)
+    assert (by_token.user, by_token.options) == ("me", {"token": "s3cret"})
+    by_password = login("nats://ann:pw@example:4222", named)
+    assert (by_password.user, by_password.options) == ("me", {"user": "ann", "password": "pw"})
+    alone = login("nats://example:4222", named)
+    assert (alone.user, alone.options) == ("me", {"user": "me", "password": ""})
+
+
+def test_a_user_and_password_given_apart_go_before_those_of_the_url() -> None:
+    found = login("nats://ann:pw@example:4222", Credentials.model_validate({"user": "bob", "password": "x"}))
+    assert (found.user, found.options) == ("bob", {"user": "bob", "password": "x"})
+    assert found.servers == ["nats://example:4222"]
+
+
+async def test_a_server_takes_the_urls_token_under_a_name(tmp_path: Path) -> None:
+    async with own_server(tmp_path, {"authorization": {"token": "s3cret"}}) as server:
+        for credentials, user in ((None, "anon"), (Credentials(user="me"), "me")):
+            async with connect(server.url("s3cret"), credentials=credentials) as bus:
+                assert bus.user == user
+                assert await bus.ask("nobody", b"x", 5.0) is None
+        with pytest.raises(LoginRefused):
+            async with connect(server.url("wrong")):
+                pass
 
 
 def test_several_servers_are_separated_by_commas_and_a_bare_host_is_taken() -> None:

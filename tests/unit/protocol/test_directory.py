@@ -80,6 +80,15 @@ def test_a_client_that_slept_gives_every_worker_the_whole_period_again(slept_s: 
     assert kinds(directory.expire(wakes + 3.5)) == [("left", "w1")]
 
 
+def test_nobody_expires_while_the_server_is_away_and_afterwards_everyone_has_the_whole_period() -> None:
+    directory = Directory()
+    directory.heard(ad(), 0.0)
+    for quarter in range(1, 81):
+        assert directory.expire(quarter / 4, connected=False) == []
+    assert awake(directory, 20.25, 23.25) == []
+    assert kinds(directory.expire(23.5)) == [("left", "w1")]
+
+
 def test_what_was_heard_first_after_a_sleep_does_not_make_the_others_expire() -> None:
     directory = Directory()
     directory.heard(ad(worker="w1"), 0.0)
@@ -216,6 +225,48 @@ def test_descriptions_nobody_advertises_any_more_are_forgotten() -> None:
     directory.expire(0.2)
     directory.heard(ad(description=digest), 5.0)
     assert directory.missing() == {("w1", "cartpole", digest)}
+
+
+def test_a_description_is_attached_whether_it_or_the_advertisement_comes_first_and_whoever_sent_it() -> None:
+    directory = Directory()
+    digest = described().digest()
+    directory.described(described(worker="w1"))
+    directory.heard(ad(worker="w2", description="h2"), 0.0)
+    directory.described(described(worker="w2"), digest="h2")
+    directory.described(described(worker="w3"))
+    directory.heard(ad(worker="w3", description=digest), 0.0)
+    assert directory.missing() == set()
+
+
+def test_a_worker_is_there_as_long_as_it_serves_one_name() -> None:
+    directory = Directory()
+    directory.heard(ad("pong"), 0.0)
+    directory.heard(ad("cartpole"), 0.0)
+    directory.heard(ad("pong", left=True), 1.0)
+    assert directory.has("w1")
+    assert directory.get(("env", "pong", "w1")) is None
+    directory.heard(ad("cartpole", left=True), 1.0)
+    assert not directory.has("w1")
+    assert directory.names("env") == []
+
+
+class Untouched(dict[str, Any]):
+    """The entries of a name, looked at one by one alone."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("it looked at all of them")
+
+    values = items = keys = __iter__
+
+
+def test_an_advertisement_is_taken_in_without_a_look_at_the_others() -> None:
+    directory = Directory()
+    for n in range(10):
+        directory.heard(ad(worker=f"w{n}"), 0.0)
+    directory._served = {key: Untouched(entries) for key, entries in directory._served.items()}
+    assert kinds(directory.heard(ad(worker="w3", free=1), 1.0)) == [("updated", "w3")]
+    assert kinds(directory.heard(ad(worker="w10"), 1.0)) == [("joined", "w10")]
+    assert kinds(directory.heard(ad(worker="w4", left=True), 1.0)) == [("left", "w4")]
 
 
 def test_candidates_serve_that_name_and_kind_and_do_not_drain_full_ones_included() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from meshrl.protocol.doubt import (
     AGAIN_IN_GRACE_S,
+    DISCONNECTED_S,
     FROZEN_S,
     GRACE_AFTER_RECONNECT_S,
     GRACE_S,
@@ -203,11 +204,48 @@ def test_an_old_word_found_after_a_sleep_begins_a_new_grace() -> None:
 def test_while_disconnected_nothing_is_done_and_nobody_is_given_up() -> None:
     about = doubt()
     ticks(about, 0.0, 5.0)
-    assert ticks(about, 5.0, 120.0, connected=False) == []
-    said = ticks(about, 120.0, 180.0)
+    back = 5.0 + DISCONNECTED_S - 1.0
+    assert ticks(about, 5.0, back, connected=False) == []
+    said = ticks(about, back, back + 60.0)
     assert said[0][1] is Do.PROBE
-    assert said[0][0] == pytest.approx(120.0 + QUIET_S, abs=2 * TICK_S)
-    assert said[-1][0] >= 120.0 + FROZEN_S
+    assert said[0][0] == pytest.approx(back + QUIET_S, abs=2 * TICK_S)
+    assert said[-1][0] >= back + FROZEN_S
+
+
+def test_a_client_that_stays_disconnected_is_told_so_in_the_end() -> None:
+    about = doubt()
+    said = ticks(about, 5.0, 120.0, connected=False)
+    assert [do for _, do in said] == [Do.LOST]
+    assert said[0][0] == pytest.approx(5.0 + DISCONNECTED_S, abs=3 * TICK_S)
+    assert about.reason == "disconnected"
+
+
+def test_patience_with_a_lost_connection_is_never_shorter_than_with_a_silent_worker() -> None:
+    about = doubt(silence_s=2 * DISCONNECTED_S)
+    assert ticks(about, 0.0, 2 * DISCONNECTED_S - 1.0, connected=False) == []
+
+
+def test_a_reconnect_begins_the_patience_with_a_lost_connection_again() -> None:
+    about = doubt()
+    for start in (0.0, 40.0, 80.0):
+        assert ticks(about, start, start + DISCONNECTED_S - 1.0, connected=False) == []
+        about.reconnected(start + 39.0)
+
+
+def test_time_that_the_client_slept_without_a_connection_does_not_count() -> None:
+    about = doubt()
+    ticks(about, 0.0, 5.0, connected=False)
+    about.deaf(1000.0)
+    assert ticks(about, 1000.0, 1000.0 + DISCONNECTED_S - 6.0, connected=False) == []
+
+
+def test_a_client_that_was_deaf_blames_nobody_for_the_silence() -> None:
+    about = doubt()
+    ticks(about, 0.0, 5.0)
+    about.deaf(50.0)
+    said = ticks(about, 50.0, 100.0)
+    assert said[0][1] is Do.PROBE
+    assert said[-1][0] >= 50.0 + FROZEN_S
 
 
 def test_a_grace_does_not_run_on_while_disconnected() -> None:

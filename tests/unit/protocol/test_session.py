@@ -217,6 +217,18 @@ def test_the_answer_that_ended_a_session_can_be_had_again_by_exactly_its_request
         table.ended(session)
 
 
+def test_the_answers_that_ended_sessions_are_kept_of_the_newest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_LAST_ANSWERS", 2)
+    table = SessionTable(4)
+    for n in range(3):
+        _, session = table.open("ann", f"s{n}", 1, "inbox", 0.0)
+        assert session is not None
+        table.ending(session, "ended", last=(1, 0, 1, b"crash"))
+        table.ended(session)
+    assert [table.last_answer(("ann", f"s{n}"), 1, 0, 1) for n in range(3)] == [None, b"crash", b"crash"]
+    assert [table.why_gone(("ann", f"s{n}")) for n in range(3)] == ["ended"] * 3
+
+
 # ---------------------------------------------------------------- leased
 
 
@@ -358,3 +370,27 @@ def test_probing_renews_nothing() -> None:
     table.probe(KEY, EPOCH, 0, 0)
     table.probe(KEY, EPOCH, 0, 1)
     assert (session.confirmed, session.lease_until) == (False, GRANT_S)
+
+
+class Meanwhile(float):
+    """A moment in which the other thread renews: after the first thread has looked, before it has written."""
+
+    table: SessionTable
+
+    def __add__(self, other: float) -> float:
+        self.table.renew(KEY, EPOCH, float(self))
+        return float(self) + other
+
+
+@pytest.mark.parametrize("how", ["granted", "opened again", "granted again"])
+def test_a_renewal_by_the_other_thread_in_the_midst_of_a_grant_holds_for_a_lease(how: str) -> None:
+    table, session = table_with(State.OPENING if how == "granted" else State.OPEN)
+    now = Meanwhile(1.0)
+    now.table = table
+    if how == "granted":
+        table.granted(session, b"grant", now)
+    elif how == "opened again":
+        table.open(*KEY, EPOCH, "inbox", now)
+    else:
+        table.grant_again(now)
+    assert session.lease_until == 1.0 + LEASE_S

@@ -88,7 +88,7 @@ def test_samples_of_every_space_come_back_with_their_types_and_bits(space: Any, 
         GraphInstance((1, 2), np.zeros(1), np.zeros((1, 2), np.int32)),
         {np.int64(3): np.str_("a\0"), np.str_("b"): 1},
         [
-            np.datetime64("NaT"),
+            np.datetime64("NaT", "s"),
             np.datetime64("2020-01-01T00:00", ("s", 25)),
             np.timedelta64(3, "D"),
             np.bytes_(b"\0"),

@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium
 import pytest
 
-from meshrl.errors import InvalidName
+from meshrl.errors import InvalidName, UsageError
 from meshrl.worker.factories import Factory, as_factory, is_gymnasium_id, load, registered
 
 
@@ -29,7 +29,37 @@ def test_an_env_is_made_from_an_id_a_class_by_name_or_a_callable() -> None:
     def plain() -> gymnasium.Env[Any, Any]:
         return gymnasium.make("CartPole-v1")
 
-    assert as_factory(plain).make({}, "rgb_array").render_mode is None, "it takes no render_mode, so it gets none"
+    assert as_factory(plain).make({}, None).render_mode is None
+
+
+def test_a_registered_env_that_takes_no_render_mode_is_made_as_gymnasium_makes_it() -> None:
+    gymnasium.register("Plain-v0", f"{__name__}:_Plain", disable_env_checker=True)
+    try:
+        assert isinstance(Factory("Plain-v0").make({}, None).unwrapped, _Plain)
+    finally:
+        del gymnasium.registry["Plain-v0"]
+
+
+class _Plain(gymnasium.Env[Any, Any]):
+    observation_space = action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        """Takes nothing at all."""
+
+
+def test_a_render_mode_is_refused_where_it_would_be_dropped_in_silence() -> None:
+    def plain() -> gymnasium.Env[Any, Any]:
+        return gymnasium.make("CartPole-v1")
+
+    def framed() -> gymnasium.Env[Any, Any]:
+        return gymnasium.make("CartPole-v1", render_mode="rgb_array")
+
+    with pytest.raises(UsageError, match="human, rgb_array") as caught:
+        as_factory(plain).make({}, "rgb_array")
+    assert caught.value.details["own"] is None
+    assert as_factory(framed).make({}, "rgb_array").render_mode == "rgb_array"
+    with pytest.raises(UsageError, match="'rgb_array'"):
+        as_factory(framed).make({}, "human")
 
 
 def test_the_clients_kwargs_are_laid_over_the_operators() -> None:

@@ -1,0 +1,69 @@
+"""The first connection of a client of nats-py: made within a deadline, or refused; later it comes back for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from typing import Any
+
+from meshrl.bus.events import Events
+from meshrl.bus.login import Login
+from meshrl.errors import MeshUnreachable
+
+# A client comes back within half a second of its server; the spread keeps a thousand from doing so at once.
+RECONNECT_WAIT_S = (0.1, 0.5)
+# A server that froze is noticed in two missed pings.
+PING_INTERVAL_S = 10
+
+
+async def first_connection(client: Any, login: Login, events: Events, name: str, timeout: float) -> None:
+    """Connect ``client``. After an error or when cancelled, the caller closes it.
+
+    Args:
+        client: of nats-py.
+        login: where to, and as whom.
+        events: is told from here on.
+        name: what the server's monitoring shows.
+        timeout: in seconds; nats-py by itself tries for ever.
+
+    Raises:
+        LoginRefused: a server answers and refuses the login.
+        MeshUnreachable: no server answers.
+    """
+    loop = asyncio.get_running_loop()
+    refused = events.refused = loop.create_future()
+    dial = loop.create_task(
+        client.connect(
+            login.servers,
+            name=name,
+            inbox_prefix=f"_INBOX.{login.user}",
+            connect_timeout=timeout,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=random.uniform(*RECONNECT_WAIT_S),  # noqa: S311  # jitter
+            ping_interval=PING_INTERVAL_S,
+            max_outstanding_pings=2,
+            **events.options(client),
+            **login.options,
+        )
+    )
+    try:
+        await asyncio.wait({dial, refused}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        events.refused = None
+        if not dial.done():
+            dial.cancel()
+            await asyncio.gather(dial, return_exceptions=True)
+    if refused.done():
+        if not dial.cancelled():
+            dial.exception()
+        raise refused.result()
+    cause = None if dial.cancelled() else dial.exception()
+    if dial.cancelled() or cause is not None:
+        raise MeshUnreachable(
+            f"no NATS server answers at {login.url}; start one (meshrl up, docker compose up) or give its address "
+            "(url=, MESHRL_URL)",
+            url=login.url,
+        ) from cause
+    # Nobody this connection knows of is known from before it: word that nobody listens is to be believed at once.
+    events.up_since = -math.inf

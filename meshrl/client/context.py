@@ -1,0 +1,156 @@
+"""What a ``Mesh``, its openings, its sessions and its agents share; none of it is the user's concern."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshrl.bus.connection import Connection
+from meshrl.bus.login import Credentials
+from meshrl.client.flights import Flights
+from meshrl.client.keeper import Keeper
+from meshrl.client.opening import Opening
+from meshrl.client.registry import Registry
+from meshrl.client.session import RemoteSession
+from meshrl.client.shielded import shielded
+from meshrl.errors import MeshError, SessionClosed
+from meshrl.protocol.doubt import FROZEN_S
+from meshrl.wire.messages import Kind
+from meshrl.wire.subjects import Subjects
+
+if TYPE_CHECKING:
+    from meshrl.client.mesh import Mesh
+
+
+def silence_s(timeout: float) -> float:
+    """How long nothing at all may be heard of a request's worker, in seconds: see :class:`meshrl.Mesh`."""
+    return min(timeout, max(FROZEN_S, timeout / 3))
+
+
+class Context:
+    """One client's connection, and what goes on over it.
+
+    Args:
+        connection: open, and closed by :meth:`close`.
+        url: of the server, for the keeper's own connection.
+        credentials: of the login.
+        subjects: of the mesh.
+        timeout: :class:`meshrl.Mesh`'s, in seconds.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        url: str,
+        credentials: str | Path | Credentials | None,
+        subjects: Subjects,
+        timeout: float,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.connection = connection
+        self.subjects = subjects
+        self.timeout = timeout
+        self.registry = Registry(connection, subjects)
+        self.flights = Flights(connection, subjects, silence_s(timeout))
+        self._keeper = Keeper(url, credentials, subjects, self._lost_on_thread)
+        self._sessions: dict[str, RemoteSession] = {}
+        self._ended = False
+        self._why: MeshError | None = None  # the connection's end, where it was not this client's wish
+        connection.on_close.append(self._connection_ended)
+
+    def __repr__(self) -> str:
+        return f"<Context {self.connection!r}, {self.registry!r}, {len(self._sessions)} sessions>"
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    # ---------------------------------------------------------------- life
+
+    def check_open(self) -> None:
+        """Whether anything can still be done.
+
+        Raises:
+            SessionClosed: this client closed the mesh.
+            MeshError: the connection was ended otherwise, and why.
+        """
+        if self._ended:
+            raise SessionClosed("this Mesh was closed")
+        if self._why is not None:
+            raise copy.copy(self._why)
+
+    def end(self) -> None:
+        """Begin nothing more, and renew nothing more; whatever becomes of :meth:`close`, no lease is held for ever."""
+        self._ended = True
+        self._keeper.end()
+        self.registry.end()
+
+    async def close(self) -> None:
+        """Close every session that is still open, then disconnect."""
+        self.end()
+        try:
+            await asyncio.gather(*(s.close() for s in list(self._sessions.values())), return_exceptions=True)
+        finally:
+            try:
+                await self._keeper.stop()
+            finally:
+                self.flights.close()
+                await self.connection.close()
+
+    def _connection_ended(self, why: MeshError) -> None:
+        if not self._ended:
+            self._why = why
+            self.registry.end(why)
+
+    # ---------------------------------------------------------------- sessions
+
+    async def open(
+        self,
+        kind: Kind,
+        name: str,
+        kwargs: Mapping[str, Any] | None,
+        where: Mapping[str, Any] | None,
+        wait: float,
+        **request: Any,
+    ) -> RemoteSession:
+        """Lease a session; what :meth:`meshrl.Mesh.env` and :meth:`meshrl.Mesh.agent` are made of."""
+        request["kwargs"] = dict(kwargs or {})
+        grant = await Opening(self, kind, name, wait=wait, where=where, request=request).run()
+        session = RemoteSession(self, grant)
+        self._sessions[grant.session] = session
+        try:
+            self.check_open()  # closed while it was on its way, it would be closed by nobody
+            self._keeper.hold(grant.worker, grant.session, grant.epoch, grant.lease_s)
+        except BaseException:
+            await shielded(session.close())
+            raise
+        return session
+
+    def forget(self, session: RemoteSession) -> None:
+        """The session is over: it is renewed no more, and its slot counts as free."""
+        grant = session.grant
+        if self._sessions.pop(grant.session, None) is not None:
+            self._keeper.release(grant.worker, grant.session)
+            self.registry.released(grant.worker)
+
+    def _lost_on_thread(self, session: str, reason: str) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self._lost, session, reason)
+        except RuntimeError:
+            return  # the loop has ended, and the session with it
+
+    def _lost(self, session: str, reason: str) -> None:
+        lost = self._sessions.get(session)
+        if lost is not None:
+            lost.lost(reason)
+
+
+def context_of(mesh: Mesh) -> Context:
+    """The context of a mesh that was entered, for this package's own tools and tests.
+
+    Raises:
+        UsageError: it was not entered.
+    """
+    return mesh._entered()  # noqa: SLF001  # the one way in from outside
