@@ -292,8 +292,12 @@ async def test_env_whose_close_hangs_fails_the_check_of_close(
     hangs, released = threading.Event(), threading.Event()
 
     class HangingClose(Good):
+        def __init__(self, render_mode: str | None = None) -> None:
+            super().__init__(render_mode)
+            self.hangs = hangs.is_set()  # by when it was made: one of an earlier check may be closing still
+
         def close(self) -> None:
-            if hangs.is_set():
+            if self.hangs:
                 released.wait()
 
     def note(result: Result) -> None:
@@ -328,7 +332,7 @@ async def test_slot_that_another_client_waits_for_is_not_held_against_the_env(
             if result.check == CHECKS[-2].name:
                 others.extend(asyncio.create_task(theirs.env("tested", wait=60.0)) for _ in range(3))
 
-        report = await conformance(mesh, "tested", on_result=note)
+        report = await conformance(mesh, "tested", wait=5.0, on_result=note)
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)

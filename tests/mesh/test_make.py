@@ -575,7 +575,8 @@ def run_python(program: str, *argv: str, **variables: str) -> subprocess.Complet
     gone = ("MESHRL_URL", "MESHRL_EMBEDDED_URL")
     env = {key: value for key, value in os.environ.items() if key not in gone}
     return subprocess.run(
-        [sys.executable, "-X", "dev", "-c", program, *argv],
+        # Warnings are shown; not -X dev, whose asyncio also tells of callbacks that a busy machine made slow.
+        [sys.executable, "-W", "default", "-X", "faulthandler", "-c", program, *argv],
         check=False,
         capture_output=True,
         text=True,
