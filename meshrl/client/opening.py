@@ -43,7 +43,7 @@ LOOK_AGAIN_S = 2.0
 # Workers answer full at the deadline; this is for their answer's way.
 LATE_S = 1.0
 # How often a worker that is busier than believed may send one open on. Four clients with stale directories that open
-# four sessions each at once end at 4 ± 1 a worker in all of 10,000 simulated runs with three, in 94 % with one.
+# four sessions each at once end at 4 ± 1 a worker in all of 4,000 simulated runs with three, in 94 % with one.
 MAX_BOUNCES = 3
 # A constructor may take minutes (a simulator that loads its maps).
 CONSTRUCT_S = 600.0
