@@ -177,7 +177,7 @@ CONTROL: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
             "kwargs": [None, [], "gravity", {"py": "map", "v": [[1, 2]]}, ARRAY],
             "render_mode": [1, "a" * 65, b"rgb_array"],
             "key_style": [None, "text", 0],
-            "lanes": [0, -1, 2, 1 << 40, "1", True, LONG],
+            "num_envs": [0, -1, 1 << 40, "1", True, LONG],
             "believed_free": [-1, 1 << 31, "1", False, 1.0, LONG],
             "park_s": [-1, 3601, float("nan"), float("inf"), "1", True, LONG, ARRAY],
             "ticket": [1, "a" * 65, b"t"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints, ValidationError
 
@@ -22,6 +22,16 @@ Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+# What an open asks for: one sub-environment, many in lockstep as one lane, or many as a lane each.
+Form = Literal["single", "vector", "pool"]
+# The values of Gymnasium's AutoresetMode.
+AutoresetName = Literal["NextStep", "SameStep", "Disabled"]
+Seeding = Literal["gymnasium", "derived"]
+AUTORESET_MODES: tuple[AutoresetName, ...] = get_args(AutoresetName)
+SEEDINGS: tuple[Seeding, ...] = get_args(Seeding)
+# A session of more sub-environments is split over several.
+MAX_NUM_ENVS = 65_536
 
 # Entries of batches are plain arrays on the wire: as tuples they would travel in the codec's form for Python's, which
 # other languages had to know of.
@@ -114,6 +124,29 @@ class Advertisement(Message):
     description: Annotated[str, StringConstraints(max_length=64)]
 
 
+class Vectors(BaseModel):
+    """What a worker's vectors of an env can do; anything else is refused at open (R6).
+
+    Attributes:
+        implementation: ``meshrl`` (sub-environments hosted one by one), ``gymnasium`` (the env's own vector entry
+            point) or ``envpool``.
+        autoreset_modes: the modes there are.
+        seedings: the seedings there are.
+        reset_mask: whether some sub-environments can be reset alone.
+        attributes: whether call, get_attr, set_attr and render reach the sub-environments.
+        pool: whether the sub-environments can be lanes of their own.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    implementation: Annotated[str, StringConstraints(max_length=64)] = "meshrl"
+    autoreset_modes: list[AutoresetName] = Field(default_factory=lambda: list(AUTORESET_MODES))
+    seedings: list[Seeding] = Field(default_factory=lambda: list(SEEDINGS))
+    reset_mask: bool = True
+    attributes: bool = True
+    pool: bool = True
+
+
 class Description(Message):
     """What a worker can tell of one served name; asked for once, then known by its hash.
 
@@ -128,6 +161,7 @@ class Description(Message):
         step_deadline_s: how long a request may run before its session is given up.
         stateful: an agent that is leased like an env, because it remembers.
         versions: of Python, meshrl and the packages that the behaviour depends on.
+        vectors: what sessions of many sub-environments can do; None where there can be none (agents).
     """
 
     kind: Kind
@@ -143,6 +177,7 @@ class Description(Message):
     step_deadline_s: Seconds = 300.0
     stateful: bool = False
     versions: dict[str, str] = Field(default_factory=dict)
+    vectors: Vectors | None = None
 
     def digest(self) -> str:
         """A hash of all but the worker: 128 bits of BLAKE2b over the sorted JSON, as hexadecimal text."""
@@ -194,7 +229,11 @@ class Open(Message):
         epoch: which incarnation of the session this is, from 1.
         kwargs: for the env's or agent's constructor; checked against what the worker allows.
         key_style: how arrays' map keys are written to this client: as text, or as msgpack-numpy's bytes.
-        lanes: how many lanes the session has, from 0; a single env has one.
+        form: ``single`` and ``vector`` have one lane, 0; a ``pool`` has one for each sub-environment.
+        num_envs: sub-environments of the session, and so the slots it takes.
+        first_env_id: the global index of its first sub-environment, where it is one shard of several.
+        autoreset_mode: of a vector (R6); a pool's is SameStep.
+        seeding: of a vector or a pool (R7).
         believed_free: free slots that the client believes in; a worker that has fewer answers ``busier``, once.
         park_s: how long the worker may keep the open waiting for a slot; 0 answers at once.
         ticket: of an earlier answer ``full``: keeps the place in the queue.
@@ -207,7 +246,11 @@ class Open(Message):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     render_mode: Annotated[str, StringConstraints(max_length=64)] | None = None
     key_style: Literal["str", "bytes"] = "str"
-    lanes: Annotated[int, Field(ge=1, le=1)] = 1
+    form: Form = "single"
+    num_envs: Annotated[int, Field(ge=1, le=MAX_NUM_ENVS)] = 1
+    first_env_id: Count = 0
+    autoreset_mode: AutoresetName = "NextStep"
+    seeding: Seeding = "gymnasium"
     believed_free: Count | None = None
     park_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 0.0
     ticket: Annotated[str, StringConstraints(max_length=64)] | None = None

@@ -88,7 +88,7 @@ class Admission:
     def _open(self, open_: Open, user: str, reply: str, description: Description, now: float) -> None:
         """Do what the table says of an open whose turn it is."""
         key = (user, open_.session)
-        opening, session = self._table.open(user, open_.session, open_.epoch, reply, now, lanes=open_.lanes)
+        opening, session = self._table.open(user, open_.session, open_.epoch, reply, now, lanes=open_.num_envs if open_.form == "pool" else 1)
         if session is None:
             self._park(open_, user, reply, now)
         elif opening is Opening.NEW:
