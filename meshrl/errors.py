@@ -124,6 +124,12 @@ class NothingUnsettled(UsageError):
     code = "nothing_unsettled"
 
 
+class NothingUnderWay(UsageError):
+    """A pool was asked to wait for more results than can come; send actions first."""
+
+    code = "nothing_under_way"
+
+
 class SessionClosed(UsageError):
     """The env, agent or mesh was closed by this client before."""
 

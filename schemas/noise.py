@@ -28,7 +28,7 @@ WORDS: list[Any] = [
 
 # A right one of each message by who reads it: control messages of clients, session requests by their op, acts.
 REQUESTS: dict[str, dict[str, Any]] = {
-    "Open": {"v": 1, "session": "mutant", "name": "cartpole", "kind": "env", "kwargs": {}, "num_envs": 1, "park_s": 0.0},
+    "Open": {"v": 1, "session": "mutant", "name": "cartpole", "kind": "env", "num_envs": 1, "park_s": 0.0},
     "Renew": {"v": 1, "sessions": [["mutant", 1], ["mutant2", 3]]},
     "Probe": {"v": 1, "awaited": [["mutant", 1, 0, 2]]},
     "Ask": {"v": 1, "kind": "env"},

@@ -1,6 +1,7 @@
 """Options that several commands have, and how their texts are read."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +36,16 @@ CredentialsFile = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the NATS server at the start.", min=0.0, metavar="S")]
-Slots = Annotated[int, typer.Option(help="Sessions held at once, over all names.", min=1, metavar="N")]
+Slots = Annotated[int, typer.Option(help="Sessions held at once by each process, over all names.", min=1, metavar="N")]
+Processes = Annotated[
+    str,
+    typer.Option(
+        help="Processes, each a worker of its own with its own slots; auto (or 0) for one a CPU core.",
+        metavar="N|auto",
+    ),
+]
+# What one of these processes gets from its parent: its number, which says that it is one, and shows in ps.
+ProcessNumber = Annotated[int | None, typer.Option("--process", hidden=True)]
 AllowKwargs = Annotated[
     str,
     typer.Option(help="Constructor arguments that clients may pass: a,b or '*'.", show_default=False, metavar="NAMES"),
@@ -82,3 +92,26 @@ def capabilities_in(pairs: Sequence[str] | None) -> dict[str, Any]:
         except ValueError:
             read[key] = text
     return read
+
+
+def processes_in(text: str) -> int:
+    """How many processes ``4``, ``0`` or ``auto`` means; the last two mean one for each CPU core that may be used.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    wanted = text.strip()
+    if wanted in {"auto", "0"}:
+        return usable_cores()
+    if not (wanted.isascii() and wanted.isdigit() and int(wanted)):
+        raise UsageError(f"--processes is a number from 1, or auto (or 0) for one a CPU core, not {text!r}")
+    return int(wanted)
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on; where that is not known, those of the machine."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        return int(os.process_cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""``meshrl serve``: an env worker in this process."""
+"""``meshrl serve``: an env worker in this process, or several in processes of their own."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,15 +13,19 @@ from meshrl.cli.options import (
     Capability,
     CredentialsFile,
     Namespace,
+    Processes,
+    ProcessNumber,
     Slots,
     Url,
     Wait,
     capabilities_in,
     json_object,
     names_in,
+    processes_in,
 )
+from meshrl.cli.processes import ready_line
 from meshrl.cli.reach import reach
-from meshrl.cli.serving import stay_serving
+from meshrl.cli.serving import stay_serving, stay_serving_in_processes
 from meshrl.errors import InvalidName, UsageError
 from meshrl.protocol.names import near, resolve
 from meshrl.worker.env_worker import EnvWorker
@@ -30,6 +34,7 @@ from meshrl.worker.running import run, until_stopped
 
 
 def serve(
+    ctx: typer.Context,
     names: Annotated[
         list[str] | None,
         typer.Argument(
@@ -40,6 +45,7 @@ def serve(
         ),
     ] = None,
     slots: Slots = 64,
+    processes: Processes = "1",
     kwargs: Annotated[
         str, typer.Option(help="Arguments for the envs' constructors.", show_default=False, metavar="JSON")
     ] = "{}",
@@ -60,16 +66,27 @@ def serve(
     url: Url = None,
     namespace: Namespace = "default",
     credentials: CredentialsFile = None,
+    process: ProcessNumber = None,
 ) -> None:
-    """Serve environments from this process until Ctrl-C or SIGTERM."""
+    """Serve environments until Ctrl-C or SIGTERM, from this process or (--processes) from several."""
     if not names and not on_demand:
         raise UsageError("serve needs a name (meshrl serve cartpole), or --on-demand")
+    count = processes_in(processes)
     import_from_here()
     envs = served_envs(names or [], json_object(kwargs, "--kwargs"))
     capabilities = capabilities_in(capability)
+    what = ", ".join([*envs, *(["Gymnasium's registry on demand"] if on_demand else [])])
+
+    def announcement(worker: EnvWorker) -> str:
+        if process is not None:
+            return ready_line(worker.id)
+        return f"serving {what} at {worker.url} (worker {worker.id}, {slots} slots)"
 
     async def stay() -> None:
         address = await reach(url, credentials=credentials, namespace=namespace, wait_s=wait)
+        if count > 1:
+            await stay_serving_in_processes(ctx, what, address, count=count, slots=slots)
+            return
         worker = EnvWorker(
             envs,
             address,
@@ -81,8 +98,7 @@ def serve(
             allow=names_in(allow),
             on_demand=on_demand,
         )
-        what = ", ".join([*envs, *(["Gymnasium's registry on demand"] if on_demand else [])])
-        await stay_serving(worker, lambda it: f"serving {what} at {it.url} (worker {it.id}, {slots} slots)")
+        await stay_serving(worker, announcement)
 
     run(until_stopped(stay()))
 

@@ -1,4 +1,4 @@
-"""``meshrl serve-agent``: an agent worker in this process."""
+"""``meshrl serve-agent``: an agent worker in this process, or several in processes of their own."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -10,15 +10,19 @@ from meshrl.cli.options import (
     Capability,
     CredentialsFile,
     Namespace,
+    Processes,
+    ProcessNumber,
     Slots,
     Url,
     Wait,
     capabilities_in,
     names_in,
+    processes_in,
 )
+from meshrl.cli.processes import ready_line
 from meshrl.cli.reach import reach
 from meshrl.cli.serve import import_from_here
-from meshrl.cli.serving import stay_serving
+from meshrl.cli.serving import stay_serving, stay_serving_in_processes
 from meshrl.errors import UsageError
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.policies import random_policy
@@ -28,6 +32,7 @@ BUILT_IN = {"random": random_policy}
 
 
 def serve_agent(
+    ctx: typer.Context,
     agents: Annotated[
         list[str],
         typer.Argument(
@@ -37,20 +42,32 @@ def serve_agent(
         ),
     ],
     slots: Slots = 64,
+    processes: Processes = "1",
     allow_kwargs: AllowKwargs = "",
     capability: Capability = None,
     wait: Wait = 30.0,
     url: Url = None,
     namespace: Namespace = "default",
     credentials: CredentialsFile = None,
+    process: ProcessNumber = None,
 ) -> None:
-    """Serve agents from this process until Ctrl-C or SIGTERM."""
+    """Serve agents until Ctrl-C or SIGTERM, from this process or (--processes) from several."""
+    count = processes_in(processes)
     import_from_here()
     sources = served_agents(agents)
     capabilities = capabilities_in(capability)
+    what = ", ".join(sources)
+
+    def announcement(worker: AgentWorker) -> str:
+        if process is not None:
+            return ready_line(worker.id)
+        return f"serving {what} at {worker.url} (agent worker {worker.id})"
 
     async def stay() -> None:
         address = await reach(url, credentials=credentials, namespace=namespace, wait_s=wait)
+        if count > 1:
+            await stay_serving_in_processes(ctx, what, address, count=count, slots=slots)
+            return
         worker = AgentWorker(
             sources,
             address,
@@ -60,7 +77,7 @@ def serve_agent(
             capabilities=capabilities,
             allow_kwargs=names_in(allow_kwargs),
         )
-        await stay_serving(worker, lambda it: f"serving {', '.join(sources)} at {it.url} (agent worker {it.id})")
+        await stay_serving(worker, announcement)
 
     run(until_stopped(stay()))
 

@@ -1,16 +1,28 @@
-"""Serving from this process: a worker's life from its announcement to its goodbye.
+"""Serving, in this process or in several of its own: from the announcement to the goodbye.
 
 Programs wrap it in :func:`meshrl.worker.running.until_stopped`, which is what ends it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+import typer
+
+from meshrl.bus.login import login
+from meshrl.cli.processes import ServingProcess
+from meshrl.cli.supervisor import Supervisor
+from meshrl.errors import WorkerError
 from meshrl.worker.service import Service
 
 W = TypeVar("W", bound=Service)
+
+# What differs between the parent's command line and its processes'. The url may hold a password.
+NOT_PASSED_ON = {"url", "processes", "process"}
 
 
 async def stay_serving(worker: W, announcement: Callable[[W], str]) -> None:
@@ -26,3 +38,73 @@ async def stay_serving(worker: W, announcement: Callable[[W], str]) -> None:
     async with worker:
         print(announcement(worker), flush=True)
         await worker.serve_forever()
+
+
+async def stay_serving_in_processes(ctx: typer.Context, what: str, url: str, *, count: int, slots: int) -> None:
+    """Run the command ``ctx`` in several processes until cancelled; then they are told to end, and waited for.
+
+    Args:
+        ctx: of the command, which has the option ``--process`` for its processes.
+        what: is served.
+        url: of the server, password included.
+        count: processes.
+        slots: of each.
+
+    Raises:
+        WorkerError: one cannot start, cannot be kept alive, or did not end in good order.
+    """
+    processes = [ServingProcess(n, process_line(ctx, n), url, say) for n in range(1, count + 1)]
+    supervisor = Supervisor(processes, None, say)
+    stopped = False
+    try:
+        await supervisor.start()
+        each = f"{slots} slot{'s' if slots > 1 else ''} each, {count * slots} in all"
+        print(f"serving {what} at {login(url).url} ({count} processes, {each})", flush=True)
+        await supervisor.watch()
+    except asyncio.CancelledError:
+        stopped = True
+        raise
+    finally:
+        await supervisor.stop()
+        failures = [process.failure for process in processes if process.failure]
+        for failure in failures if not stopped else failures[:-1]:
+            say(failure)
+        if stopped and failures:
+            # In place of the cancellation: until_stopped asked for it, and the exit code is to tell.
+            raise WorkerError(failures[-1])
+
+
+def process_line(ctx: typer.Context, number: int) -> list[str]:
+    """The command line by which this program runs the same command as one of several processes.
+
+    Args:
+        ctx: of the command that runs; every option of it is passed on with the value that it has now, whether from
+            the command line or the environment, but for :data:`NOT_PASSED_ON`.
+        number: of the process.
+    """
+    options = [f"--process={number}"]
+    arguments: list[str] = []
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name or "")
+        if parameter.name in NOT_PASSED_ON or value is None:
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        if parameter.param_type_name == "argument":
+            arguments += map(str, values)
+        elif isinstance(value, bool):
+            options += (parameter.opts if value else parameter.secondary_opts)[:1]
+        else:
+            options += [f"{parameter.opts[0]}={one}" for one in values]
+    # -P as an installed script has it, where a random.py of the current directory is not Python's own; the command
+    # adds the directory when Python's modules are imported.
+    script = getattr(sys.modules["__main__"], "__spec__", None) is None
+    before = ["--debug"] if ctx.find_root().params.get("debug") else []
+    program = [sys.executable, *(["-P"] if script else []), "-m", "meshrl"]
+    return [*program, *before, str(ctx.command.name), *options, "--", *arguments]
+
+
+def say(text: str) -> None:
+    """A line on stderr, whole, from any thread."""
+    with contextlib.suppress(OSError):  # nobody reads it; the processes are not to wait for that
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The supervisor of ``meshrl up``: worker processes are started, watched, replaced and in the end stopped.
+"""The supervisor of ``meshrl up`` and ``serve --processes``: processes are started, watched, replaced, at last stopped.
 
 The rule of this file: *one that dies is replaced, one that cannot live ends everything*, with the reason.
 """
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from meshrl.bus.embedded import URL_VARIABLE as EMBEDDED_VARIABLE
 from meshrl.bus.embedded import EmbeddedServer
@@ -36,8 +37,29 @@ def wait_before_restart_s(deaths: int) -> float | None:
     return None if deaths > MAX_DEATHS else min(FIRST_WAIT_S * 2 ** (deaths - 1), MAX_WAIT_S)
 
 
+class Supervised(Protocol):
+    """What a supervisor keeps alive."""
+
+    async def start(self) -> None:
+        """Start it and wait until it serves.
+
+        Raises:
+            WorkerError: it cannot start.
+        """
+
+    async def watch(self) -> None:
+        """Replace it whenever it dies, until cancelled.
+
+        Raises:
+            WorkerError: it cannot be kept alive.
+        """
+
+    def stop(self) -> None:
+        """End it in good order, whether it runs or not; blocks until it has ended."""
+
+
 class WorkerProcess:
-    """One worker process of a supervisor.
+    """One worker process of ``meshrl up``.
 
     Args:
         number: from 1, for people.
@@ -122,7 +144,7 @@ class WorkerProcess:
 
 
 class Supervisor:
-    """Keeps all worker processes of one ``meshrl up`` alive, and its own server if it has one.
+    """Keeps all processes of one command alive, and its own server if it has one.
 
     Args:
         processes: the worker processes.
@@ -130,7 +152,7 @@ class Supervisor:
         say: tells people what happened.
     """
 
-    def __init__(self, processes: Sequence[WorkerProcess], server: EmbeddedServer | None, say: Say) -> None:
+    def __init__(self, processes: Sequence[Supervised], server: EmbeddedServer | None, say: Say) -> None:
         self._processes = processes
         self._server = server
         self._say = say
@@ -139,7 +161,7 @@ class Supervisor:
         """Start everybody; returns when all are advertised.
 
         Raises:
-            WorkerError: one of them cannot start.
+            WorkerError: one of them cannot start; the others may run, and are to be stopped.
         """
         await _all(*(process.start() for process in self._processes))
 

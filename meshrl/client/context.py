@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
@@ -18,11 +19,13 @@ from meshrl.client.session import RemoteSession
 from meshrl.client.shielded import shielded
 from meshrl.errors import MeshError, SessionClosed
 from meshrl.protocol.doubt import FROZEN_S
-from meshrl.wire.messages import Kind
+from meshrl.wire.messages import Grant, Kind
 from meshrl.wire.subjects import Subjects
 
 if TYPE_CHECKING:
     from meshrl.client.mesh import Mesh
+
+S = TypeVar("S", bound=RemoteSession)
 
 
 def silence_s(timeout: float) -> float:
@@ -57,6 +60,7 @@ class Context:
         self.flights = Flights(connection, subjects, silence_s(timeout))
         self._keeper = Keeper(url, credentials, subjects, self._lost_on_thread)
         self._sessions: dict[str, RemoteSession] = {}
+        self._slots: dict[str, int] = {}  # of each session
         self._ended = False
         self._why: MeshError | None = None  # the connection's end, where it was not this client's wish
         connection.on_close.append(self._connection_ended)
@@ -117,8 +121,23 @@ class Context:
     ) -> RemoteSession:
         """Lease a session; what :meth:`meshrl.Mesh.env` and :meth:`meshrl.Mesh.agent` are made of."""
         request["kwargs"] = dict(kwargs or {})
-        grant = await Opening(self, kind, name, wait=wait, where=where, request=request).run()
-        session = RemoteSession(self, grant)
+        return await self.lease(Opening(self, kind, name, wait=wait, where=where, request=request), RemoteSession)
+
+    async def lease(self, opening: Opening, make: Callable[[Context, Grant], S]) -> S:
+        """Carry an opening out, and renew from now on what it was granted; every session comes from here.
+
+        Cancelling gives back what was granted.
+
+        Args:
+            opening: not yet run.
+            make: the session of a grant.
+
+        Raises:
+            MeshError: as :meth:`meshrl.client.opening.Opening.run`.
+        """
+        grant = await opening.run()
+        session = make(self, grant)
+        self._slots[grant.session] = opening.num_envs
         self._sessions[grant.session] = session
         try:
             self.check_open()  # closed while it was on its way, it would be closed by nobody
@@ -129,10 +148,13 @@ class Context:
         return session
 
     def forget(self, session: RemoteSession) -> None:
-        """The session is over: it is renewed no more, and its slot counts as free."""
+        """The session is over: it is renewed no more, and its slots count as free."""
         grant = session.grant
         if self._sessions.pop(grant.session, None) is not None:
             self._keeper.release(grant.worker, grant.session)
+            others = self._slots.pop(grant.session) - 1  # the registry knows of one
+            if others:
+                self.registry.placement.released(grant.worker, time.monotonic(), others)
             self.registry.released(grant.worker)
 
     def _lost_on_thread(self, session: str, reason: str) -> None:

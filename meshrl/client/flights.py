@@ -136,6 +136,20 @@ class Flight:
         """Whether its answer, or its loss, is known."""
         return self._landed is not None
 
+    # ---------------------------------------------------------------- what a probe asks, and what comes of it
+
+    def awaited(self) -> list[Entry]:
+        """The requests in it that are not answered yet."""
+        return [self.entry]
+
+    def told(self, states: list[str]) -> str:
+        """What the worker's word on each of :meth:`awaited` says of the whole."""
+        return states[0]
+
+    def again(self) -> bytes:
+        """The body of what is to be sent again."""
+        return self.body
+
 
 class Flights:
     """All requests of one :class:`~meshrl.Mesh` to sessions and workers."""
@@ -162,7 +176,7 @@ class Flights:
             BusClosed: the connection is closed.
         """
         flight = Flight(self, worker, entry, subject, body, deadline_s, time.monotonic())
-        self._send(flight)
+        self.send(flight)
         return flight
 
     def relaunch(self, flight: Flight) -> None:
@@ -172,11 +186,16 @@ class Flights:
         flight.state = ""
         flight.doubt = None
         try:
-            self._send(flight)
+            self.send(flight)
         except MeshError as exc:
             flight.failed(exc)
 
-    def _send(self, flight: Flight) -> None:
+    def send(self, flight: Flight) -> None:
+        """Send a request that was never sent.
+
+        Raises:
+            BusClosed: the connection is closed.
+        """
         entry = flight.entry
         flight.rid = self._connection.request(
             flight.subject,
@@ -236,10 +255,18 @@ class Flights:
             else:
                 self._act(flight, do)
         for worker, flights in asked.items():
-            for at in range(0, len(flights), MAX_BATCH):
-                self._probe(worker, flights[at : at + MAX_BATCH])
+            batch: list[tuple[Flight, list[Entry]]] = []
+            for flight in flights:
+                entries = flight.awaited()[:MAX_BATCH]
+                if sum(len(others) for _, others in batch) + len(entries) > MAX_BATCH:
+                    self._probe(worker, batch)
+                    batch = []
+                batch.append((flight, entries))
+            self._probe(worker, batch)
 
-    def _probe(self, worker: str, flights: list[Flight]) -> None:
+    def _probe(self, worker: str, batch: list[tuple[Flight, list[Entry]]]) -> None:
+        flights = [flight for flight, _ in batch]
+
         def answered(data: bytes | None) -> None:
             self._connection.forget(rid)
             if data is None:
@@ -251,11 +278,13 @@ class Flights:
                 states = parse(Probed, data).states
             except MeshError:
                 return  # as good as silence: it is asked again
-            now = time.monotonic()
-            for flight, state in zip(flights, states, strict=False):
-                if not flight.landed:
-                    flight.state = state
-                    self._act(flight, self._doubt(flight).heard(state, now))
+            now, at = time.monotonic(), 0
+            for flight, entries in batch:
+                own: list[str] = list(states[at : at + len(entries)])
+                at += len(entries)
+                if not flight.landed and len(own) == len(entries):
+                    flight.state = flight.told(own)
+                    self._act(flight, self._doubt(flight).heard(flight.state, now))
 
         def failed(exc: MeshError) -> None:
             for flight in flights:
@@ -263,7 +292,7 @@ class Flights:
                     flight.failed(exc)
 
         # Probes of one worker overlap: over a slow network the next leaves before the last is answered.
-        body = Probe(awaited=[flight.entry for flight in flights]).to_wire()
+        body = Probe(awaited=[entry for _, entries in batch for entry in entries]).to_wire()
         subject = self._subjects.worker(worker, "probe", self._connection.user)
         rid = self._connection.request(subject, body, answered, on_fail=failed)
         self.loop.call_later(self._silence_s, self._connection.forget, rid)
@@ -277,7 +306,7 @@ class Flights:
         if do is Do.SEND_AGAIN:
             flight.attempt += 1
             mark = (flight.entry.lane, flight.entry.seq, flight.attempt)
-            self._connection.again(flight.rid, flight.subject, flight.body, mark=mark)
+            self._connection.again(flight.rid, flight.subject, flight.again(), mark=mark)
         elif do is Do.LOST:
             assert flight.doubt is not None
             reason = flight.doubt.reason

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from gymnasium.vector import AutoresetMode
+
 from meshrl.bus.connection import CONNECT_TIMEOUT_S, dial
 from meshrl.bus.locate import locate
 from meshrl.bus.login import Credentials
@@ -14,10 +16,13 @@ from meshrl.client.context import Context
 from meshrl.client.env import RemoteEnv
 from meshrl.client.evaluate import Report, evaluate
 from meshrl.client.opening import Opening
+from meshrl.client.pool import RemotePool
+from meshrl.client.shards import ShardSession, open_shards
 from meshrl.client.shielded import shielded
+from meshrl.client.vector import RemoteVectorEnv
 from meshrl.errors import UsageError
 from meshrl.protocol.directory import Event
-from meshrl.wire.messages import Advertisement, Description
+from meshrl.wire.messages import Advertisement, Description, Seeding
 from meshrl.wire.subjects import Subjects
 
 
@@ -167,6 +172,109 @@ class Mesh:
             await shielded(session.close())
             raise
 
+    async def vector(
+        self,
+        name: str,
+        num_envs: int = 1,
+        kwargs: Mapping[str, Any] | None = None,
+        render_mode: str | None = None,
+        where: Mapping[str, Any] | None = None,
+        *,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        seeding: Seeding = "gymnasium",
+        shards: int | None = None,
+        wait: float = 30.0,
+        check_actions: Literal["normal", "strict"] = "normal",
+    ) -> RemoteVectorEnv:
+        """Lease ``num_envs`` envs that are stepped together, spread over workers.
+
+        Args:
+            name: as served; ``cartpole`` finds the newest ``CartPole-vN``.
+            num_envs: how many sub-environments.
+            kwargs: for the envs' constructor, as far as the workers' operator allows.
+            render_mode: Gymnasium's, except ``human``.
+            where: capabilities that each worker must have, such as ``{"gpu": True}``.
+            autoreset_mode: what becomes of a sub-environment whose episode has ended.
+            seeding: ``gymnasium``: sub-environment i is reset with ``seed + i``, and resets without a seed go on.
+                ``derived``: every episode's seed is derived from the reset's, so that each can be reproduced alone.
+                ``implementation``: whatever a hosted vector implementation does with the seed.
+            shards: over how many workers' sessions they are spread; None leaves it to placement.
+            wait: seconds to wait for workers and free slots.
+            check_actions: ``strict`` refuses actions outside a Box's bounds too.
+
+        Raises:
+            UnknownName: nobody serves the name, or nobody with those capabilities.
+            UsageError: nobody who serves it has vectors of that mode or seeding.
+            MeshFull: there were not enough free slots within ``wait``.
+            MeshUnreachable: the server was away at the end of ``wait``.
+            KwargsNotAllowed: the operator does not let clients pass one of ``kwargs``.
+            EnvError: a constructor raised.
+        """
+        if render_mode == "human":
+            raise UsageError("a vector is rendered as arrays: render_mode='rgb_array', one frame a sub-environment")
+        mode = AutoresetMode(autoreset_mode)
+        sessions = await open_shards(
+            self._open(),
+            name,
+            kwargs,
+            where,
+            wait,
+            num_envs=num_envs,
+            shards=shards,
+            form="vector",
+            autoreset_mode=mode.value,
+            seeding=seeding,
+            render_mode=render_mode,
+        )
+        try:
+            return RemoteVectorEnv(
+                sessions, autoreset_mode=mode, seeding=seeding, render_mode=render_mode, check_actions=check_actions
+            )
+        except BaseException:
+            await shielded(_close(sessions))
+            raise
+
+    async def pool(
+        self,
+        name: str,
+        num_envs: int = 1,
+        kwargs: Mapping[str, Any] | None = None,
+        where: Mapping[str, Any] | None = None,
+        *,
+        fair: bool = False,
+        seeding: Literal["gymnasium", "derived"] = "gymnasium",
+        shards: int | None = None,
+        wait: float = 30.0,
+        check_actions: Literal["normal", "strict"] = "normal",
+    ) -> RemotePool:
+        """Lease ``num_envs`` envs that are each stepped as soon as they have an action; first ready, first served.
+
+        Args:
+            name: as served.
+            num_envs: how many sub-environments.
+            kwargs: for the envs' constructor, as far as the workers' operator allows.
+            where: capabilities that each worker must have.
+            fair: where more results are ready than ``recv`` takes, hand out first what belongs to the sub-environments
+                that were handed out least, so that fast ones do not crowd out slow ones. Otherwise in the order in
+                which they became ready.
+            seeding: as for :meth:`vector`.
+            shards: over how many workers' sessions they are spread; None leaves it to placement.
+            wait: seconds to wait for workers and free slots.
+            check_actions: ``strict`` refuses actions outside a Box's bounds too.
+
+        Raises:
+            MeshError: as :meth:`vector`.
+        """
+        context = self._open()
+        sessions = await open_shards(
+            context, name, kwargs, where, wait, num_envs=num_envs, shards=shards, form="pool", seeding=seeding
+        )
+        try:
+            return RemotePool(sessions, context.flights, seeding=seeding, fair=fair, check_actions=check_actions)
+        except BaseException:
+            await shielded(_close(sessions))
+            raise
+
     async def agent(
         self,
         name: str,
@@ -235,3 +343,8 @@ class Mesh:
             concurrency=concurrency,
             wait=wait,
         )
+
+
+async def _close(sessions: list[ShardSession]) -> None:
+    for session in sessions:
+        await session.close()

@@ -17,11 +17,12 @@ from meshrl.errors import (
     RequestTimeout,
     SessionLost,
     UnknownName,
+    UsageError,
     WorkerDraining,
     from_wire,
 )
 from meshrl.protocol.names import near
-from meshrl.protocol.placement import Choice
+from meshrl.protocol.placement import Choice, Shard, lacking
 from meshrl.wire.codec import unpack
 from meshrl.wire.messages import Ask, Close, Description, Full, Grant, Kind, Open, check
 
@@ -49,6 +50,18 @@ MAX_BOUNCES = 3
 CONSTRUCT_S = 600.0
 
 
+class Divided(Exception):
+    """No worker has room for all of an open, and several together have: it is to be several opens.
+
+    Attributes:
+        plan: the shards instead of it, in the order of their sub-environments.
+    """
+
+    def __init__(self, plan: list[Shard]) -> None:
+        super().__init__(plan)
+        self.plan = plan
+
+
 class Opening:
     """One open, from the wish to the grant.
 
@@ -59,6 +72,8 @@ class Opening:
         wait: seconds to wait for a worker and a slot; a constructor that is running is waited for beyond it.
         where: capabilities that the worker must have.
         request: the open's own fields.
+        aim: the worker that is asked first if it has room, and at which it is parked where none has.
+        divisible: rather than wait for one worker, raise :class:`Divided` where several have room.
     """
 
     def __init__(
@@ -70,6 +85,8 @@ class Opening:
         wait: float,
         where: Mapping[str, Any] | None,
         request: dict[str, Any],
+        aim: str | None = None,
+        divisible: bool = False,
     ) -> None:
         self._context = context
         self._registry = context.registry
@@ -78,6 +95,9 @@ class Opening:
         self._wait = wait
         self._where = dict(where or {})
         self._request = request
+        self._aim = aim
+        self._aimed = False
+        self._divisible = divisible
         self._session = secrets.token_hex(8)
         self._deadline = time.monotonic() + wait
         self._workers: set[str] = set()  # asked so far; those that do not serve in the end are told so
@@ -86,23 +106,32 @@ class Opening:
         self._tickets: dict[str, str] = {}
         self._refused = False
 
+    @property
+    def num_envs(self) -> int:
+        """Sub-environments, and so slots, that are asked for."""
+        return int(self._request.get("num_envs", 1))
+
     async def run(self) -> Grant:
         """Open.
 
         Raises:
             UnknownName: nobody serves the name, or nobody with those capabilities.
-            MeshFull: no slot was free for all of ``wait``.
+            MeshFull: no worker had room for all of ``wait``.
             MeshUnreachable: the server is away.
+            UsageError: nobody who serves the name offers such vectors.
             KwargsNotAllowed, EnvError: the worker's answer.
+            Divided: see ``divisible``.
         """
         served = ""
         try:
             while True:
                 entries = await self.served()
-                choice = self._registry.placement.choose(entries, exclude=self._excluded, draw=random.random())  # noqa: S311
+                choice = self._choice([entry for entry in entries if entry.worker not in self._excluded])
                 if choice is None:
+                    if time.monotonic() >= self._deadline:
+                        raise self.full()
                     self._excluded.clear()
-                    await self._change(ASK_AGAIN_S)
+                    await self.changed(min(ASK_AGAIN_S, self._deadline - time.monotonic()))
                     continue
                 grant = await self._ask(choice, entries[0].name)
                 if grant is not None:
@@ -110,20 +139,55 @@ class Opening:
                     return grant
                 if self._refused:  # full, and no room in its queue either: not at once again
                     self._refused = False
-                    await self._change(ASK_AGAIN_S)
+                    await self.changed(ASK_AGAIN_S)
         finally:
             self._say_close(self._workers - {served})
+
+    def _choice(self, entries: list[Served]) -> Choice | None:
+        """The worker to ask now.
+
+        Raises:
+            Divided: none has room for it, and several have.
+        """
+        placement, num_envs = self._registry.placement, self.num_envs
+        aim = next((entry for entry in entries if entry.worker == self._aim), None)
+        if aim is not None and not self._aimed:
+            self._aimed = True
+            if placement.believed_free(aim) >= num_envs:
+                # A plan has balanced the load already: the worker need not have more room than it asks for.
+                return Choice(aim.worker, num_envs)
+        choice = placement.choose(entries, draw=random.random(), num_envs=num_envs)  # noqa: S311
+        if choice is None or not choice.believed_free:
+            self._divide(entries, within_room=choice is not None)
+        if aim is not None and choice is not None and not choice.believed_free:
+            # Parked elsewhere, it might wait for slots that other shards of its own vector hold.
+            return Choice(aim.worker, 0)
+        return choice
+
+    def _divide(self, entries: list[Served], *, within_room: bool = True, parked_at: str | None = None) -> None:
+        """Give it up for several shards, if there can be."""
+        if self._divisible and self.num_envs > 1:
+            spread, draw = self._registry.placement.spread, random.random()  # noqa: S311
+            plan = spread(entries, self.num_envs, draw=draw, within_room=within_room, parked_at=parked_at)
+            if len(plan) > 1:
+                raise Divided(plan)
 
     # ---------------------------------------------------------------- who
 
     async def served(self) -> list[Served]:
-        """Who serves the name and could take the session; waits until somebody does."""
+        """Who serves the name and could take the session; waits until somebody does.
+
+        Raises:
+            UnknownName: nobody serves it, or nobody with those capabilities.
+            UsageError: nobody who serves it offers such vectors (R6).
+            MeshUnreachable: the server is away.
+        """
         registry, began, asked_at = self._registry, time.monotonic(), -ASK_AGAIN_S
         while True:
             now = time.monotonic()
             name = registry.resolve(self._kind, self._asked)
             if name is not None:
-                entries = registry.directory.candidates(self._kind, name, self._where)
+                entries = self._able(registry.directory.candidates(self._kind, name, self._where))
                 if entries:
                     return entries
             refusal = registry.refusal(self._kind, self._asked)
@@ -136,7 +200,32 @@ class Opening:
             if now - asked_at >= ASK_AGAIN_S:
                 asked_at = now
                 registry.ask_for(self._kind, self._asked if name is None else name)
-            await self._change(min(ASK_AGAIN_S, self._deadline - now))
+            await self.changed(min(ASK_AGAIN_S, self._deadline - now))
+
+    def _able(self, entries: list[Served]) -> list[Served]:
+        """Those that offer vectors as asked for; of who is not described yet, nothing is known.
+
+        Raises:
+            UsageError: all are known, and none does.
+        """
+        form, mode = self._request.get("form", "single"), self._request.get("autoreset_mode", "NextStep")
+        seeding = self._request.get("seeding", "gymnasium")
+        if form == "single":
+            return entries
+        known = [(entry, entry.description) for entry in entries if entry.description is not None]
+        lacks = {entry.worker: lacking(said.vectors, form, mode, seeding) for entry, said in known}
+        if lacks and len(lacks) == len(entries) and all(lacks.values()):
+            shown = "; ".join(f"worker {worker} does not offer {text}" for worker, text in lacks.items())
+            raise UsageError(
+                f"nobody offers {entries[0].name} as asked for, a {form} with autoreset_mode {mode} and seeding "
+                f"{seeding}: {shown}; ask for what they have, or start a worker that offers it",
+                name=entries[0].name,
+                form=form,
+                autoreset_mode=mode,
+                seeding=seeding,
+                lacks=lacks,
+            )
+        return [entry for entry, _ in known if not lacks[entry.worker]]
 
     async def described(self) -> Description:
         """What one of those who serve the name says of it.
@@ -157,7 +246,7 @@ class Opening:
                 raise self._away() or RequestTimeout(
                     f"{name}: its worker did not describe it within {self._wait:g} s", name=name, timeout_s=self._wait
                 )
-            if not await self._change(min(DESCRIBE_AGAIN_S, left)):
+            if not await self.changed(min(DESCRIBE_AGAIN_S, left)):
                 self._registry.ask(Ask(kind=self._kind, name=name))
 
     def _away(self) -> MeshUnreachable | None:
@@ -203,7 +292,7 @@ class Opening:
             near=close,
         )
 
-    async def _change(self, timeout: float) -> bool:
+    async def changed(self, timeout: float) -> bool:
         """Wait until the directory changes, or for ``timeout`` seconds; whether it changed."""
         self._context.check_open()
         changed = self._registry.changed
@@ -231,14 +320,14 @@ class Opening:
         subject = context.subjects.worker(worker, "open", context.connection.user)
         entry = Entry(self._session, open_.epoch, 0, 0)
         flight = context.flights.launch(worker, entry, subject, open_.to_wire(), CONSTRUCT_S)
-        self._registry.placement.asked(worker, time.monotonic())
+        self._registry.placement.asked(worker, time.monotonic(), self.num_envs)
         return flight
 
     async def _ask(self, choice: Choice, name: str) -> Grant | None:
         """Ask one worker, and while parked there another that has room; None when another choice has to be made."""
         began = time.monotonic()
         if began >= self._deadline:
-            raise self._full()
+            raise self.full()
         unsure = choice.believed_free > 0 and self._bounces[choice.worker] < MAX_BOUNCES
         believed = choice.believed_free if unsure else None
         flight = self._launch(choice.worker, name, believed=believed, park_s=self._deadline - began)
@@ -262,17 +351,17 @@ class Opening:
                 look = now - looked_at > LOOK_AGAIN_S or self._registry.changed_since(looked_at)
                 if look and under_way == [flight] and flight.state == "parked":
                     looked_at = now
-                    trial = self._try_elsewhere(choice.worker, name)
+                    trial = self._elsewhere(choice.worker, name)
                     if trial is not None:
                         under_way.append(trial)
                 running = any(each.state == "running" for each in under_way)
                 if time.monotonic() >= self._deadline + LATE_S and not running:
-                    raise self._full()
+                    raise self.full()
         finally:
             for left in under_way:
                 self._context.flights.landed(left)
                 left.future.cancel()
-                self._registry.placement.withdrawn(left.worker)
+                self._registry.placement.withdrawn(left.worker, self.num_envs)
 
     async def _landing(self, under_way: list[Flight]) -> None:
         """Wait until one of them has landed, the directory has changed, or a moment has passed."""
@@ -283,35 +372,42 @@ class Opening:
         finally:
             changed.cancel()
 
-    def _try_elsewhere(self, parked_at: str, name: str) -> Flight | None:
-        """While parked: ask a worker that has room, as many of the waiters as there is room for."""
-        entries = self._registry.directory.candidates(self._kind, name, self._where)
-        worker = self._registry.placement.should_move(entries, parked_at, random.random())  # noqa: S311
-        return None if worker is None else self._launch(worker, name, believed=None, park_s=0.0)
+    def _elsewhere(self, parked_at: str, name: str) -> Flight | None:
+        """While parked: ask a worker that has room, as many of the waiters as there is room for.
+
+        Raises:
+            Divided: no other worker has room for it, and several have.
+        """
+        entries = self._able(self._registry.directory.candidates(self._kind, name, self._where))
+        worker = self._registry.placement.should_move(entries, parked_at, random.random(), self.num_envs)  # noqa: S311
+        if worker is None:
+            self._divide(entries, parked_at=parked_at)
+            return None
+        return self._launch(worker, name, believed=None, park_s=0.0)
 
     def _landed(self, flight: Flight) -> Grant | None:
-        placement, worker, now = self._registry.placement, flight.worker, time.monotonic()
+        placement, worker, now, slots = self._registry.placement, flight.worker, time.monotonic(), self.num_envs
         try:
             body = unpack(flight.future.result())
             if isinstance(body, dict) and "error" in body:
                 raise from_wire(body["error"])
             if not isinstance(body, dict) or "load" not in body or "worker" in body:
                 grant = check(Grant, body)
-                placement.granted(worker, now, grant.load)
+                placement.granted(worker, now, grant.load, slots)
                 return grant
             full = check(Full, body)
         except SessionLost:
-            placement.withdrawn(worker)
+            placement.withdrawn(worker, slots)
             self._registry.gone(worker)
             return None
         except (WorkerDraining, UnknownName):
-            placement.withdrawn(worker)
+            placement.withdrawn(worker, slots)
             self._excluded.add(worker)
             return None
         except MeshError:
-            placement.withdrawn(worker)
+            placement.withdrawn(worker, slots)
             raise
-        placement.busier(worker, full.load, now)
+        placement.busier(worker, full.load, now, slots)
         if full.bounced:
             self._bounces[worker] += 1
         elif full.ticket is not None:
@@ -320,7 +416,8 @@ class Opening:
             self._refused = True
         return None
 
-    def _full(self) -> MeshError:
+    def full(self) -> MeshError:
+        """The error of this moment where there is no room: what was asked for, and how full each worker is."""
         away = self._away()
         if away is not None:
             return away
@@ -338,10 +435,13 @@ class Opening:
             f"{worker}: {load['free']} of {load['slots']} free, {load['waiting']} waiting"
             for worker, load in loads.items()
         )
+        num_envs = self.num_envs
+        what = "no slot" if num_envs == 1 else f"no room for {num_envs} sub-environments"
         return MeshFull(
-            f"no slot for {self._asked!r} became free within {self._wait:g} s ({shown}); wait, close sessions or "
+            f"{what} for {self._asked!r} became free within {self._wait:g} s ({shown}); wait, close sessions or "
             "start more workers",
             name=self._asked,
+            num_envs=num_envs,
             wait_s=self._wait,
             workers=loads,
         )

@@ -53,6 +53,26 @@ class RemoteSession:
         return f"<session {self.grant.session} at {self.grant.worker}: {state}>"
 
     @property
+    def subject(self) -> str:
+        """Of its requests, up to the op."""
+        return self._subject
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still be used."""
+        return self._lost is None and not self.closed
+
+    def check_open(self) -> None:
+        """Whether it can still be used.
+
+        Raises:
+            SessionLost: the session is gone.
+            SessionClosed: this client closed it.
+        """
+        if not self.is_open:
+            raise self._ended()
+
+    @property
     def abandoned(self) -> bool:
         """Whether nobody closed it although its slot is still held."""
         return not self.closed and self._lost is None and not self._connection.closed
@@ -70,14 +90,24 @@ class RemoteSession:
             MeshUnreachable: the server was away for too long; when it is back, settle or reset.
             MeshError: what the worker answered.
         """
-        if self._lost is not None or self.closed:
-            raise self._ended()
-        turn = self._turn
-        if turn.may_begin(op) is Begin.AFTER_LAST:
-            await self._discard()
-            if self._lost is not None or self.closed:  # closed while it waited
-                raise self._ended()
-        grant = self.grant
+        if self.may_begin(op) is Begin.AFTER_LAST:
+            await self.discard()
+            self.may_begin(op)  # closed while it waited
+        self.launch(op, fields)
+        return await self.landing()
+
+    def may_begin(self, op: str) -> Begin:
+        """Whether ``op`` may be requested now; AFTER_LAST wants :meth:`discard` first.
+
+        Raises:
+            MeshError: as :meth:`request`, for what is known before anything is sent.
+        """
+        self.check_open()
+        return self._turn.may_begin(op)
+
+    def launch(self, op: str, fields: Frame) -> None:
+        """Send the request that may begin; :meth:`landing` waits for its reply."""
+        grant, turn = self.grant, self._turn
         # Encoded before the turn is taken: what cannot be encoded has not begun.
         seq = turn.seq + 1
         body = pack({"epoch": grant.epoch, "lane": 0, "seq": seq, **fields})
@@ -90,7 +120,20 @@ class RemoteSession:
             turn.answered()
             raise
         self._flight = flight
-        return await self._landing(flight)
+
+    def judge(self, exc: MeshError) -> MeshError:
+        """What an error that the worker answered means for the session; gives what its user is to be told."""
+        if isinstance(exc, _GONE):
+            return self._lose_as(str(exc.details.get("reason", exc.code)))
+        if exc.code in {"env_error", "agent_error"}:
+            self._lose_as("ended", str(exc))
+        elif isinstance(exc, SessionLost):
+            self._lose(exc)
+        return exc
+
+    def leave(self) -> None:
+        """Stop waiting for a request that was launched: it is to be settled, like one whose waiting was cancelled."""
+        self._turn.cancelled()
 
     async def settle(self) -> tuple[str, Frame]:
         """Wait for the request whose waiting was cancelled; gives its op and reply.
@@ -104,7 +147,10 @@ class RemoteSession:
         op = self._turn.settling()
         return op, await self._landing_again()
 
-    async def _landing(self, flight: Flight) -> Frame:
+    async def landing(self) -> Frame:
+        """Wait for the reply to the request that was launched; see :meth:`request`."""
+        flight = self._flight
+        assert flight is not None, "launch comes first"
         try:
             data = await flight.future
         except asyncio.CancelledError:
@@ -126,20 +172,18 @@ class RemoteSession:
         self._turn.answered()
         try:
             return check_reply(unpack(data), flight.entry.seq)
-        except _GONE as exc:
-            lost = self._lose_as(str(exc.details.get("reason", exc.code)))
-            raise lost from exc
         except MeshError as exc:
-            if exc.code in {"env_error", "agent_error"}:
-                self._lose_as("ended", str(exc))
-            raise
+            lost = self.judge(exc)
+            if lost is exc:
+                raise
+            raise lost from exc
 
     async def _landing_again(self) -> Frame:
         assert self._flight is not None
         self._flight.rearm()
-        return await self._landing(self._flight)
+        return await self.landing()
 
-    async def _discard(self) -> None:
+    async def discard(self) -> None:
         """Wait for a cancelled request and drop its answer, whatever it is."""
         self._turn.discarding()
         try:
@@ -155,8 +199,12 @@ class RemoteSession:
         A request under way is left to find out by itself: its own answer (an exception of the env, say) tells more,
         and may be on its way.
         """
-        if self._lost is None and not self.closed and (self._flight is None or self._flight.landed):
-            self._lose_as(reason)
+        if self._lost is None and not self.closed and not self._is_waiting():
+            self._was_lost(self._lose_as(reason))
+
+    def _is_waiting(self) -> bool:
+        """Whether an answer is under way that will tell more."""
+        return self._flight is not None and not self._flight.landed
 
     def _lose_as(self, reason: str, cause: str = "") -> SessionLost:
         why = {
@@ -180,6 +228,9 @@ class RemoteSession:
         if self._lost is None:
             self._lost = exc
             self._context.forget(self)
+
+    def _was_lost(self, exc: SessionLost) -> None:
+        """For sessions whose requests are not their own."""
 
     def _ended(self) -> MeshError:
         if self.closed:

@@ -2,6 +2,9 @@
 
 An env starts on a thread. After a hundred steps in a row under a millisecond it is stepped inline, which saves two
 thread switches a step; one step over ten milliseconds sends it back, and it has to earn the loop again.
+
+The sub-environments of one message are fast if they are on average, and stepped inline if all of them together take
+less than those ten milliseconds. Slow ones are stepped on threads of their own, at once.
 """
 
 from __future__ import annotations
@@ -35,3 +38,41 @@ class Pace:
             self.inline = False
         elif not self.inline:
             self._fast = 0
+
+
+# Where threads fight for the interpreter, each looks slow by itself: so wide messages are tried narrow now and then.
+NARROW_AGAIN = 50
+
+
+class BatchPace:
+    """The pace of the sub-environments of one session.
+
+    Args:
+        count: how many there are.
+
+    Attributes:
+        inline: step them on the event loop, one after another.
+        wide: step them on threads of their own; else one after another on one, as long as they are fast.
+    """
+
+    __slots__ = ("_count", "_fast", "_messages", "inline", "wide")
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.inline = False
+        self.wide = False
+        self._fast = 0
+        self._messages = 0
+
+    def took(self, seconds: float, count: int = 0) -> None:
+        """The ``count`` sub-environments of a message (0: all there are) took that long, summed over them."""
+        count = count or self._count
+        self._messages += 1
+        if seconds < FAST_S * count:
+            self._fast = min(self._fast + count, FAST_STEPS)
+            self.inline = self._fast >= FAST_STEPS and seconds < SLOW_S
+            self.wide = self.wide and self._fast < FAST_STEPS
+        else:
+            self._fast = 0
+            self.inline = False
+            self.wide = self._messages % NARROW_AGAIN != 0

@@ -1,30 +1,37 @@
-"""Placement: which worker a client asks for a slot (R5).
+"""Placement: which worker a client asks for slots, and how a vector is cut over several (R5).
 
 The rules:
 
 - The least loaded worker is asked, by the fraction of its slots that is taken; ties are broken by a random
   draw, so that clients which see the same do not all do the same. When none has room, the shortest queue for
-  its size.
+  its size. A worker where others wait comes after those where nobody does: an open that needs more slots than are
+  free there is overtaken by nobody, however many are free.
 - What a worker advertised is old by up to an interval. The client adds what it did itself since: opens under
   way, sessions granted, sessions closed. Each counts until an advertisement arrives that must have been sent
   after it. One that arrives within half an interval may have been sent before it, on another connection;
   counting a grant twice for that long makes a worker look busier, counting it not at all would overfill it.
 - A worker's answer to an open carries its load. It left the worker together with that answer, so it holds
   exactly what was granted to this client before it, and it stands until a younger advertisement.
+- A vector is cut so that every worker with room takes part and all end equally loaded, by the fraction of their slots
+  that is taken. A shard is within the room of its worker where the workers have enough together, and always within
+  its slots: else it could never be opened.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from meshrl.errors import UsageError
+from meshrl.wire.messages import MAX_NUM_ENVS
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from meshrl.protocol.directory import Entry
-    from meshrl.wire.messages import Load
+    from meshrl.wire.messages import AutoresetName, Form, Load, Seeding, Vectors
 
 # An advertisement heard this many intervals after something holds it; half of one is 500 ms, far above any
 # transit time.
@@ -50,8 +57,29 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One shard of a plan.
+
+    Attributes:
+        worker: the id of the worker it is meant for.
+        num_envs: its sub-environments, at least 1.
+    """
+
+    worker: str
+    num_envs: int
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """An open under way: when it was sent, and for how many slots."""
+
+    at: float
+    slots: int
+
+
+@dataclass(frozen=True)
 class _Mark:
-    """A slot this client took (1) or gave back (-1); ``order`` tells what came before an answer's load."""
+    """Slots this client took (above 0) or gave back (below); ``order`` tells what came before an answer's load."""
 
     at: float
     order: int
@@ -71,9 +99,16 @@ class _Answer:
 class _Own:
     """What this client did at one worker."""
 
-    asks: deque[float] = field(default_factory=deque)  # when each open under way was sent
+    asks: list[_Ask] = field(default_factory=list)  # the oldest first
     marks: list[_Mark] = field(default_factory=list)
     answer: _Answer | None = None
+
+    def landed(self, slots: int) -> _Ask | None:
+        """Take out the oldest ask for that many slots."""
+        for at, ask in enumerate(self.asks):
+            if ask.slots == slots:
+                return self.asks.pop(at)
+        return None
 
 
 @dataclass(frozen=True)
@@ -97,8 +132,18 @@ class _View:
 
     @property
     def queue(self) -> float:
-        """Opens that wait, for each of its slots."""
+        """Opens that wait, and this client's slots asked for beyond the room, for each of its slots."""
         return (self.waiting + max(-self.room, 0)) / self.slots
+
+    @property
+    def at_once(self) -> int:
+        """The slots that an open would get now: none where others wait."""
+        return 0 if self.waiting else self.free
+
+    @property
+    def largest(self) -> int:
+        """The largest session that it could ever hold."""
+        return min(self.slots, MAX_NUM_ENVS)
 
 
 class Placement:
@@ -114,39 +159,45 @@ class Placement:
 
     # what happened
 
-    def asked(self, worker: str, now: float) -> None:
-        """An open was sent; exactly one of :meth:`granted`, :meth:`busier`, :meth:`withdrawn` follows."""
-        self._at(worker).asks.append(now)
+    def asked(self, worker: str, now: float, slots: int = 1) -> None:
+        """An open was sent; exactly one of :meth:`granted`, :meth:`busier`, :meth:`withdrawn` follows.
 
-    def granted(self, worker: str, now: float, load: Load | None = None) -> None:
+        Args:
+            worker: where to.
+            now: when.
+            slots: how many it is for; to be said again in what follows.
+        """
+        self._at(worker).asks.append(_Ask(now, slots))
+
+    def granted(self, worker: str, now: float, load: Load | None = None, slots: int = 1) -> None:
         """An open was granted; ``load`` came with the grant, and holds it."""
         own = self._at(worker)
-        # The slot was taken between the ask and now. A slow constructor delays the answer by seconds, in
-        # which advertisements hold the slot already: so the mark is as old as the ask. A parked ask is older
-        # than its slot, but until then the worker said it was full.
-        at = own.asks.popleft() if own.asks else now
-        own.marks.append(_Mark(at, next(self._order), 1))
+        # The slots were taken between the ask and now. A slow constructor delays the answer by seconds, in
+        # which advertisements hold the slots already: so the mark is as old as the ask. A parked ask is older
+        # than its slots, but until then the worker said it was full.
+        ask = own.landed(slots)
+        own.marks.append(_Mark(now if ask is None else ask.at, next(self._order), slots))
         if load is not None:
             own.answer = _Answer(now, next(self._order), load)
 
-    def released(self, worker: str, now: float) -> None:
-        """A session of this client's ended, and its slot is free or soon will be."""
+    def released(self, worker: str, now: float, slots: int = 1) -> None:
+        """A session of this client's ended, and its slots are free or soon will be."""
         own = self._own.get(worker)
         if own is not None:
-            own.marks.append(_Mark(now, next(self._order), -1))
+            own.marks.append(_Mark(now, next(self._order), -slots))
 
-    def busier(self, worker: str, load: Load, now: float) -> None:
+    def busier(self, worker: str, load: Load, now: float, slots: int = 1) -> None:
         """An open was answered with the worker's load and no grant: busier than believed, or full."""
-        self.withdrawn(worker)
+        self.withdrawn(worker, slots)
         own = self._own.get(worker)
         if own is not None:
             own.answer = _Answer(now, next(self._order), load)
 
-    def withdrawn(self, worker: str) -> None:
+    def withdrawn(self, worker: str, slots: int = 1) -> None:
         """An open came to nothing: the client gave it up, or it was answered with an error."""
         own = self._own.get(worker)
-        if own is not None and own.asks:
-            own.asks.popleft()
+        if own is not None:
+            own.landed(slots)
 
     def forget(self, worker: str) -> None:
         """The worker left."""
@@ -158,23 +209,27 @@ class Placement:
         """The slots believed free at a worker, from 0 to all of them."""
         return self._view(entry).free
 
-    def choose(self, entries: Iterable[Entry], *, draw: float, exclude: Collection[str] = ()) -> Choice | None:
-        """The worker to ask for one slot.
+    def choose(
+        self, entries: Iterable[Entry], *, draw: float, exclude: Collection[str] = (), num_envs: int = 1
+    ) -> Choice | None:
+        """The worker to ask for ``num_envs`` slots.
 
         Args:
             entries: the candidates, one for each worker.
             draw: breaks ties.
             exclude: workers not to ask.
+            num_envs: slots that are needed at one worker.
 
         Returns:
-            the least loaded worker that has room; when none has, the one with the shortest queue for its
-            slots, where the open will be parked; None when nobody is left to ask.
+            the least loaded worker that has room for all of them, if there is one where nobody waits; when none
+            has, the one with the shortest queue for its slots among those with so many slots, where the open
+            will be parked; None when nobody is left to ask.
         """
-        views = [view for view in map(self._view, entries) if view.slots and not view.draining]
-        views = [view for view in views if view.worker not in exclude]
+        views = [view for view in self._usable(entries) if view.largest >= num_envs and view.worker not in exclude]
         if not views:
             return None
-        roomy = [view for view in views if view.free]
+        roomy = [view for view in views if view.at_once >= num_envs]
+        roomy = roomy or [view for view in views if view.free >= num_envs]
         if roomy:
             least = min(view.taken for view in roomy)
             ties = [view for view in roomy if view.taken == least]
@@ -182,37 +237,95 @@ class Placement:
             shortest = min(view.queue for view in views)
             ties = [view for view in views if view.queue == shortest]
         chosen = _drawn(ties, [1] * len(ties), draw)
-        return Choice(chosen.worker, chosen.free)
+        return Choice(chosen.worker, chosen.free if roomy else 0)
 
-    def should_move(self, entries: Iterable[Entry], parked_at: str, draw: float) -> str | None:
+    def spread(
+        self,
+        entries: Iterable[Entry],
+        num_envs: int,
+        shards: int | None = None,
+        *,
+        draw: float = 0.0,
+        within_room: bool = False,
+        parked_at: str | None = None,
+    ) -> list[Shard]:
+        """How to cut a vector over workers.
+
+        Without ``shards``, every worker with room gets one (the least loaded ones, where they are more than
+        sub-environments), and they end equally loaded as far as that goes. With it, there are just so many,
+        whose sizes differ by at most one, on the least loaded workers with room; several on one where there are
+        fewer workers than shards. What the workers have no room for is laid upon them by the same rules, to wait
+        there.
+
+        Args:
+            entries: the candidates, one for each worker.
+            num_envs: sub-environments of the vector, at least 1.
+            shards: how many; None for as many as fit.
+            draw: in [0, 1); breaks ties.
+            within_room: no shard is to wait.
+            parked_at: where an open of this client's waits that the plan is to replace: it is not in its way.
+
+        Returns:
+            the shards, in the order of their sub-environments; empty when the workers do not have the slots
+            (or, ``within_room``, the room).
+
+        Raises:
+            UsageError: there are fewer sub-environments than 1 or than shards, or fewer shards than 1.
+        """
+        if num_envs < 1 or (shards is not None and not 1 <= shards <= num_envs):
+            raise UsageError(
+                f"a vector of {num_envs} sub-environments cannot be cut into {shards or 'any'} shards; give num_envs "
+                "of 1 or more, and shards from 1 to num_envs, or none",
+                num_envs=num_envs,
+                shards=shards,
+            )
+        views = self._usable(entries)
+        turn = int(draw * len(views))
+        views = views[turn:] + views[:turn]
+        workers = []
+        for index, view in enumerate(views):
+            in_the_way = view.waiting - (view.worker == parked_at)
+            room = 0 if in_the_way > 0 else min(view.free, view.largest)
+            limit = room if within_room else view.largest
+            workers.append(_Worker(index, view.slots, view.slots - view.free, room, limit))
+        cut = _balanced(workers, num_envs) if shards is None else _equal(workers, num_envs, shards)
+        return [Shard(views[index].worker, size) for index, size in cut]
+
+    def should_move(self, entries: Iterable[Entry], parked_at: str, draw: float, num_envs: int = 1) -> str | None:
         """Whether an open that is parked at a full worker had better ask another one.
 
-        Another worker with free slots and nobody waiting is worth a move with probability (its free slots) /
-        (all that wait anywhere): on average as many move as there are slots, so that one freed slot does not
-        wake every waiter. To be asked once for each parked open each time the directory has changed, not more
-        often.
+        Another worker with room for it and nobody waiting is worth a move with probability (how often its free
+        slots hold such an open) / (all that wait anywhere): on average as many move as there is room for, so that
+        one freed slot does not wake every waiter. To be asked once for each parked open each time the directory
+        has changed, not more often.
 
         Args:
             entries: the candidates, the one it is parked at among them.
             parked_at: where it waits.
             draw: decides both whether and where to.
+            num_envs: the slots it needs.
 
         Returns:
             the worker to ask; None to stay.
         """
         views = [view for view in map(self._view, entries) if view.slots]
         targets = [
-            view for view in views if view.worker != parked_at and view.free and not view.waiting and not view.draining
+            view
+            for view in views
+            if view.worker != parked_at and min(view.at_once, view.largest) >= num_envs and not view.draining
         ]
-        free = sum(view.free for view in targets)
+        room = sum(view.free // num_envs for view in targets)
         # At least this one waits, even where no advertisement says so yet.
-        chance = min(free / max(sum(view.waiting for view in views), 1), 1.0)
+        chance = min(room / max(sum(view.waiting for view in views), 1), 1.0)
         if draw >= chance:
             return None
         # Below the chance, the draw is uniform again: it is used once more, to spread by free slots.
-        return _drawn(targets, [view.free for view in targets], draw / chance).worker
+        return _drawn(targets, [view.free // num_envs for view in targets], draw / chance).worker
 
     # beliefs
+
+    def _usable(self, entries: Iterable[Entry]) -> list[_View]:
+        return [view for view in map(self._view, entries) if view.slots and not view.draining]
 
     def _at(self, worker: str) -> _Own:
         return self._own.setdefault(worker, _Own())
@@ -238,7 +351,7 @@ class Placement:
             slots, free, waiting, draining = ad.slots, ad.free, ad.waiting, ad.draining
             known_until = entry.heard_at
             marks = [mark for mark in own.marks if known_until - mark.at < settle_s]
-        asks = sum(1 for at in own.asks if known_until - at < settle_s)
+        asks = sum(ask.slots for ask in own.asks if known_until - ask.at < settle_s)
         room = free - asks - sum(mark.slots for mark in marks)
         return _View(entry.worker, slots, room, waiting, draining or ad.draining)
 
@@ -251,3 +364,80 @@ def _drawn(views: list[_View], weights: list[int], draw: float) -> _View:
         if left < 0:
             return view
     return views[-1]  # a product just below the sum may round up to it
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A worker as far as a cut is concerned: by index; ``room`` is free at once, ``limit`` the most it may get."""
+
+    index: int
+    slots: int
+    taken: int
+    room: int
+    limit: int
+
+    def load(self, own: int) -> float:
+        """The fraction of its slots that is taken with ``own`` more; above 1 for what has to wait."""
+        return (self.taken + own) / self.slots
+
+
+def _balanced(workers: Sequence[_Worker], num_envs: int) -> list[tuple[int, int]]:
+    """Shards as (index, size), one for each worker that has room, with which all end equally loaded."""
+    if sum(worker.limit for worker in workers) < num_envs:
+        return []
+    with_room = sorted((worker for worker in workers if worker.room), key=lambda worker: worker.load(0))
+    sizes = {worker.index: 1 for worker in with_room[:num_envs]}
+    left = num_envs - len(sizes)
+    # First what there is room for, then what has to wait.
+    for most in ({w.index: w.room for w in workers}, {w.index: w.limit for w in workers}):
+        heap = [(w.load(sizes.get(w.index, 0) + 1), w.index) for w in workers if sizes.get(w.index, 0) < most[w.index]]
+        heapq.heapify(heap)
+        while left and heap:
+            index = heap[0][1]
+            size = sizes[index] = sizes.get(index, 0) + 1
+            left -= 1
+            if size < most[index]:
+                heapq.heapreplace(heap, (workers[index].load(size + 1), index))
+            else:
+                heapq.heappop(heap)
+    return sorted(sizes.items())
+
+
+def _equal(workers: Sequence[_Worker], num_envs: int, shards: int) -> list[tuple[int, int]]:
+    """Just so many shards as (index, size), the larger ones first, each where there is most for it."""
+    each, larger = divmod(num_envs, shards)
+    sizes = [each + (number < larger) for number in range(shards)]
+    own, held = [0] * len(workers), [0] * len(workers)
+    cut = []
+    for size in sizes:
+        fit = [worker for worker in workers if own[worker.index] + size <= worker.limit]
+        if not fit:
+            return []
+        chosen = min(
+            fit,
+            key=lambda worker: (
+                own[worker.index] + size > worker.room,
+                held[worker.index],
+                worker.load(own[worker.index] + size),
+            ),
+        )
+        own[chosen.index] += size
+        held[chosen.index] += 1
+        cut.append((chosen.index, size))
+    return cut
+
+
+def lacking(vectors: Vectors | None, form: Form, autoreset_mode: AutoresetName, seeding: Seeding) -> str:
+    """What of such an open a worker cannot do (R6), and what it can instead; empty when it can do all of it."""
+    if form == "single":
+        return ""
+    if vectors is None:
+        return "vectors of any kind (it has single envs only)"
+    lacks = []
+    if form == "pool" and not vectors.pool:
+        lacks.append("pools (it has vectors)")
+    if form == "vector" and autoreset_mode not in vectors.autoreset_modes:
+        lacks.append(f"autoreset_mode {autoreset_mode} (it has {', '.join(vectors.autoreset_modes) or 'none'})")
+    if seeding not in vectors.seedings:
+        lacks.append(f"seeding {seeding} (it has {', '.join(vectors.seedings) or 'none'})")
+    return ", ".join(lacks)

@@ -28,6 +28,7 @@ from enum import Enum
 from typing import Any, Literal, NamedTuple
 
 from meshrl.protocol.lane import Lane
+from meshrl.protocol.lanes import Indices, Lanes
 
 # A lease survives two lost renewals; a vanished client's slot is free again within it.
 LEASE_S = 15.0
@@ -44,8 +45,9 @@ MAX_CACHED_BYTES = 1024 * 1024 * 1024
 
 Key = tuple[str, str]
 Awaited = Literal["unknown", "not_received", "running", "parked", "answered"]
-# epoch, lane, seq and bytes of the answer with which a session ended (an exception of its env)
+# Epoch, lane, seq and bytes of the answer with which a session ended (an exception of its env); a pool ends as a whole.
 Last = tuple[int, int, int, bytes]
+ANY_LANE = -1
 
 
 class Gone(NamedTuple):
@@ -77,13 +79,15 @@ class State(Enum):
 
 
 class Session:
-    """One client's hold on a slot.
+    """One client's hold on as many slots as it has sub-environments.
 
     Attributes:
         user: the token of the login it was opened by.
         id: chosen by the client.
         epoch: its incarnation.
-        lanes: by number.
+        lane: its one lane; None in a pool.
+        lanes: of a pool, one a sub-environment; None in any other.
+        num_envs: its sub-environments, each in a slot.
         reply_to: where the answer to the open goes.
         grant: the granted open's bytes, once there are some.
         lease_until: when it lapses, on the caller's clock.
@@ -97,18 +101,24 @@ class Session:
         "grant",
         "held",
         "id",
+        "lane",
         "lanes",
         "lease_until",
+        "num_envs",
         "reply_to",
         "state",
         "user",
     )
 
-    def __init__(self, user: str, id_: str, epoch: int, lanes: int, reply_to: str) -> None:
+    def __init__(
+        self, user: str, id_: str, epoch: int, reply_to: str, *, num_envs: int = 1, pool: bool = False
+    ) -> None:
         self.user = user
         self.id = id_
         self.epoch = epoch
-        self.lanes = [Lane() for _ in range(lanes)]
+        self.num_envs = num_envs
+        self.lane = None if pool else Lane()
+        self.lanes = Lanes(num_envs) if pool else None
         self.state = State.OPENING
         self.reply_to = reply_to
         self.grant = b""
@@ -124,12 +134,36 @@ class Session:
         """What it is found by: a session belongs to its user."""
         return self.user, self.id
 
+    @property
+    def running(self) -> bool:
+        """Whether a request of it has not been answered yet."""
+        if self.lanes is not None:
+            return bool(self.lanes.running.any())
+        return self.lane is not None and self.lane.running
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of the answers that its lanes keep."""
+        if self.lanes is not None:
+            return self.lanes.cached_bytes
+        return 0 if self.lane is None else len(self.lane.cached)
+
+    def state_of(self, lane: int, seq: int) -> Awaited:
+        """What became of a request of an open session, as a probe is told."""
+        if self.lanes is not None:
+            return self.lanes.state_of(lane, seq) if 0 <= lane < len(self.lanes) else "unknown"
+        if self.lane is None or lane != 0:
+            return "unknown"
+        if seq > self.lane.seq:
+            return "not_received"
+        return "running" if self.lane.running and seq == self.lane.seq else "answered"
+
 
 class SessionTable:
     """All sessions of one worker, and its slots.
 
     Attributes:
-        slots: how many sessions it may hold at once.
+        slots: how many sub-environments its sessions may have together.
         cached_bytes: of the answers that lanes keep.
     """
 
@@ -139,6 +173,7 @@ class SessionTable:
         self.grant_s = grant_s
         self.cached_bytes = 0
         self._sessions: dict[Key, Session] = {}
+        self._taken = 0  # slots; written by the first thread alone
         self._gone: OrderedDict[Key, Gone] = OrderedDict()
         self._lasts: OrderedDict[Key, Last] = OrderedDict()
         self._last_sweep: float | None = None
@@ -156,14 +191,16 @@ class SessionTable:
     @property
     def free(self) -> int:
         """Slots that may be given out now."""
-        return max(0, self.slots - len(self._sessions)) if self.cached_bytes < MAX_CACHED_BYTES else 0
+        return max(0, self.slots - self._taken) if self.cached_bytes < MAX_CACHED_BYTES else 0
 
     # ---------------------------------------------------------------- opened once
 
     def open(
-        self, user: str, id_: str, epoch: int, reply_to: str, now: float, *, lanes: int = 1
+        self, user: str, id_: str, epoch: int, reply_to: str, now: float, *, num_envs: int = 1, pool: bool = False
     ) -> tuple[Opening, Session | None]:
-        """Take an open. NEW has made the session and taken its slot; RAISED wants the old one ended first.
+        """Take an open. NEW has made the session and taken its slots; RAISED wants the old one ended first.
+
+        FULL has taken nothing: fewer than ``num_envs`` slots are free.
 
         WRONG_EPOCH gives the session whose epoch counts; of one that is gone, a stand-in that is ending and held
         nowhere.
@@ -172,13 +209,14 @@ class SessionTable:
         if session is None:
             gone = self._gone.get((user, id_))
             if gone is not None and epoch < gone.epoch + gone.final:
-                stand_in = Session(user, id_, gone.epoch, 0, reply_to)
+                stand_in = Session(user, id_, gone.epoch, reply_to)
                 stand_in.state = State.ENDING
                 return Opening.WRONG_EPOCH, stand_in
-            if not self.free:
+            if num_envs > self.free:
                 return Opening.FULL, None
-            session = Session(user, id_, epoch, lanes, reply_to)
+            session = Session(user, id_, epoch, reply_to, num_envs=num_envs, pool=pool)
             self._sessions[session.key] = session
+            self._taken += num_envs
             self._gone.pop(session.key, None)
             self._lasts.pop(session.key, None)
             return Opening.NEW, session
@@ -209,7 +247,7 @@ class SessionTable:
             session.lease_until = now + self.lease_s
 
     def ending(self, session: Session, reason: str, last: Last | None = None) -> bool:
-        """The session is over, its slot not yet free; False when it was ending already.
+        """The session is over, its slots not yet free; False when it was ending already.
 
         ``last`` is the answer it ended with, which can still be had if its first sending was lost.
         """
@@ -221,10 +259,11 @@ class SessionTable:
         return True
 
     def ended(self, session: Session) -> None:
-        """Its env is closed; the slot is free."""
+        """Its env is closed; the slots are free."""
         if self._sessions.get(session.key) is session:
             del self._sessions[session.key]
-            self.cached_bytes -= sum(len(lane.cached) for lane in session.lanes)
+            self._taken -= session.num_envs
+            self.cached_bytes -= session.cached_bytes
 
     def _remember(self, key: Key, gone: Gone, last: Last | None) -> None:
         self._gone[key] = gone
@@ -245,7 +284,9 @@ class SessionTable:
     def last_answer(self, key: Key, epoch: int, lane: int, seq: int) -> bytes | None:
         """The answer that the session ended with, if it is that of this request; of the newest sessions alone."""
         last = self._lasts.get(key)
-        return last[3] if last is not None and last[:3] == (epoch, lane, seq) else None
+        if last is None or last[0] != epoch:
+            return None
+        return last[3] if last[1] == ANY_LANE or last[1:3] == (lane, seq) else None
 
     # ---------------------------------------------------------------- leased
 
@@ -258,6 +299,13 @@ class SessionTable:
         """Keep a lane's answer; gives the reply subject that it goes to."""
         self.cached_bytes += len(reply) - len(lane.cached)
         return lane.answer(reply)
+
+    def answered_together(self, lanes: Lanes, which: Indices, reply: bytes) -> set[str]:
+        """The same for some lanes of a pool, whose answer it is together."""
+        before = lanes.cached_bytes
+        goes_to = lanes.answer(which, reply)
+        self.cached_bytes += lanes.cached_bytes - before
+        return goes_to
 
     def renew(self, key: Key, epoch: int, now: float) -> str | None:
         """Renew a lease. None when that was done, else why it could not be."""
@@ -295,14 +343,10 @@ class SessionTable:
             if session is None or session.epoch != epoch or session.state is State.ENDING:
                 return "not_received"
             return "running" if session.state is State.OPENING else "answered"
-        if (
-            session is None
-            or session.epoch != epoch
-            or session.state is not State.OPEN
-            or not 0 <= lane < len(session.lanes)
-        ):
-            return "answered" if self.last_answer(key, epoch, lane, seq) is not None else "unknown"
-        at = session.lanes[lane]
-        if seq > at.seq:
-            return "not_received"
-        return "running" if at.running and seq == at.seq else "answered"
+        if session is None or session.epoch != epoch or session.state is not State.OPEN:
+            state: Awaited = "unknown"
+        else:
+            state = session.state_of(lane, seq)
+        if state == "unknown" and self.last_answer(key, epoch, lane, seq) is not None:
+            return "answered"
+        return state

@@ -15,7 +15,7 @@ from enum import Enum
 
 from meshrl.errors import ConcurrentStep, NothingUnsettled, StepUnsettled
 
-READING = frozenset({"render", "state", "get_attr"})
+READING = frozenset({"render", "state", "get_attr", "is_wrapped"})
 
 
 class Phase(Enum):

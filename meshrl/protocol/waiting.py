@@ -3,6 +3,11 @@
 The rules: resumes go before opens; users take turns; one user's opens are served first come, first served; a
 freed slot goes to exactly one waiter. Whoever was answered full keeps the place for a while by a ticket.
 
+A waiter needs one slot for each sub-environment. The one whose turn it is may need more than are free: then it waits,
+and nobody overtakes it, not even one that would fit. Slots stay idle for that long, which is the price: where small
+opens keep coming, one that lets them pass would wait for ever. When it leaves, or its time is over, the next is looked
+at; it keeps slots from nobody for longer than it was willing to wait.
+
 A user's *turn* is a number, the smallest is next. A user who comes gets the largest so far, and a new one
 each time one of the user's waiters is served. It outlives the waiters for as long as a ticket stands for one
 of them, so that a user whose only open is away asking again does not fall behind those who came later.
@@ -36,6 +41,7 @@ class Waiter:
         ticket: what keeps its place if it is answered full; the same again each time it comes back with it.
         until: when its parking time is over, in the caller's monotonic seconds.
         resume: whether it resumes a session that was lost elsewhere.
+        num_envs: the slots it needs, all at once.
     """
 
     user: str
@@ -43,6 +49,7 @@ class Waiter:
     ticket: str
     until: float
     resume: bool
+    num_envs: int = 1
 
 
 class _Ranked(Generic[K]):
@@ -117,19 +124,22 @@ class _Line:
             self._turns.discard(user)
         self._drop_if_idle(user)
 
-    def next(self) -> tuple[str, str] | None:
-        """Take out the session that is next, as (user, session); its user goes behind everyone."""
+    def head(self) -> tuple[str, str] | None:
+        """The session that is next, as (user, session)."""
         first = self._turns.first()
         if first is None:
             return None
         user = first[1]
+        session = self._users[user].sessions.first()
+        assert session is not None, "a user in turn has a waiter"
+        return user, session[1]
+
+    def serve(self, user: str, session: str) -> None:
+        """Take out the session that is next; its user goes behind everyone."""
         own = self._users[user]
-        head = own.sessions.first()
-        assert head is not None, "a user in turn has a waiter"
         own.turn = next(self._last_turn)
         self._turns.put(user, own.turn)
-        self.remove(user, head[1])
-        return user, head[1]
+        self.remove(user, session)
 
     def hold(self, user: str) -> None:
         """A ticket will stand for one of the user's sessions, which is still here: keep the turn."""
@@ -200,6 +210,7 @@ class Waiting:
         ticket: str | None = None,
         *,
         resume: bool = False,
+        num_envs: int = 1,
     ) -> Waiter | None:
         """Put an open in the queue; one that is there already keeps its place.
 
@@ -213,6 +224,7 @@ class Waiting:
                 given up.
             resume: whether it resumes a session lost elsewhere. An open that is said again as a resume moves
                 up; a resume stays one.
+            num_envs: the slots it needs; said again, the newest counts.
 
         Returns:
             the waiter, or None when ``max_waiting`` are there: to be answered full at once. A ticket stays
@@ -225,7 +237,7 @@ class Waiting:
             if resume and not there.resume:
                 self._lines[False].remove(user, session)
                 self._lines[True].add(user, session, self._arrivals[key])
-            there = replace(there, until=until, resume=resume or there.resume)
+            there = replace(there, until=until, resume=resume or there.resume, num_envs=num_envs)
             self._waiters[key] = there
             self._ends.put(key, until)
             return there
@@ -237,7 +249,7 @@ class Waiting:
         else:
             arrival = next(self._last_arrival)
             self._forget_ticket(key)
-        waiter = Waiter(user, session, str(arrival), until, resume)
+        waiter = Waiter(user, session, str(arrival), until, resume, num_envs)
         self._waiters[key] = waiter
         self._arrivals[key] = arrival
         self._ends.put(key, until)
@@ -246,12 +258,23 @@ class Waiting:
         self._forget_ticket(key)
         return waiter
 
-    def next(self) -> Waiter | None:
-        """Take out the one waiter that gets a freed slot; None when nobody waits."""
-        served = self._lines[True].next() or self._lines[False].next()
-        if served is None:
-            return None
-        return self._take(served)
+    def next(self, free: int = 1) -> Waiter | None:
+        """Take out the one waiter whose turn it is.
+
+        Args:
+            free: slots that can be given out now.
+
+        Returns:
+            it; None when nobody waits, or when it needs more than ``free``: nobody overtakes it.
+        """
+        for line in (self._lines[True], self._lines[False]):
+            head = line.head()
+            if head is not None:
+                if self._waiters[head].num_envs > free:
+                    return None
+                line.serve(*head)
+                return self._take(head)
+        return None
 
     def leave(self, user: str, session: str) -> bool:
         """The client gave up or closed: forget its open, and its ticket.

@@ -13,17 +13,34 @@ A request is ``{"epoch", "lane", "seq", ...}`` with the fields of its op beside 
     set_attr  name, value
     act       obs, info, ...              action
     observe   reward, terminated, truncated
+
+A vector's have a batch in each field. A pool's name several lanes and a sequence number for each, ``lanes`` and
+``seqs`` in place of ``lane`` and ``seq``; its answers come as the lanes finish, each lane in one of them.
+
+    op         request's own fields                     reply's own fields
+    reset      seeds?, options?, mask?                  obs, infos?
+    step       actions                                  obs, rewards, terminations, truncations, infos?
+    render                                              frames
+    call       name, args, kwargs, ids?                 values
+    get_attr   name, ids?                               values
+    set_attr   name, values, ids?
+    is_wrapped wrapper, ids?                            values
+    (a pool's) reset and step                           those of step, and first, episodes, steps
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from meshrl.errors import MalformedMessage, MeshError, from_wire
 
-OPS = frozenset({"reset", "step", "render", "state", "call", "get_attr", "set_attr", "act", "observe"})
+OPS = frozenset({"reset", "step", "render", "state", "call", "get_attr", "set_attr", "is_wrapped", "act", "observe"})
 
 Frame = dict[str, Any]
+Indices = NDArray[np.int64]
 
 # Longer ints exist in the codec, and some cannot even be printed in an error.
 _MAX_INTEGER = (1 << 63) - 1
@@ -47,6 +64,46 @@ def check_request(body: object) -> tuple[int, int, int]:
         ):
             return epoch, lane, seq
     raise MalformedMessage("a session request is a map with the whole numbers epoch, lane and seq")
+
+
+def is_of_lanes(body: object) -> bool:
+    """Whether a request is one of a pool: of several lanes at once."""
+    return type(body) is dict and "lanes" in body
+
+
+def check_lanes(body: Frame, count: int) -> tuple[int, Indices, Indices]:
+    """The epoch of a pool's request or reply, its lanes, and a sequence number for each.
+
+    Args:
+        body: a map with the key ``lanes``.
+        count: how many lanes there are.
+
+    Returns:
+        epoch (0 in a reply), lanes and seqs, int64.
+
+    Raises:
+        MalformedMessage: they are no whole numbers in range, of different lengths, or a lane stands twice.
+    """
+    epoch, lanes, seqs = body.get("epoch", 0), body["lanes"], body.get("seqs")
+    if (
+        type(epoch) is int
+        and 0 <= epoch <= _MAX_INTEGER
+        and isinstance(lanes, np.ndarray)
+        and isinstance(seqs, np.ndarray)
+        and lanes.dtype == np.int64
+        and seqs.dtype == np.int64
+        and lanes.ndim == 1
+        and lanes.shape == seqs.shape
+        and len(lanes)
+        and int(lanes.min()) >= 0
+        and int(lanes.max()) < count
+        and int(seqs.min()) > 0
+        and len(set(lanes.tolist())) == len(lanes)
+    ):
+        return epoch, lanes, seqs
+    raise MalformedMessage(
+        f"a pool's message names lanes, each once, below {count}, and a sequence number for each, as arrays of int64"
+    )
 
 
 def check_reply(body: object, seq: int) -> Frame:

@@ -27,7 +27,8 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Form = Literal["single", "vector", "pool"]
 # The values of Gymnasium's AutoresetMode.
 AutoresetName = Literal["NextStep", "SameStep", "Disabled"]
-Seeding = Literal["gymnasium", "derived"]
+# Those of R7, and that of a vector implementation with one generator for all: reset's seed is its.
+Seeding = Literal["gymnasium", "derived", "implementation"]
 AUTORESET_MODES: tuple[AutoresetName, ...] = get_args(AutoresetName)
 SEEDINGS: tuple[Seeding, ...] = get_args(Seeding)
 # A session of more sub-environments is split over several.
@@ -141,7 +142,7 @@ class Vectors(BaseModel):
 
     implementation: Annotated[str, StringConstraints(max_length=64)] = "meshrl"
     autoreset_modes: list[AutoresetName] = Field(default_factory=lambda: list(AUTORESET_MODES))
-    seedings: list[Seeding] = Field(default_factory=lambda: list(SEEDINGS))
+    seedings: list[Seeding] = Field(default_factory=lambda: list(SEEDINGS[:2]))
     reset_mask: bool = True
     attributes: bool = True
     pool: bool = True

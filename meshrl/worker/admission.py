@@ -1,4 +1,8 @@
-"""Admission: who gets a slot, and who waits for one (R4, R5)."""
+"""Admission: who gets slots, and who waits for them (R4, R5).
+
+A session takes a slot for each of its sub-environments, all at once. Where somebody waits, a newcomer is parked behind
+them, also when it would fit into what is free: :mod:`meshrl.protocol.waiting` says why.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,30 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 
-from meshrl.errors import KwargsNotAllowed, MeshError, UnknownName, WorkerDraining, WrongEpoch
+from meshrl.errors import (
+    KwargsNotAllowed,
+    MalformedMessage,
+    MeshError,
+    UnknownName,
+    UsageError,
+    WorkerDraining,
+    WrongEpoch,
+)
 from meshrl.protocol.names import near
+from meshrl.protocol.placement import lacking
 from meshrl.protocol.session import Key, Opening, Session, SessionTable, State
 from meshrl.protocol.waiting import Waiting
 from meshrl.wire.codec import Codec
 from meshrl.wire.messages import Description, Full, Grant, Kind, Load, Open, parse
 from meshrl.worker.execution import Execution, Held, Hold
+from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.replies import Replies
 from meshrl.worker.threads import Threads
 
 # How often parked opens are looked at whose time is over.
 PARKED_S = 0.1
 
-Construct = Callable[[Open, Description], tuple[Held, Description]]
+Construct = Callable[[Open, Description], tuple[Held | HostedPool, Description]]
 
 
 class Admission:
@@ -76,7 +90,8 @@ class Admission:
             if self.draining_until is not None:
                 raise self._draining()
             # 1. Busier than the client believed: it may find better elsewhere, and asks without belief in the end.
-            if open_.believed_free is not None and self._table.free < open_.believed_free and key not in self._parked:
+            free = 0 if self._parked else self._table.free  # for a newcomer
+            if open_.believed_free is not None and free < open_.believed_free and key not in self._parked:
                 self._replies.send(reply, Full(load=self.load(), bounced=True).to_wire())
                 return
             # 2. Others wait already: nobody overtakes them.
@@ -88,7 +103,15 @@ class Admission:
     def _open(self, open_: Open, user: str, reply: str, description: Description, now: float) -> None:
         """Do what the table says of an open whose turn it is."""
         key = (user, open_.session)
-        opening, session = self._table.open(user, open_.session, open_.epoch, reply, now, lanes=open_.num_envs if open_.form == "pool" else 1)
+        opening, session = self._table.open(
+            user,
+            open_.session,
+            open_.epoch,
+            reply,
+            now,
+            num_envs=open_.num_envs,
+            pool=open_.form == "pool",
+        )
         if session is None:
             self._park(open_, user, reply, now)
         elif opening is Opening.NEW:
@@ -107,7 +130,12 @@ class Admission:
             self.execution.end(session, "wrong_epoch")
 
     def _check(self, open_: Open) -> Description:
-        """What is asked for, if this worker serves it and lets clients pass those kwargs."""
+        """What is asked for, if this worker serves it, can do it and lets clients pass those kwargs."""
+        if open_.form == "single" and open_.num_envs > 1:
+            raise MalformedMessage(
+                f"an open of form single has one sub-environment, not {open_.num_envs}; open a vector or a pool",
+                num_envs=open_.num_envs,
+            )
         description = self.served.get(open_.name)
         if description is None or open_.kind != self._kind:
             close = near(open_.name, self.served)
@@ -123,6 +151,23 @@ class Admission:
                 f"(allowed: {', '.join(allowed) or 'nothing'}); serve it with allow_kwargs={tuple(refused)!r}",
                 refused=refused,
                 allowed=list(allowed),
+            )
+        lacks = lacking(description.vectors, open_.form, open_.autoreset_mode, open_.seeding)
+        if lacks:
+            raise UsageError(
+                f"{open_.name}: worker {self._worker} does not offer {lacks}; ask for what it has, or another worker",
+                name=open_.name,
+                worker=self._worker,
+                lacks=lacks,
+            )
+        if open_.num_envs > self._table.slots:
+            raise UsageError(
+                f"{open_.name}: {open_.num_envs} sub-environments do not fit worker {self._worker}, which has "
+                f"{self._table.slots} slots in all; spread them over several sessions",
+                name=open_.name,
+                worker=self._worker,
+                num_envs=open_.num_envs,
+                slots=self._table.slots,
             )
         return description
 
@@ -140,7 +185,7 @@ class Admission:
 
         self._threads.submit(construct)
 
-    def _constructed(self, session: Session, open_: Open, held: Held, description: Description) -> None:
+    def _constructed(self, session: Session, open_: Open, held: Held | HostedPool, description: Description) -> None:
         session.held = Hold(held, self._codecs[open_.key_style])
         if session.state is State.ENDING:
             self.execution.dispose(session)
@@ -169,7 +214,9 @@ class Admission:
     def _park(self, open_: Open, user: str, reply: str, now: float) -> None:
         key = (user, open_.session)
         if open_.park_s > 0:
-            place = self._waiting.park(user, open_.session, now, now + open_.park_s, ticket=open_.ticket)
+            place = self._waiting.park(
+                user, open_.session, now, now + open_.park_s, ticket=open_.ticket, num_envs=open_.num_envs
+            )
             if place is not None:
                 self._parked[key] = (open_, reply)
                 if self._timer is None:
@@ -188,6 +235,7 @@ class Admission:
             return False
         del self._parked[key]
         self._waiting.leave(*key)
+        self._admit_parked()  # it may have kept slots from those behind it that are enough for them
         return True
 
     def _look_at_parked(self) -> None:
@@ -196,12 +244,13 @@ class Admission:
             parked = self._parked.pop((waiter.user, waiter.session), None)
             if parked is not None:
                 self._replies.send(parked[1], Full(load=self.load(), ticket=waiter.ticket).to_wire())
-        self._admit_parked()  # room for answers comes without a word, unlike a slot
+        # Room for answers comes without a word, unlike a slot; and who went may have kept slots from the next.
+        self._admit_parked()
         if self._parked and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(PARKED_S, self._look_at_parked)
 
     def slot_freed(self, key: Key) -> None:
-        """A session's slot is free: an open that waits for just this session first, then one waiter a slot."""
+        """A session's slots are free: an open that waits for just this session first, then as many as fit, in turn."""
         after = self._after_end.pop(key, None)
         if after is not None:
             open_, reply = after
@@ -214,10 +263,7 @@ class Admission:
             self.idle.set()
 
     def _admit_parked(self) -> None:
-        while self._table.free and self._parked:
-            waiter = self._waiting.next()
-            if waiter is None:
-                break
+        while self._parked and (waiter := self._waiting.next(self._table.free)) is not None:
             parked = self._parked.pop((waiter.user, waiter.session), None)
             if parked is not None:
                 self._admit(*parked, waiter.user)

@@ -12,7 +12,7 @@ import gymnasium
 from meshrl.errors import UnencodableValue
 from meshrl.wire import spaces
 from meshrl.wire.codec import pack
-from meshrl.wire.messages import Description
+from meshrl.wire.messages import Description, Vectors
 
 
 def describe_env(
@@ -24,6 +24,7 @@ def describe_env(
     allow_kwargs: Collection[str],
     allow: Collection[str],
     step_deadline_s: float,
+    vectors: Vectors | None = None,
 ) -> Description:
     """The description of ``env`` as it stands.
 
@@ -43,6 +44,7 @@ def describe_env(
         allow=sorted(allow),
         step_deadline_s=step_deadline_s,
         versions=versions(env),
+        vectors=Vectors() if vectors is None else vectors,
     )
 
 

@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+from gymnasium.vector import VectorEnv
 
 from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
 from meshrl.errors import EnvError, MeshError, UnknownName
 from meshrl.protocol.names import near
-from meshrl.wire.messages import Description, Open
-from meshrl.worker.describe import describe_env
-from meshrl.worker.execution import CLOSE_S
+from meshrl.wire import spaces
+from meshrl.wire.messages import Description, Open, Vectors
+from meshrl.worker.describe import describe_env, encodable
+from meshrl.worker.execution import CLOSE_S, Held
 from meshrl.worker.factories import EnvSource, Factory, as_factory, registered
 from meshrl.worker.hosted import HostedEnv
+from meshrl.worker.hosted_pool import HostedPool
+from meshrl.worker.hosted_vector import HostedVector
 from meshrl.worker.service import Service, valid_names
+from meshrl.worker.vector_implementations import HostedImplementation, describe_implementation, make_implementation
 
 log = logging.getLogger("meshrl.worker")
 
@@ -56,6 +61,9 @@ class EnvWorker(Service):
         import_modules: let a client's ``module:Name-v1`` import that module; only where clients are this user's own.
         step_deadline_s: how long one request may run before its client gives the session up.
         lease_s: seconds for which a session lives without a renewal.
+        vectors: how vectors are hosted, for all names or by name: ``meshrl`` steps envs one by one and can do
+            everything; ``gymnasium`` is the env's own vector entry point and ``envpool`` is EnvPool, which are fast and
+            can do less (see :mod:`~meshrl.worker.vector_implementations`). Single envs are not concerned.
     """
 
     kind = "env"
@@ -76,6 +84,7 @@ class EnvWorker(Service):
         import_modules: bool = False,
         step_deadline_s: float = STEP_DEADLINE_S,
         lease_s: float = 15.0,
+        vectors: str | Mapping[str, str] = "meshrl",
     ) -> None:
         if not on_demand:
             valid_names(envs or {})
@@ -93,6 +102,7 @@ class EnvWorker(Service):
         self._on_demand = on_demand
         self._import_modules = import_modules
         self._step_deadline_s = step_deadline_s
+        self._vectors = vectors
         self._making: dict[str, threading.Lock] = {}  # by name: one that takes its time holds no other up
         self._adding = threading.Lock()
 
@@ -116,10 +126,11 @@ class EnvWorker(Service):
         """
         op = "constructor"
         try:
+            vectors = describe_implementation(name, factory, self._implementation(name))
             env = factory.make({}, None)
             try:
                 op = "description"
-                return self._describe_env(name, env)
+                return self._describe_env(name, env, vectors)
             finally:
                 self._let_go(name, env)
         except MeshError:
@@ -153,7 +164,10 @@ class EnvWorker(Service):
         except (Exception, SystemExit) as exc:  # noqa: BLE001  # it is not needed any more
             log.warning("worker %s: closing an env of %s raised %r", self.id, name, exc)
 
-    def _describe_env(self, name: str, env: Any) -> Description:
+    def _implementation(self, name: str) -> str:
+        return self._vectors if isinstance(self._vectors, str) else self._vectors.get(name, "meshrl")
+
+    def _describe_env(self, name: str, env: Any, vectors: Vectors | None) -> Description:
         return describe_env(
             env,
             name=name,
@@ -162,6 +176,7 @@ class EnvWorker(Service):
             allow_kwargs=self._allow_kwargs,
             allow=self._allow,
             step_deadline_s=self._step_deadline_s,
+            vectors=vectors,
         )
 
     def provide(self, name: str) -> Description | None:
@@ -194,25 +209,75 @@ class EnvWorker(Service):
                 self._admission.served = {**self._admission.served, found: described}
             return described
 
-    def _construct(self, open_: Open, description: Description) -> tuple[HostedEnv, Description]:
+    def _construct(self, open_: Open, description: Description) -> tuple[Held | HostedPool, Description]:
         factory = self._factories.get(open_.name)
         if factory is None:
             raise UnknownName(f"worker {self.id} serves no env {open_.name!r}", name=open_.name)
-        env = factory.make(open_.kwargs, open_.render_mode)
+        implementation = self._implementation(open_.name)
+        if open_.form == "vector" and implementation != "meshrl":
+            return self._construct_implementation(open_, description, factory, implementation)
+        envs: list[Any] = []
         try:
-            own = self._describe_env(open_.name, env) if open_.kwargs or open_.render_mode else description
-            hosted = HostedEnv(
-                env,
-                name=open_.name,
-                session=open_.session,
-                worker=self.id,
-                allow=self._allow,
-                threads=self._threads,
-            )
+            for _ in range(open_.num_envs):
+                envs.append(factory.make(open_.kwargs, open_.render_mode))
+                _check_equal(open_.name, envs)
+            own = description
+            if open_.kwargs or open_.render_mode:
+                own = self._describe_env(open_.name, envs[0], description.vectors)
+            return self._host(open_, envs), own
         except BaseException:
-            self._let_go(open_.name, env)
+            for env in envs:
+                self._let_go(open_.name, env)
             raise
+
+    def _host(self, open_: Open, envs: list[Any]) -> Held | HostedPool:
+        if open_.form == "vector":
+            return HostedVector(envs, open_, allow=self._allow, threads=self._threads)
+        if open_.form == "pool":
+            return HostedPool(envs, open_, threads=self._threads)
+        return HostedEnv(
+            envs[0],
+            name=open_.name,
+            session=open_.session,
+            worker=self.id,
+            allow=self._allow,
+            threads=self._threads,
+        )
+
+    def _construct_implementation(
+        self, open_: Open, description: Description, factory: Factory, implementation: str
+    ) -> tuple[HostedImplementation, Description]:
+        def make(seed: int) -> VectorEnv[Any, Any, Any]:
+            return make_implementation(
+                factory, implementation, open_.num_envs, open_.kwargs, open_.render_mode, seed=seed
+            )
+
+        hosted = HostedImplementation(
+            make, open_, seeded_at_construction=implementation == "envpool", threads=self._threads
+        )
+        own = description.model_copy(
+            update={
+                "observation_space": spaces.describe(hosted.vector.single_observation_space),
+                "action_space": spaces.describe(hosted.vector.single_action_space),
+                "metadata": encodable(getattr(hosted.vector, "metadata", None) or {}),
+            }
+        )
         return hosted, own
+
+
+def _check_equal(name: str, envs: list[Any]) -> None:
+    """Whether the newest sub-environment has the spaces of the first, as a batch of them needs.
+
+    Raises:
+        EnvError: it has others.
+    """
+    first, last = envs[0], envs[-1]
+    if last.observation_space != first.observation_space or last.action_space != first.action_space:
+        raise EnvError(
+            f"{name}: its constructor gives envs of different spaces, which no vector can hold: "
+            f"{last.observation_space}, {last.action_space} after {first.observation_space}, {first.action_space}",
+            op="constructor",
+        )
 
 
 async def _awaited(closing: Awaitable[Any]) -> None:

@@ -25,13 +25,17 @@ from meshrl.errors import (
     WrongEpoch,
 )
 from meshrl.protocol.lane import Lane, Verdict
-from meshrl.protocol.pace import Pace
+from meshrl.protocol.pace import BatchPace, Pace
 from meshrl.protocol.session import Key, Session, SessionTable, State
 from meshrl.wire.codec import Codec, pack, unpack
-from meshrl.wire.frames import Frame, check_request, error_reply
+from meshrl.wire.frames import Frame, check_request, error_reply, is_of_lanes
 from meshrl.wire.messages import Close, Closed, check
 from meshrl.wire.parts import MAX_MESSAGE_BYTES
+from meshrl.worker.hosted_pool import HostedPool
+from meshrl.worker.hosted_vector import SPREAD, HostedVector
+from meshrl.worker.pooling import Pooling
 from meshrl.worker.replies import Replies
+from meshrl.worker.sub_envs import Crashed
 from meshrl.worker.threads import Threads
 
 log = logging.getLogger("meshrl.worker")
@@ -46,8 +50,15 @@ MAX_TRACEBACK_CHARS = 20_000
 class Held(Protocol):
     """What a session holds: an env, or a stateful agent."""
 
-    pace: Pace
-    coroutine: bool
+    @property
+    def pace(self) -> Pace | BatchPace:
+        """Whether to step it on the event loop."""
+        ...
+
+    @property
+    def coroutine(self) -> bool:
+        """Whether it must be awaited."""
+        ...
 
     def run(self, op: str, body: Frame) -> Frame:
         """Carry out one op."""
@@ -63,14 +74,35 @@ class Held(Protocol):
 
 
 class Hold:
-    """What the worker keeps with a session: the env, how its client wants arrays, and the coroutine it runs."""
+    """What the worker keeps with a session: the env, how its client wants arrays, and the coroutine it runs.
 
-    __slots__ = ("codec", "held", "task")
+    Attributes:
+        held: what has one lane; None in a pool.
+        pool: what has many; None in any other session.
+        vector: ``held``, where its sub-environments can be spread over threads.
+    """
 
-    def __init__(self, held: Held, codec: Codec) -> None:
-        self.held = held
+    __slots__ = ("codec", "held", "pool", "task", "vector")
+
+    def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
+        self.held = None if isinstance(held, HostedPool) else held
+        self.pool = held if isinstance(held, HostedPool) else None
+        self.vector = held if isinstance(held, HostedVector) else None
         self.codec = codec
         self.task: asyncio.Task[None] | None = None
+
+    def cancel(self) -> None:
+        """Cancel the coroutines of an env whose session is over."""
+        if self.task is not None:
+            self.task.cancel()
+        if self.pool is not None:
+            self.pool.cancel()
+
+    async def close(self, seconds: float) -> None:
+        """Let go of what is held."""
+        held = self.held or self.pool
+        assert held is not None, "a hold has one or the other"
+        await held.close(seconds)
 
 
 class Execution:
@@ -105,6 +137,7 @@ class Execution:
         self._take_back = parked
         self._freed = freed
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pooling = Pooling(self, table, replies)
         self.cut = 0  # where <user>.<session>.<op> begins in a session subject
 
     # ---------------------------------------------------------------- the step path
@@ -118,73 +151,90 @@ class Execution:
             if op == "close":
                 self._on_close((user, id_), reply, check(Close, body))
                 return
+            if is_of_lanes(body):
+                self._pooling.on_request((user, id_), op, body, reply, now)
+                return
             epoch, number, seq = check_request(body)
         except MeshError as exc:
             self._replies.refuse(reply, exc)
             return
         session = self._table.get((user, id_))
         if session is None or session.state is not State.OPEN or epoch != session.epoch:
-            self._refuse_gone((user, id_), session, epoch, number, seq, reply)
+            self.refuse_gone((user, id_), session, epoch, number, seq, reply)
             return
-        if number >= len(session.lanes):
-            self._replies.refuse(reply, MalformedMessage(f"session {id_} has no lane {number}", session=id_), seq)
+        lane = session.lane
+        if lane is None or number:
+            self._replies.refuse(reply, MalformedMessage(f"session {id_} has no lane {number} alone", session=id_), seq)
             return
         self._table.used(session, now)
-        lane = session.lanes[number]
         verdict = lane.receive(seq, reply, now)
         if verdict is Verdict.RUN:
-            self._run(session, lane, number, op, body, now)
+            self._run(session, lane, op, body, now)
         elif verdict is Verdict.REPEAT:
-            self._replies.send(reply, lane.cached, number, seq)
+            self._replies.send(reply, lane.cached, 0, seq)
         elif verdict is not Verdict.JOIN:
             self._replies.refuse(reply, lane.refusal(verdict, seq, id_), seq)
 
-    def _run(self, session: Session, lane: Lane, number: int, op: str, body: Frame, now: float) -> None:
+    def _run(self, session: Session, lane: Lane, op: str, body: Frame, now: float) -> None:
         held: Held = session.held.held
         if held.coroutine:
-            task = self._begin(self._run_coroutine(session, lane, number, op, body))
-            task.add_done_callback(lambda task: self._ran(task, session, lane, number, op))
+            task = self._begin(self._run_coroutine(session, lane, op, body))
+            task.add_done_callback(lambda task: self._ran(task, session, lane, op))
             session.held.task = task
         elif op == "step" and held.pace.inline:
             try:
                 frame = held.run(op, body)
             except MeshError as exc:
-                self._answer(session, lane, number, error_reply(exc))
+                self._answer(session, lane, error_reply(exc))
                 return
             except (Exception, SystemExit, asyncio.CancelledError) as exc:  # noqa: BLE001  # env code; its session ends
-                self._end_crashed(session, lane, number, op, exc)
+                self._end_crashed(session, lane, op, exc)
                 return
             held.pace.took(time.monotonic() - now)
-            self._answer(session, lane, number, frame)
+            self._answer(session, lane, frame)
+        elif session.held.vector is not None and op in SPREAD:
+            try:
+                session.held.vector.spread(op, body, lambda what: self._spread(session, lane, op, what))
+            except MeshError as exc:
+                self._answer(session, lane, error_reply(exc))
         else:
-            self._threads.submit(lambda: self._run_on_thread(session, lane, number, op, body))
+            self._threads.submit(lambda: self._run_on_thread(session, lane, op, body))
 
-    def _run_on_thread(self, session: Session, lane: Lane, number: int, op: str, body: Frame) -> None:
+    def _spread(self, session: Session, lane: Lane, op: str, what: Frame | BaseException) -> None:
+        """What came of sub-environments on threads."""
+        if isinstance(what, MeshError):
+            self._answer(session, lane, error_reply(what))
+        elif isinstance(what, BaseException):
+            self._end_crashed(session, lane, op, what)
+        else:
+            self._answer(session, lane, what)
+
+    def _run_on_thread(self, session: Session, lane: Lane, op: str, body: Frame) -> None:
         held: Held = session.held.held
         began = time.monotonic()
         try:
             frame = held.run(op, body)
         except MeshError as exc:
-            self._threads.back(self._answer, session, lane, number, error_reply(exc))
+            self._threads.back(self._answer, session, lane, error_reply(exc))
         except BaseException as exc:  # noqa: BLE001  # as above
-            self._threads.back(self._end_crashed, session, lane, number, op, exc)
+            self._threads.back(self._end_crashed, session, lane, op, exc)
         else:
             if op == "step":
                 held.pace.took(time.monotonic() - began)
-            self._threads.back(self._answer, session, lane, number, frame)
+            self._threads.back(self._answer, session, lane, frame)
 
-    async def _run_coroutine(self, session: Session, lane: Lane, number: int, op: str, body: Frame) -> None:
+    async def _run_coroutine(self, session: Session, lane: Lane, op: str, body: Frame) -> None:
         held: Held = session.held.held
         try:
             frame = await held.run_async(op, body)
         except MeshError as exc:
             frame = error_reply(exc)
         except (Exception, SystemExit) as exc:  # noqa: BLE001  # as above; SystemExit would end the event loop
-            self._end_crashed(session, lane, number, op, exc)
+            self._end_crashed(session, lane, op, exc)
             return
-        self._answer(session, lane, number, frame)
+        self._answer(session, lane, frame)
 
-    def _ran(self, task: asyncio.Task[None], session: Session, lane: Lane, number: int, op: str) -> None:
+    def _ran(self, task: asyncio.Task[None], session: Session, lane: Lane, op: str) -> None:
         """Only here is it sure that a task was cancelled: before its first turn, nothing in it runs any more."""
         if not task.cancelled():
             return
@@ -192,7 +242,7 @@ class Execution:
             lane.running = False
             self.dispose(session)
         else:
-            self._end_crashed(session, lane, number, op, asyncio.CancelledError("the env cancelled its own step"))
+            self._end_crashed(session, lane, op, asyncio.CancelledError("the env cancelled its own step"))
 
     def _begin(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -200,7 +250,7 @@ class Execution:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _answer(self, session: Session, lane: Lane, number: int, frame: Frame) -> None:
+    def _answer(self, session: Session, lane: Lane, frame: Frame) -> None:
         frame["seq"] = lane.seq
         try:
             packed = session.held.codec.pack(frame)
@@ -209,19 +259,23 @@ class Execution:
         if len(packed) > MAX_MESSAGE_BYTES:
             why = f"a reply of {len(packed)} bytes is over the limit of {MAX_MESSAGE_BYTES}; send smaller observations"
             packed = pack(error_reply(MessageTooLarge(why, size_bytes=len(packed)), lane.seq))
-        self._replies.send(self._table.answered(lane, packed), packed, number, lane.seq)
+        self._replies.send(self._table.answered(lane, packed), packed, 0, lane.seq)
         if session.state is State.ENDING:
             self.dispose(session)
 
-    def _end_crashed(self, session: Session, lane: Lane, number: int, op: str, exc: BaseException) -> None:
+    def _end_crashed(self, session: Session, lane: Lane, op: str, exc: BaseException) -> None:
         seq = lane.seq
         packed = pack(error_reply(self.crashed(session.id, op, exc), seq))
-        self._replies.send(self._table.answered(lane, packed), packed, number, seq)
-        self._table.ending(session, "ended", last=(session.epoch, number, seq, packed))
+        self._replies.send(self._table.answered(lane, packed), packed, 0, seq)
+        self._table.ending(session, "ended", last=(session.epoch, 0, seq, packed))
         self.dispose(session)
 
     def crashed(self, what: str, op: str, exc: BaseException) -> WorkerError:
         """The error for an exception of remote code, with its traceback."""
+        facts: dict[str, Any] = {}
+        if isinstance(exc, Crashed) and exc.__cause__ is not None:
+            facts["env_id"] = exc.env_id
+            op, exc = f"{op} of sub-environment {exc.env_id}", exc.__cause__
         text = "".join(traceback.format_exception(exc))
         remedy = (
             "mend what the remote traceback shows" if op == "constructor" else "its session is over, open a new one"
@@ -230,8 +284,9 @@ class Execution:
             f"{what}: {op} raised {type(exc).__name__}: {exc}"[:MAX_MESSAGE_CHARS] + f"; {remedy}",
             remote_traceback=text[-MAX_TRACEBACK_CHARS:],
             type=type(exc).__name__,
-            op=op,
+            op=op.partition(" ")[0],
             worker=self._worker,
+            **facts,
         )
 
     # ---------------------------------------------------------------- the end
@@ -249,19 +304,18 @@ class Execution:
         """End a session; its slot is free when nothing of it runs any more and its env is closed."""
         if not self._table.ending(session, reason) or session.held is None:
             return  # it was ending already, or is still being constructed
-        if not any(lane.running for lane in session.lanes):
+        if not session.running:
             self.dispose(session)
-        elif session.held.task is not None:
-            session.held.task.cancel()
+        else:
+            session.held.cancel()
 
     def dispose(self, session: Session) -> None:
         """Close what a session held that is ending and of which nothing runs any more; then its slot is free."""
         self._begin(self._close(session)).add_done_callback(lambda _: self._disposed(session))
 
     async def _close(self, session: Session) -> None:
-        held: Held = session.held.held
         try:
-            await held.close(CLOSE_S)
+            await session.held.close(CLOSE_S)
         except (Exception, SystemExit) as exc:  # noqa: BLE001  # the env is going anyway
             log.warning("worker %s: closing the env of session %s raised %r", self._worker, session.id, exc)
 
@@ -269,7 +323,7 @@ class Execution:
         self._table.ended(session)
         self._freed(session.key)
 
-    def _refuse_gone(self, key: Key, session: Session | None, epoch: int, number: int, seq: int, reply: str) -> None:
+    def refuse_gone(self, key: Key, session: Session | None, epoch: int, number: int, seq: int, reply: str) -> None:
         """A request of a session that is not here, or not in that epoch."""
         last = self._table.last_answer(key, epoch, number, seq)
         why = self._table.why_gone(key)

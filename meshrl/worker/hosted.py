@@ -7,10 +7,11 @@ import secrets
 from collections.abc import Callable, Collection
 from typing import Any
 
-from meshrl.errors import MalformedMessage, NotAllowed, ResetNeeded
+from meshrl.errors import MalformedMessage, ResetNeeded
 from meshrl.protocol.pace import Pace
 from meshrl.protocol.seeds import check_seed
 from meshrl.wire.frames import Frame
+from meshrl.worker.attributes import Attributes
 from meshrl.worker.calls import Calls, is_coroutine
 from meshrl.worker.episode import Episode
 from meshrl.worker.threads import Threads
@@ -45,7 +46,7 @@ class HostedEnv:
         self.pace = Pace()
         bare = getattr(env, "unwrapped", env)
         self.coroutine = any(is_coroutine(getattr(of, op, None)) for of in (env, bare) for op in ("reset", "step"))
-        self._allow = allow
+        self._attributes = Attributes(name, allow)
         self._calls = Calls(threads)
         self._step = env.step
         self._episode = Episode()
@@ -135,28 +136,17 @@ class HostedEnv:
         return {"state": self._episode.state(session=self.session, worker=self.worker, name=self.name)}
 
     def _op_call(self, body: Frame) -> Frame:
-        name = self._public(body)
-        args, kwargs = body.get("args", []), body.get("kwargs", {})
-        if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
-            raise MalformedMessage("call takes a list of args and a map of kwargs")
-        self._check_allowed("call", name)
-        method = self._attribute(name)
-        if not callable(method):
-            raise NotAllowed(f"{self.name}: {name!r} is not a method; read it with get_attr", name=name)
-        return {"value": method(*args, **kwargs)}
+        return {"value": self._attributes.call(self.env, body)}
 
     def _op_get_attr(self, body: Frame) -> Frame:
-        return {"value": self._attribute(self._public(body))}
+        return {"value": self._attributes.get(self.env, self._attributes.public(body))}
 
     def _op_set_attr(self, body: Frame) -> Frame:
-        name = self._public(body)
-        self._check_allowed("set", name)
+        name = self._attributes.public(body)
+        self._attributes.check_allowed("set", name)
         if "value" not in body:
             raise MalformedMessage("set_attr needs a value")
-        if hasattr(self.env, "set_wrapper_attr"):
-            self.env.set_wrapper_attr(name, body["value"])
-        else:
-            setattr(self.env, name, body["value"])
+        self._attributes.set(self.env, name, body["value"])
         return {}
 
     # ---------------------------------------------------------------- checks
@@ -164,33 +154,6 @@ class HostedEnv:
     def _need_reset(self, op: str) -> None:
         if self._episode.phase == "new":
             raise ResetNeeded(f"{self.name}: {op} before the first reset; call reset once", session=self.session)
-
-    def _public(self, body: Frame) -> str:
-        name = body.get("name")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise MalformedMessage(f"{name!r} is not the name of an attribute")
-        if name.startswith("_"):
-            raise NotAllowed(
-                f"{self.name}: {name!r} is private to the env; only public names can be reached", name=name
-            )
-        return name
-
-    def _check_allowed(self, verb: str, name: str) -> None:
-        if "*" not in self._allow and name not in self._allow:
-            allowed = ", ".join(sorted(self._allow)) or "nothing"
-            raise NotAllowed(
-                f"{self.name}: the worker's operator does not let clients {verb} {name!r} (allowed: {allowed}); "
-                f"serve it with allow=({name!r},)",
-                name=name,
-                allowed=sorted(self._allow),
-            )
-
-    def _attribute(self, name: str) -> Any:
-        try:
-            find = getattr(self.env, "get_wrapper_attr", None)
-            return find(name) if find is not None else getattr(self.env, name)
-        except AttributeError as exc:
-            raise NotAllowed(f"{self.name}: the env has no attribute {name!r}", name=name) from exc
 
 
 def _action(body: Frame) -> Any:

@@ -24,6 +24,7 @@ from meshrl.wire.messages import Description, Kind, Open
 from meshrl.wire.subjects import Subjects
 from meshrl.worker.admission import Admission
 from meshrl.worker.execution import CLOSE_S, Execution, Held
+from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.pulse import Pulse
 from meshrl.worker.replies import Replies
 from meshrl.worker.threads import Threads
@@ -90,7 +91,7 @@ class Service(ABC):
         """The descriptions of everything served from the start, by name."""
 
     @abstractmethod
-    def _construct(self, open_: Open, description: Description) -> tuple[Held, Description]:
+    def _construct(self, open_: Open, description: Description) -> tuple[Held | HostedPool, Description]:
         """Make what an open asks for, on a thread; gives it with its own description."""
 
     async def _subscribe(self, connection: Connection) -> None:  # noqa: B027  # not every kind has something

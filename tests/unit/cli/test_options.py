@@ -1,8 +1,12 @@
 """How the texts of options are read."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from meshrl.cli.options import capabilities_in, json_object, names_in
+from meshrl.cli.options import capabilities_in, json_object, names_in, processes_in, usable_cores
 from meshrl.errors import UsageError
 
 
@@ -39,3 +43,30 @@ def test_capabilities_that_read_as_json_are_what_they_say() -> None:
 def test_capability_without_key_and_equals_sign_is_refused(pair: str) -> None:
     with pytest.raises(UsageError, match="KEY=VALUE"):
         capabilities_in([pair])
+
+
+@pytest.mark.parametrize(("text", "count"), [("1", 1), ("4", 4), (" 12 ", 12)])
+def test_processes_are_as_many_as_said(text: str, count: int) -> None:
+    assert processes_in(text) == count
+
+
+@pytest.mark.parametrize("text", ["0", "auto"])
+def test_automatic_processes_are_one_for_each_core_that_may_be_used(text: str) -> None:
+    assert processes_in(text) == usable_cores()
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="reads the affinity of a process")
+def test_cores_that_this_process_may_not_use_do_not_count() -> None:
+    program = (
+        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        "from meshrl.cli.options import processes_in; print(processes_in('auto'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize("text", ["", "-1", "two", "1.5", "00", "²"])
+def test_anything_but_a_number_of_processes_or_auto_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--processes is a number from 1, or auto"):
+        processes_in(text)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshrl.errors import UsageError
 from meshrl.protocol.directory import Entry
-from meshrl.protocol.placement import Choice, Placement
-from meshrl.wire.messages import Advertisement, Load
+from meshrl.protocol.placement import Choice, Placement, Shard, lacking
+from meshrl.wire.messages import Advertisement, AutoresetName, Form, Load, Seeding, Vectors
 
 DRAWS = st.floats(0, 1, exclude_max=True)
 
@@ -408,7 +409,273 @@ def test_any_choice_is_among_the_least_loaded(workers: list[tuple[int, int, int,
         return
     chosen = entries[choice.worker].advertisement
     assert chosen in usable
-    if any(ad.free for ad in usable):
-        assert chosen.free / chosen.slots == max(ad.free / ad.slots for ad in usable)
+    roomy = [ad for ad in usable if ad.free and not ad.waiting] or [ad for ad in usable if ad.free]
+    if roomy:
+        assert chosen in roomy
+        assert chosen.free / chosen.slots == max(ad.free / ad.slots for ad in roomy)
     else:
         assert chosen.waiting / chosen.slots == min(ad.waiting / ad.slots for ad in usable)
+
+
+# ---------------------------------------------------------------- many slots
+
+
+@pytest.mark.parametrize(
+    ("workers", "num_envs", "chosen", "believed_free"),
+    [
+        # the least loaded of those with room for all, though another is less loaded
+        ([("a", 16, 8, 0), ("b", 4, 3, 0)], 4, "a", 8),
+        ([("a", 16, 8, 0), ("b", 4, 3, 0)], 3, "b", 3),
+        # room for all of them, not for some
+        ([("a", 16, 9, 0), ("b", 16, 10, 0)], 10, "b", 10),
+        # where others wait, free slots are for them: after those where nobody does, before a queue
+        ([("a", 16, 9, 1), ("b", 16, 3, 0)], 3, "b", 3),
+        ([("a", 16, 9, 1), ("b", 16, 2, 0)], 3, "a", 9),
+        # no room: the shortest queue among workers that can ever hold it
+        ([("a", 16, 3, 2), ("b", 4, 0, 0)], 5, "a", 0),
+        ([("a", 16, 3, 2), ("b", 8, 0, 0)], 5, "b", 0),
+    ],
+)
+def test_the_choice_for_many_slots_is(
+    workers: list[tuple[str, int, int, int]], num_envs: int, chosen: str, believed_free: int
+) -> None:
+    entries = [entry(name, slots=slots, free=free, waiting=wait) for name, slots, free, wait in workers]
+    assert Placement().choose(entries, draw=0.0, num_envs=num_envs) == Choice(chosen, believed_free)
+
+
+def test_nobody_is_chosen_for_more_slots_than_any_worker_has() -> None:
+    entries = [entry("a", slots=16), entry("b", slots=8, free=8)]
+    assert Placement().choose(entries, draw=0.0, num_envs=17) is None
+    assert Placement().choose(entries, draw=0.0, num_envs=9, exclude={"a"}) is None
+
+
+def test_an_open_of_many_slots_counts_for_all_of_them_until_it_lands() -> None:
+    placement = Placement()
+    placement.asked("w1", 10.0, 5)
+    placement.asked("w1", 10.0, 3)
+    assert placement.believed_free(entry(heard_at=10.0)) == 8
+    placement.granted("w1", 10.1, None, 3)
+    assert placement.believed_free(entry(heard_at=10.0)) == 8
+    placement.withdrawn("w1", 5)
+    assert placement.believed_free(entry(heard_at=10.0)) == 13
+    placement.released("w1", 10.2, 3)
+    assert placement.believed_free(entry(heard_at=10.0)) == 16
+    assert placement.believed_free(entry(heard_at=10.7, free=16)) == 16
+
+
+def test_what_lands_is_the_oldest_ask_for_as_many_slots() -> None:
+    placement = Placement()
+    placement.asked("w1", 10.0, 5)
+    placement.asked("w1", 20.0, 3)
+    placement.asked("w1", 20.1, 5)
+    placement.granted("w1", 20.2, None, 5)
+    # The grant is as old as the first ask: an advertisement of 20 s holds it, and neither of the younger asks.
+    assert placement.believed_free(entry(heard_at=20.0, free=11)) == 11 - 3 - 5
+
+
+def test_a_worker_that_was_busier_than_believed_is_believed() -> None:
+    placement = Placement()
+    placement.asked("w1", 10.0, 10)
+    placement.busier("w1", load(4), 10.0, 10)
+    assert placement.believed_free(entry(heard_at=9.9)) == 4
+    assert placement.choose([entry(heard_at=9.9)], draw=0.0, num_envs=5) == Choice("w1", 0)
+
+
+def test_a_parked_open_of_many_slots_moves_only_where_there_is_room_for_it() -> None:
+    entries = [entry("full", free=0, waiting=2), entry("some", free=4), entry("many", free=9)]
+    move = Placement().should_move
+    assert move(entries, "full", 0.0, 5) == "many"
+    assert move(entries, "full", 0.49, 5) == "many"
+    assert move(entries, "full", 0.5, 5) is None, "room for one, and two wait"
+    assert move(entries, "full", 0.0, 10) is None
+
+
+# ---------------------------------------------------------------- vectors
+
+WORKERS = st.lists(
+    st.tuples(
+        st.integers(0, 12), st.integers(0, 12), st.sampled_from([0, 0, 0, 1]), st.sampled_from([False] * 5 + [True])
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def workers_of(listed: list[tuple[int, int, int, bool]]) -> dict[str, Entry]:
+    return {
+        f"w{n}": entry(f"w{n}", slots=slots, free=min(free, slots), waiting=waiting, draining=draining)
+        for n, (slots, free, waiting, draining) in enumerate(listed)
+    }
+
+
+def plan(
+    workers: list[tuple[str, int, int]], num_envs: int, shards: int | None = None, **how: Any
+) -> list[tuple[str, int]]:
+    """Workers are (name, slots, free)."""
+    entries = [entry(name, slots=slots, free=free) for name, slots, free in workers]
+    return [(shard.worker, shard.num_envs) for shard in Placement().spread(entries, num_envs, shards, **how)]
+
+
+THREE = [("a", 16, 16), ("b", 16, 16), ("c", 16, 16)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "num_envs", "shards"),
+    [
+        (THREE, 12, [("a", 4), ("b", 4), ("c", 4)]),
+        (THREE, 13, [("a", 5), ("b", 4), ("c", 4)]),
+        (THREE, 2, [("a", 1), ("b", 1)]),
+        (THREE, 48, [("a", 16), ("b", 16), ("c", 16)]),
+        (THREE, 49, []),
+        # by the fraction of their slots
+        ([("a", 32, 32), ("b", 16, 16)], 12, [("a", 8), ("b", 4)]),
+        # and with what is taken already
+        ([("a", 16, 16), ("b", 16, 8)], 12, [("a", 10), ("b", 2)]),
+        # every worker with room takes part
+        ([("a", 16, 16), ("b", 16, 1)], 4, [("a", 3), ("b", 1)]),
+        ([("a", 16, 16), ("b", 16, 0)], 4, [("a", 4)]),
+        # what there is no room for waits, within the slots
+        ([("a", 8, 8), ("b", 8, 2)], 12, [("a", 8), ("b", 4)]),
+        ([("a", 8, 0), ("b", 8, 0)], 12, [("a", 6), ("b", 6)]),
+        ([("a", 8, 0), ("b", 8, 0)], 17, []),
+        ([], 1, []),
+    ],
+)
+def test_a_vector_is_cut_so_that_workers_end_equally_loaded(
+    workers: list[tuple[str, int, int]], num_envs: int, shards: list[tuple[str, int]]
+) -> None:
+    assert plan(workers, num_envs) == shards
+
+
+@pytest.mark.parametrize(
+    ("workers", "num_envs", "shards", "expected"),
+    [
+        (THREE, 10, 3, [("a", 4), ("b", 3), ("c", 3)]),
+        (THREE, 10, 1, [("a", 10)]),
+        # the least loaded ones
+        ([("a", 16, 4), ("b", 16, 16), ("c", 16, 8)], 6, 2, [("b", 3), ("c", 3)]),
+        # several on one worker
+        ([("a", 16, 16)], 10, 3, [("a", 4), ("a", 3), ("a", 3)]),
+        (THREE, 8, 4, [("a", 2), ("b", 2), ("c", 2), ("a", 2)]),
+        # with room first, also where that makes two on one worker
+        ([("a", 16, 16), ("b", 16, 2)], 8, 2, [("a", 4), ("a", 4)]),
+        # a shard that no worker could ever hold
+        (THREE, 34, 2, []),
+        (THREE, 48, 3, [("a", 16), ("b", 16), ("c", 16)]),
+    ],
+)
+def test_a_number_of_shards_that_is_given_is_kept(
+    workers: list[tuple[str, int, int]], num_envs: int, shards: int, expected: list[tuple[str, int]]
+) -> None:
+    assert plan(workers, num_envs, shards) == expected
+
+
+@pytest.mark.parametrize(("num_envs", "shards"), [(0, None), (-1, None), (4, 0), (4, 5)])
+def test_a_vector_of_nothing_or_of_more_shards_than_sub_environments_is_a_usage_error(
+    num_envs: int, shards: int | None
+) -> None:
+    with pytest.raises(UsageError, match=str(num_envs)):
+        plan(THREE, num_envs, shards)
+
+
+def test_equal_workers_are_taken_by_the_draw() -> None:
+    assert [plan(THREE, 2, 1, draw=draw)[0][0] for draw in (0.0, 0.4, 0.7)] == ["a", "b", "c"]
+
+
+def test_within_room_means_that_nothing_waits() -> None:
+    workers = [("a", 8, 3), ("b", 8, 2)]
+    assert plan(workers, 5, within_room=True) == [("a", 3), ("b", 2)]
+    assert plan(workers, 6, within_room=True) == []
+    assert plan(workers, 6) == [("a", 4), ("b", 2)]
+
+
+def test_where_others_wait_there_is_no_room_but_for_the_one_who_waits_alone() -> None:
+    entries = [entry("a", slots=8, free=3, waiting=1), entry("b", slots=8, free=3)]
+    spread = Placement().spread
+    assert spread(entries, 6, within_room=True) == []
+    assert spread(entries, 6, within_room=True, parked_at="b") == []
+    assert spread(entries, 6, within_room=True, parked_at="a") == [Shard("a", 3), Shard("b", 3)]
+
+
+def test_a_plan_counts_what_this_client_asked_for_already() -> None:
+    placement = Placement()
+    placement.asked("a", 0.0, 8)
+    assert placement.spread([entry("a"), entry("b")], 12) == [Shard("a", 2), Shard("b", 10)]
+
+
+@settings(deadline=None)
+@given(WORKERS, st.integers(1, 60), DRAWS)
+def test_any_plan_is_whole_balanced_and_within_the_room_there_is(
+    listed: list[tuple[int, int, int, bool]], num_envs: int, draw: float
+) -> None:
+    entries = workers_of(listed)
+    shards = Placement().spread(entries.values(), num_envs, draw=draw)
+    usable = {name: e.advertisement for name, e in entries.items() if not e.advertisement.draining}
+    if not shards:
+        assert sum(ad.slots for ad in usable.values()) < num_envs
+        return
+    sizes = {shard.worker: shard.num_envs for shard in shards}
+    assert len(sizes) == len(shards) <= num_envs, "one shard a worker"
+    assert sum(sizes.values()) == num_envs
+    room = {name: 0 if ad.waiting else ad.free for name, ad in usable.items()}
+    assert all(1 <= size <= usable[name].slots for name, size in sizes.items())
+    if num_envs > sum(room.values()):
+        assert all(sizes.get(name, 0) >= free for name, free in room.items()), "all the room there is is used"
+        return
+    assert all(size <= room[name] for name, size in sizes.items())
+    assert len(sizes) == min(num_envs, sum(free > 0 for free in room.values()))
+
+    def taken(name: str, more: int = 0) -> float:
+        return (usable[name].slots - usable[name].free + sizes[name] + more) / usable[name].slots
+
+    for one, other in itertools.permutations(sizes, 2):
+        if sizes[one] > 1 and sizes[other] < room[other]:
+            assert taken(one) <= taken(other, 1) + 1e-9, "no sub-environment were better elsewhere"
+
+
+@settings(deadline=None)
+@given(WORKERS, st.integers(1, 40), st.integers(1, 8), DRAWS)
+def test_any_plan_of_so_many_shards_has_them_nearly_equal(
+    listed: list[tuple[int, int, int, bool]], num_envs: int, shards: int, draw: float
+) -> None:
+    entries = workers_of(listed)
+    shards = min(shards, num_envs)
+    cut = Placement().spread(entries.values(), num_envs, shards, draw=draw)
+    usable = {name: e.advertisement for name, e in entries.items() if not e.advertisement.draining}
+    if not cut:
+        assert sum(ad.slots // -(-num_envs // shards) for ad in usable.values()) < shards
+        return
+    sizes = [shard.num_envs for shard in cut]
+    assert (len(sizes), sum(sizes)) == (shards, num_envs)
+    assert max(sizes) - min(sizes) <= 1
+    of_worker: Counter[str] = Counter()
+    for shard in cut:
+        of_worker[shard.worker] += shard.num_envs
+    assert all(total <= usable[name].slots for name, total in of_worker.items())
+    roomy = [name for name, ad in usable.items() if not ad.waiting and ad.free >= max(sizes)]
+    if len(roomy) >= shards:
+        assert len(of_worker) == shards, "one a worker, where there are enough of them"
+        assert all(total <= usable[name].free for name, total in of_worker.items())
+
+
+@pytest.mark.parametrize(
+    ("vectors", "form", "mode", "seeding", "lacks"),
+    [
+        (None, "single", "SameStep", "derived", ""),
+        (None, "vector", "NextStep", "gymnasium", "single envs only"),
+        (Vectors(), "vector", "Disabled", "derived", ""),
+        (Vectors(), "pool", "NextStep", "derived", ""),
+        (Vectors(pool=False), "pool", "SameStep", "gymnasium", "pools"),
+        (Vectors(pool=False), "vector", "SameStep", "gymnasium", ""),
+        (Vectors(autoreset_modes=["NextStep", "Disabled"]), "vector", "SameStep", "gymnasium", "NextStep, Disabled"),
+        (Vectors(autoreset_modes=["NextStep"]), "pool", "Disabled", "gymnasium", ""),
+        (Vectors(seedings=["gymnasium"]), "vector", "NextStep", "derived", "seeding derived (it has gymnasium)"),
+        (Vectors(seedings=[]), "pool", "NextStep", "derived", "(it has none)"),
+    ],
+)
+def test_what_a_worker_lacks_is_named_with_what_it_has(
+    vectors: Vectors | None, form: Form, mode: AutoresetName, seeding: Seeding, lacks: str
+) -> None:
+    said = lacking(vectors, form, mode, seeding)
+    assert bool(said) is bool(lacks)
+    assert lacks in said

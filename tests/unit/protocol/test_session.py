@@ -14,7 +14,7 @@ def table_with(state: State | None, *, slots: int = 4, confirmed: bool = False) 
     """A table whose session s1 is in that state, in epoch 5; None for one that was never there."""
     table = SessionTable(slots)
     if state is None:
-        return table, Session(*KEY, EPOCH, 1, "nowhere")
+        return table, Session(*KEY, EPOCH, "nowhere")
     opening, session = table.open(*KEY, EPOCH, "inbox.open", 0.0)
     assert opening is Opening.NEW
     assert session is not None
@@ -169,10 +169,15 @@ def test_an_ended_session_does_not_take_its_successor_away() -> None:
     assert table.get(KEY) is new
 
 
-def test_a_session_has_the_lanes_that_were_asked_for_and_each_is_its_own() -> None:
-    _, session = SessionTable(1).open(*KEY, 1, "inbox", 0.0, lanes=3)
-    assert session is not None
-    assert len({id(lane) for lane in session.lanes}) == 3
+def test_a_pool_has_a_lane_for_each_sub_environment_and_any_other_session_has_one() -> None:
+    table = SessionTable(6)
+    _, vector = table.open("ann", "vector", 1, "inbox", 0.0, num_envs=3)
+    _, pool = table.open("ann", "pool", 1, "inbox", 0.0, num_envs=3, pool=True)
+    assert vector is not None
+    assert pool is not None
+    assert vector.lane is not None
+    assert pool.lanes is not None
+    assert (vector.lanes, pool.lane, len(pool.lanes)) == (None, None, 3)
 
 
 def test_reasons_are_forgotten_in_the_order_of_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +197,8 @@ def test_reasons_are_forgotten_in_the_order_of_the_ends(monkeypatch: pytest.Monk
 def test_cached_answers_are_counted_and_beyond_the_limit_no_slot_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "MAX_CACHED_BYTES", 10)
     table, session = table_with(State.OPEN)
-    lane = session.lanes[0]
+    lane = session.lane
+    assert lane is not None
     lane.receive(1, "inbox.1", 1.0)
     assert table.answered(lane, b"123456789") == "inbox.1"
     assert (table.cached_bytes, table.free) == (9, 3)
@@ -340,7 +346,8 @@ def test_a_probe_for_the_open_tells_what_became_of_it(state: State | None, epoch
 )
 def test_a_probe_for_a_request_tells_what_became_of_it(seq: int, running: bool, answer: str) -> None:
     table, session = table_with(State.OPEN)
-    lane = session.lanes[0]
+    lane = session.lane
+    assert lane is not None
     lane.receive(1, "inbox", 1.0)
     table.answered(lane, b"1")
     lane.receive(2, "inbox", 1.0)
@@ -394,3 +401,30 @@ def test_a_renewal_by_the_other_thread_in_the_midst_of_a_grant_holds_for_a_lease
     else:
         table.grant_again(now)
     assert session.lease_until == 1.0 + LEASE_S
+
+
+# ---------------------------------------------------------------- slots
+
+
+def test_a_session_takes_a_slot_for_each_sub_environment_and_gives_them_all_back() -> None:
+    table = SessionTable(16)
+    opening, session = table.open(*KEY, EPOCH, "inbox", 0.0, num_envs=10)
+    assert opening is Opening.NEW
+    assert session is not None
+    assert session.num_envs == 10
+    assert (table.free, len(table)) == (6, 1)
+    assert table.open(*KEY, EPOCH, "inbox", 0.0, num_envs=10)[0] is Opening.JOIN
+    assert table.free == 6, "said again, it takes nothing more"
+    table.ending(session, "closed")
+    assert table.free == 6, "until its envs are closed"
+    table.ended(session)
+    table.ended(session)
+    assert table.free == 16
+
+
+@pytest.mark.parametrize(("num_envs", "opening"), [(1, Opening.NEW), (6, Opening.NEW), (7, Opening.FULL)])
+def test_an_open_is_full_where_fewer_slots_are_free_than_it_needs(num_envs: int, opening: Opening) -> None:
+    table = SessionTable(16)
+    table.open("bob", "other", 1, "inbox", 0.0, num_envs=10)
+    assert table.open(*KEY, EPOCH, "inbox", 0.0, num_envs=num_envs)[0] is opening
+    assert table.free == (6 - num_envs if opening is Opening.NEW else 6)

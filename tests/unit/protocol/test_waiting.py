@@ -147,6 +147,75 @@ def test_a_ticket_does_not_give_back_a_turn_that_was_used_meanwhile() -> None:
     assert served(waiting) == ["b 1", "c 1", "a 1"]
 
 
+def park_sizes(waiting: Waiting, **sizes: int) -> None:
+    """Park an open of so many slots for each user, in order."""
+    for user, num_envs in sizes.items():
+        assert waiting.park(user, "1", 0.0, FAR, num_envs=num_envs) is not None
+
+
+def test_who_needs_more_than_is_free_waits_and_nobody_overtakes_it() -> None:
+    waiting = Waiting()
+    park_sizes(waiting, big=10, small=1)
+    for free in (0, 1, 9):
+        assert waiting.next(free) is None
+    assert len(waiting) == 2
+    waiter = waiting.next(10)
+    assert waiter is not None
+    assert (waiter.user, waiter.num_envs) == ("big", 10)
+    assert waiting.next(0) is None
+    small = waiting.next(1)
+    assert small is not None
+    assert small.user == "small"
+
+
+def test_a_big_resume_is_not_overtaken_by_an_open_that_would_fit() -> None:
+    waiting = Waiting()
+    park_sizes(waiting, small=1)
+    waiting.park("big", "1", 0.0, FAR, resume=True, num_envs=10)
+    assert waiting.next(9) is None
+    assert waiting.next(10) is not None
+
+
+@pytest.mark.parametrize("how", ["leaves", "is over"])
+def test_when_a_big_one_goes_the_next_is_looked_at(how: str) -> None:
+    waiting = Waiting()
+    waiting.park("big", "1", 0.0, 1.0, num_envs=10)
+    park_sizes(waiting, small=1)
+    if how == "leaves":
+        waiting.leave("big", "1")
+    else:
+        assert [waiter.num_envs for waiter in waiting.due(1.0)] == [10]
+    waiter = waiting.next(1)
+    assert waiter is not None
+    assert waiter.user == "small"
+
+
+def test_an_open_said_again_keeps_its_place_and_takes_the_new_size() -> None:
+    waiting = Waiting()
+    park_sizes(waiting, a=10, b=1)
+    park_sizes(waiting, a=2)
+    assert waiting.next(1) is None
+    waiter = waiting.next(2)
+    assert waiter is not None
+    assert (waiter.user, waiter.num_envs) == ("a", 2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 8)), max_size=30), st.integers(8, 16))
+def test_sizes_change_nothing_in_the_order(opens: list[tuple[str, int]], slots: int) -> None:
+    sized, plain = Waiting(), Waiting()
+    for number, (user, num_envs) in enumerate(opens):
+        sized.park(user, str(number), 0.0, FAR, num_envs=num_envs)
+        plain.park(user, str(number), 0.0, FAR)
+    order, held = [], list[int]()
+    while len(sized):
+        while (waiter := sized.next(slots - sum(held))) is not None:
+            order.append(f"{waiter.user} {waiter.session}")
+            held.append(waiter.num_envs)
+        held = held[1:]  # a session ends, and its slots are free
+    assert order == served(plain)
+
+
 def lost_ticket(how: str) -> Waiting:
     """A queue in which a's ticket is no good, for one reason or another; a is back in it, behind b."""
     waiting = Waiting(max_tickets=1)

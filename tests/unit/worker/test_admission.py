@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from meshrl.errors import from_wire
+from meshrl.errors import UsageError, from_wire
 from meshrl.protocol import session as session_module
+from meshrl.wire.messages import Vectors
+from tests.mesh.conftest import until
 from tests.mesh.envs import Counter
 from tests.unit.worker.conftest import Bare
 
@@ -107,14 +109,15 @@ async def test_parked_opens_are_granted_when_the_kept_answers_shrink(
 ) -> None:
     monkeypatch.setattr(session_module, "MAX_CACHED_BYTES", 1000)
     worker: Bare = bare(Counter)
-    session = await worker.opened("s1")
-    session.lanes[0].receive(1, "", time.monotonic())
-    worker.table.answered(session.lanes[0], b"x" * 1000)
+    lane = (await worker.opened("s1")).lane
+    assert lane is not None
+    lane.receive(1, "", time.monotonic())
+    worker.table.answered(lane, b"x" * 1000)
     waits = worker.open("s2", park_s=60.0)
     await asyncio.sleep(0)
     assert worker.admission.waiting_count() == 1
-    session.lanes[0].receive(2, "", time.monotonic())
-    worker.table.answered(session.lanes[0], b"x")
+    lane.receive(2, "", time.monotonic())
+    worker.table.answered(lane, b"x")
     assert (await worker.replies.to(waits))["session"] == "s2"
     assert worker.admission.waiting_count() == 0
     worker.admission.stop()
@@ -139,4 +142,129 @@ async def test_a_drain_sends_those_who_wait_elsewhere(bare: Any) -> None:
     assert code(await worker.replies.to(waits)) == "worker_draining"
     assert code(await worker.replies.to(worker.open("s3"))) == "worker_draining"
     assert (await worker.replies.to(worker.open("s1")))["session"] == "s1", "who has a session keeps it"
+    worker.admission.stop()
+
+
+# ---------------------------------------------------------------- many sub-environments
+
+
+def with_vectors(worker: Bare, vectors: Vectors | None = None) -> Bare:
+    """The worker, with an env that can be a vector."""
+    said = worker.admission.served["env"].model_copy(update={"vectors": vectors or Vectors()})
+    worker.admission.served = {"env": said}
+    return worker
+
+
+async def test_a_vector_takes_a_slot_for_each_sub_environment_and_gives_them_back(bare: Any) -> None:
+    worker: Bare = with_vectors(bare(Counter, slots=16))
+    answer = await worker.replies.to(worker.open("s1", form="vector", num_envs=10))
+    assert answer["load"] == {"slots": 16, "free": 6}
+    assert (await worker.opened("s2", form="pool", num_envs=6)).num_envs == 6
+    assert (await worker.replies.to(worker.open("s3")))["load"]["free"] == 0
+    worker.close("s1")
+    worker.close("s2")
+    await worker.emptied()
+    assert worker.table.free == 16
+
+
+async def test_a_single_env_has_one_sub_environment(bare: Any) -> None:
+    worker: Bare = with_vectors(bare(Counter, slots=16))
+    answer = await worker.replies.to(worker.open(num_envs=2))
+    assert code(answer) == "malformed_message"
+    assert (await worker.opened("s2", form="vector")).num_envs == 1
+
+
+async def test_more_sub_environments_than_slots_are_refused_with_both_numbers(bare: Any) -> None:
+    worker: Bare = with_vectors(bare(Counter, slots=16))
+    answer = await worker.replies.to(worker.open(form="vector", num_envs=17, park_s=60.0))
+    refusal = from_wire(answer["error"])
+    assert isinstance(refusal, UsageError)
+    assert "17 sub-environments" in refusal.message
+    assert "16 slots" in refusal.message
+    assert (refusal.details["num_envs"], refusal.details["slots"]) == (17, 16)
+    assert worker.admission.waiting_count() == 0
+
+
+@pytest.mark.parametrize(
+    ("vectors", "fields", "says"),
+    [
+        (None, {"form": "vector"}, "vectors of any kind"),
+        (None, {"form": "pool"}, "vectors of any kind"),
+        (Vectors(pool=False), {"form": "pool"}, "pools"),
+        (Vectors(seedings=["gymnasium"]), {"form": "pool", "seeding": "derived"}, "seeding derived"),
+        (Vectors(autoreset_modes=["NextStep"]), {"form": "vector", "autoreset_mode": "SameStep"}, "it has NextStep"),
+    ],
+)
+async def test_vectors_that_the_worker_does_not_offer_are_refused(
+    bare: Any, vectors: Vectors | None, fields: dict[str, Any], says: str
+) -> None:
+    worker: Bare = bare(Counter)
+    if vectors is not None:
+        with_vectors(worker, vectors)
+    answer = await worker.replies.to(worker.open(**fields))
+    assert code(answer) == "usage"
+    assert says in answer["error"]["message"]
+    assert (await worker.opened("s2")).num_envs == 1, "single envs it has"
+
+
+async def test_a_pool_needs_no_autoreset_mode_of_a_vectors(bare: Any) -> None:
+    worker: Bare = with_vectors(bare(Counter), Vectors(autoreset_modes=["Disabled"]))
+    assert (await worker.opened(form="pool", num_envs=2)).num_envs == 2
+
+
+async def test_an_open_that_waits_for_many_slots_is_not_overtaken_by_one_that_would_fit(bare: Any) -> None:
+    worker: Bare = with_vectors(bare(Counter, slots=4))
+    for session in ("s1", "s2", "s3"):
+        await worker.opened(session)
+    big = worker.open("big", form="vector", num_envs=3, park_s=60.0)
+    small = worker.open("small", user="bob", park_s=60.0)
+    assert worker.admission.waiting_count() == 2
+    worker.close("s1")
+    await until(lambda: worker.table.free == 2, "one slot less than it needs")
+    assert worker.admission.waiting_count() == 2
+    worker.close("s2")
+    assert (await worker.replies.to(big))["load"]["free"] == 0
+    assert worker.admission.waiting_count() == 1
+    worker.close("s3")
+    assert (await worker.replies.to(small))["session"] == "small"
+    worker.admission.stop()
+
+
+async def test_freed_slots_admit_as_many_as_fit(bare: Any) -> None:
+    worker: Bare = with_vectors(bare(Counter, slots=4))
+    await worker.opened("s1", form="vector", num_envs=4)
+    first = worker.open("first", form="vector", num_envs=2, park_s=60.0)
+    second = worker.open("second", park_s=60.0)
+    third = worker.open("third", form="vector", num_envs=2, park_s=60.0)
+    worker.close("s1")
+    assert (await worker.replies.to(first))["session"] == "first"
+    assert (await worker.replies.to(second))["session"] == "second"
+    assert (worker.table.free, worker.admission.is_parked(("anon", "third"))) == (1, True)
+    worker.close("second")
+    assert (await worker.replies.to(third))["session"] == "third"
+    worker.admission.stop()
+
+
+@pytest.mark.parametrize("how", ["gives up", "is over"])
+async def test_when_a_big_open_goes_those_behind_it_get_what_it_kept_from_them(bare: Any, how: str) -> None:
+    worker: Bare = with_vectors(bare(Counter, slots=4))
+    await worker.opened("s1")
+    big = worker.open("big", form="vector", num_envs=4, park_s=60.0 if how == "gives up" else 0.05)
+    small = worker.open("small", park_s=60.0)
+    assert worker.admission.waiting_count() == 2
+    if how == "gives up":
+        worker.close("big")
+    else:
+        assert (await worker.replies.to(big))["ticket"]
+    assert (await worker.replies.to(small))["session"] == "small"
+    worker.admission.stop()
+
+
+async def test_a_client_that_believes_in_slots_which_others_wait_for_is_sent_on(bare: Any) -> None:
+    worker: Bare = with_vectors(bare(Counter, slots=4))
+    await worker.opened("s1")
+    worker.open("big", form="vector", num_envs=4, park_s=60.0)
+    answer = await worker.replies.to(worker.open("s2", believed_free=1, park_s=60.0))
+    assert answer["bounced"] is True
+    assert answer["load"] == {"slots": 4, "free": 3, "waiting": 1}
     worker.admission.stop()

@@ -1,0 +1,114 @@
+"""One request of several lanes under way: its answers come in as many messages as its lanes finish in (R2, R9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from meshrl.client.flights import Entry, Flight, Flights
+from meshrl.errors import MeshError
+from meshrl.wire.frames import Indices
+
+if TYPE_CHECKING:
+    from meshrl.client.shards import ShardSession
+
+# What decides about the whole when lanes are told different things: that the session is gone, then that some of it has
+# to be sent again.
+_SEND_AGAIN = ("not_received", "answered")
+
+
+class LaneFlight(Flight):
+    """A pool's request to one shard.
+
+    Attributes:
+        session: of the shard.
+        op: of the request.
+        lanes: int64, of the shard, that are not answered yet.
+        seqs: int64, the sequence number on each.
+    """
+
+    __slots__ = ("_body_of", "_lost", "_received", "_unanswered", "lanes", "op", "seqs", "session")
+
+    def __init__(
+        self,
+        flights: Flights,
+        session: ShardSession,
+        op: str,
+        lanes: Indices,
+        seqs: Indices,
+        *,
+        body_of: Callable[[Indices], bytes],
+        received: Callable[[LaneFlight, bytes], None],
+        lost: Callable[[LaneFlight, MeshError], None],
+        now: float,
+    ) -> None:
+        """A request that is not sent yet.
+
+        Args:
+            flights: those of the mesh.
+            session: of the shard.
+            op: ``step`` or ``reset``.
+            lanes: of the shard.
+            seqs: one a lane.
+            body_of: the request's body for some of the lanes, by their positions in ``lanes``.
+            received: gets each answer.
+            lost: is told that no more come.
+            now: the clock.
+        """
+        grant = session.grant
+        everything = np.arange(len(lanes))
+        entry = Entry(grant.session, grant.epoch, int(lanes[0]), int(seqs[0]))
+        super().__init__(
+            flights, grant.worker, entry, session.subject + op, body_of(everything), grant.step_deadline_s, now
+        )
+        self.session = session
+        self.op = op
+        self.lanes = lanes
+        self.seqs = seqs
+        self._unanswered = np.ones(len(lanes), np.bool_)
+        self._body_of = body_of
+        self._received = received
+        self._lost = lost
+
+    def answered(self, data: bytes | None) -> None:
+        """An answer arrived, or word that nobody listens."""
+        if data is None:
+            self._flights.alone(self)
+        else:
+            self._received(self, data)
+
+    def land(self, lanes: Indices) -> None:
+        """These lanes have their answers."""
+        self._unanswered &= ~np.isin(self.lanes, lanes)
+        if not self._unanswered.any():
+            self._flights.landed(self)
+            self._landed = b""
+
+    def failed(self, exc: MeshError) -> None:
+        """There will be no more answers."""
+        self._flights.landed(self)
+        if self._landed is None:
+            self._landed = exc
+            self._lost(self, exc)
+
+    def left(self) -> Indices:
+        """The lanes that have no answer yet."""
+        return self.lanes[self._unanswered]
+
+    def awaited(self) -> list[Entry]:
+        """The requests in it that are not answered yet."""
+        session, epoch, _, _ = self.entry
+        pairs = zip(self.left().tolist(), self.seqs[self._unanswered].tolist(), strict=True)
+        return [Entry(session, epoch, lane, seq) for lane, seq in pairs]
+
+    def told(self, states: list[str]) -> str:
+        """The word that counts for the whole."""
+        if "unknown" in states:
+            return "unknown"
+        return next((state for state in states if state in _SEND_AGAIN), "running")
+
+    def again(self) -> bytes:
+        """The body of those that have no answer yet; for a lane that runs it changes nothing."""
+        return self._body_of(np.flatnonzero(self._unanswered))

@@ -1,0 +1,195 @@
+"""Results that are ready, and in which order a pool's user gets them."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.errors import MalformedMessage
+from meshrl.wire.batches import join, pick
+from meshrl.wire.frames import Frame, Indices
+from meshrl.wire import infos as _infos
+from meshrl.wire.infos import merge_infos
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PoolBatch:
+    """Results of some sub-environments of a pool; row k of each field is that of ``env_ids[k]``.
+
+    Attributes:
+        env_ids: int64, each once, in the order in which they became ready (or by their share, in a fair pool).
+        observations: batched; after a step that ended an episode, those of the next one's beginning.
+        rewards: float64; 0 after a reset.
+        terminations: bool.
+        truncations: bool.
+        infos: merged by Gymnasium's rules over the rows; ``final_obs`` and ``final_info`` where an episode ended.
+        first: bool, whether the row is the result of a reset; any other is that of a step.
+        episodes: int64, the number of the episode that the row belongs to, from 1 for each sub-environment; a step that
+            ends an episode belongs to the one it ends.
+        steps: int64, how many steps that episode had by then; 0 after a reset.
+    """
+
+    env_ids: Indices
+    observations: Any
+    rewards: NDArray[np.float64]
+    terminations: NDArray[np.bool_]
+    truncations: NDArray[np.bool_]
+    infos: dict[str, Any]
+    first: NDArray[np.bool_]
+    episodes: Indices
+    steps: Indices
+
+    def __len__(self) -> int:
+        return len(self.env_ids)
+
+
+@dataclass(slots=True, eq=False)
+class Ready:
+    """What is left of one answer.
+
+    Attributes:
+        frame: the answer.
+        size: how many lanes it is of.
+        rows: their positions in it, that were not handed out yet.
+        env_ids: of those.
+    """
+
+    frame: Frame
+    size: int
+    rows: Indices
+    env_ids: Indices
+
+
+class Results:
+    """Ready results.
+
+    Args:
+        space: of one observation.
+        num_envs: of the pool.
+        fair: hand out first what belongs to sub-environments that were handed out least.
+
+    Attributes:
+        count: how many there are.
+    """
+
+    def __init__(self, space: gymnasium.Space[Any], num_envs: int, *, fair: bool) -> None:
+        self.count = 0
+        self._space = space
+        self._fair = fair
+        self._handed: Indices = np.zeros(num_envs, np.int64)
+        self._ready: deque[Ready] = deque()
+
+    def add(self, ready: Ready) -> None:
+        """Take an answer."""
+        self._ready.append(ready)
+        self.count += len(ready.rows)
+
+    def drop(self, env_ids: Indices) -> None:
+        """Forget the results of ``env_ids``."""
+        kept: deque[Ready] = deque()
+        for ready in self._ready:
+            stays = ~np.isin(ready.env_ids, env_ids)
+            if stays.any():
+                kept.append(Ready(ready.frame, ready.size, ready.rows[stays], ready.env_ids[stays]))
+        self._ready = kept
+        self.count = sum(len(ready.rows) for ready in kept)
+
+    def take(self, limit: int) -> PoolBatch:
+        """Hand out at most ``limit`` of them; there is at least one.
+
+        Raises:
+            MalformedMessage: an answer is none.
+        """
+        taken = self._take_fairly(limit) if self._fair and self.count > limit else self._take_first(limit)
+        self.count -= sum(len(part.rows) for part in taken)
+        batch = self._batch(taken)
+        self._handed[batch.env_ids] += 1
+        return batch
+
+    def _take_first(self, limit: int) -> list[Ready]:
+        taken: list[Ready] = []
+        while self._ready and limit:
+            ready = self._ready[0]
+            if len(ready.rows) <= limit:
+                taken.append(self._ready.popleft())
+            else:
+                taken.append(Ready(ready.frame, ready.size, ready.rows[:limit], ready.env_ids[:limit]))
+                ready.rows, ready.env_ids = ready.rows[limit:], ready.env_ids[limit:]
+            limit -= len(taken[-1].rows)
+        return taken
+
+    def _take_fairly(self, limit: int) -> list[Ready]:
+        """Of those that were handed out least, the ones that have been ready for longest."""
+        env_ids = np.concatenate([ready.env_ids for ready in self._ready])
+        chosen = np.zeros(len(env_ids), np.bool_)
+        chosen[np.argsort(self._handed[env_ids], kind="stable")[:limit]] = True
+        taken: list[Ready] = []
+        kept: deque[Ready] = deque()
+        at = 0
+        for ready in self._ready:
+            own = chosen[at : at + len(ready.rows)]
+            at += len(ready.rows)
+            if own.any():
+                taken.append(Ready(ready.frame, ready.size, ready.rows[own], ready.env_ids[own]))
+            if not own.all():
+                kept.append(Ready(ready.frame, ready.size, ready.rows[~own], ready.env_ids[~own]))
+        self._ready = kept
+        return taken
+
+    def _batch(self, taken: list[Ready]) -> PoolBatch:
+        sizes = [len(part.rows) for part in taken]
+        total = sum(sizes)
+        observations, infos, at = [], [], 0
+        for part, size in zip(taken, sizes, strict=True):
+            obs = join(self._space, [_field(part, "obs")], [part.size])
+            info = part.frame.get("infos")
+            if size < part.size:
+                obs = pick(self._space, obs, part.rows)
+                info = None if info is None else pick_infos(info, part.rows, part.size)
+            observations.append(obs)
+            infos.append((info, at, size))
+            at += size
+        first = [np.full(size, _field(part, "first") is True) for part, size in zip(taken, sizes, strict=True)]
+        return PoolBatch(
+            env_ids=_joined([part.env_ids for part in taken]),
+            observations=join(self._space, observations, sizes),
+            rewards=_column(taken, "rewards", np.dtype(np.float64)),
+            terminations=_column(taken, "terminations", np.dtype(np.bool_)),
+            truncations=_column(taken, "truncations", np.dtype(np.bool_)),
+            infos=merge_infos(infos, total) if any(info is not None for info, _, _ in infos) else {},
+            first=_joined(first),
+            episodes=_column(taken, "episodes", np.dtype(np.int64)),
+            steps=_column(taken, "steps", np.dtype(np.int64)),
+        )
+
+
+def pick_infos(part: Any, rows: Any, count: int) -> Any:
+    at = {int(r): k for k, r in enumerate(rows)}
+    entries = [[at[i], info] for i, info in _infos._read(part, 0, count).entries() if i in at]
+    return {"entries": sorted(entries, key=lambda e: e[0])} if entries else None
+
+
+def _column(taken: list[Ready], field: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    columns = []
+    for part in taken:
+        column = _field(part, field)
+        if not isinstance(column, np.ndarray) or column.shape != (part.size,) or column.dtype != dtype:
+            raise MalformedMessage(f"a pool's {field} are not {part.size} of {dtype}", field=field)
+        columns.append(column if len(part.rows) == part.size else column[part.rows])
+    return _joined(columns)
+
+
+def _joined(columns: list[NDArray[Any]]) -> NDArray[Any]:
+    return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+
+def _field(part: Ready, field: str) -> Any:
+    try:
+        return part.frame[field]
+    except KeyError:
+        raise MalformedMessage(f"a pool's answer has no {field}", field=field) from None

@@ -1,0 +1,185 @@
+"""Shards: one vector opened as several sessions, all of them or none (R5).
+
+The plan is :meth:`meshrl.protocol.placement.Placement.spread`'s; each shard then has an opening of its own, aimed at
+the worker that the plan meant. Who is busier than the plan believed sends it elsewhere; where no one worker has room
+for it and several together have, it is cut again rather than parked.
+
+A client may hold some shards while it waits for others, and two clients may each hold what the other needs. Neither
+takes anything from the other; the one whose ``wait`` is over first gives back what it holds, and the other goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from meshrl.client.opening import ASK_AGAIN_S, Divided, Opening
+from meshrl.client.session import RemoteSession
+from meshrl.client.shielded import shielded
+from meshrl.errors import MeshError, MeshFull, SessionLost
+from meshrl.protocol.placement import Shard
+from meshrl.wire.messages import Grant
+
+if TYPE_CHECKING:
+    from meshrl.client.context import Context
+
+
+class ShardSession(RemoteSession):
+    """The session of one shard.
+
+    Attributes:
+        first_env_id: global index of its first sub-environment.
+        num_envs: how many it has.
+    """
+
+    def __init__(self, context: Context, grant: Grant, *, first_env_id: int, num_envs: int) -> None:
+        super().__init__(context, grant)
+        self.first_env_id = first_env_id
+        self.num_envs = num_envs
+        self._waiting_for: Callable[[ShardSession], bool] | None = None
+        self._told: Callable[[MeshError], None] | None = None
+
+    def watched_by(self, waiting_for: Callable[[ShardSession], bool], told: Callable[[MeshError], None]) -> None:
+        """Say who sends its requests: whether answers to some are under way, and who is told that it is lost."""
+        self._waiting_for = waiting_for
+        self._told = told
+
+    def _is_waiting(self) -> bool:
+        return super()._is_waiting() if self._waiting_for is None else self._waiting_for(self)
+
+    def _was_lost(self, exc: SessionLost) -> None:
+        if self._told is not None:
+            self._told(exc)
+
+
+async def open_shards(
+    context: Context,
+    name: str,
+    kwargs: Mapping[str, Any] | None,
+    where: Mapping[str, Any] | None,
+    wait: float,
+    *,
+    num_envs: int,
+    shards: int | None,
+    **request: Any,
+) -> list[ShardSession]:
+    """Lease the sessions of a vector of envs: all of them or none.
+
+    Cancelling gives back what was granted.
+
+    Args:
+        context: of the mesh.
+        name: as the user wrote it.
+        kwargs: for the envs' constructor.
+        where: capabilities that each worker must have.
+        wait: seconds to wait for workers and room; constructors that are running are waited for beyond it.
+        num_envs: sub-environments of all shards together, at least 1.
+        shards: how many there are to be; None leaves it to placement.
+        request: more fields of each :class:`~meshrl.wire.messages.Open`: form, autoreset_mode, seeding, render_mode.
+
+    Returns:
+        the sessions, in the order of their sub-environments.
+
+    Raises:
+        UsageError: ``num_envs`` or ``shards`` is no such number, or nobody who serves the name offers such vectors.
+        UnknownName: nobody serves the name, or nobody with those capabilities.
+        MeshFull: there was no room for all of them within ``wait``.
+        MeshUnreachable: the server is away.
+        KwargsNotAllowed, EnvError: a worker's answer.
+    """
+    request["kwargs"] = dict(kwargs or {})
+    vector = _Vector(context, name, where, wait, request, num_envs=num_envs, shards=shards)
+    return await vector.open()
+
+
+class _Vector:
+    """One vector, from the wish to its sessions."""
+
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        where: Mapping[str, Any] | None,
+        wait: float,
+        request: dict[str, Any],
+        *,
+        num_envs: int,
+        shards: int | None,
+    ) -> None:
+        self._context = context
+        self._name = name
+        self._where = where
+        self._request = request
+        self._num_envs = num_envs
+        self._shards = shards
+        self._deadline = time.monotonic() + wait
+        # It never runs: it knows who serves the name, and what to say when they are full.
+        whole = {**request, "num_envs": num_envs}
+        self._whole = Opening(context, "env", name, wait=wait, where=where, request=whole)
+
+    async def open(self) -> list[ShardSession]:
+        plan = await self._planned()
+        try:
+            return await self._open_all(plan, 0)
+        except MeshFull as exc:
+            raise self._whole.full() from exc  # of the whole vector; what it held is free again
+
+    async def _planned(self) -> list[Shard]:
+        """The plan, as soon as the workers have so many slots at all."""
+        placement = self._context.registry.placement
+        while True:
+            entries = await self._whole.served()
+            plan = placement.spread(entries, self._num_envs, self._shards, draw=random.random())  # noqa: S311
+            if plan:
+                return plan
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise self._whole.full()
+            await self._whole.changed(min(ASK_AGAIN_S, left))
+
+    async def _open_all(self, plan: Sequence[Shard], first_env_id: int) -> list[ShardSession]:
+        tasks = []
+        for shard in plan:
+            tasks.append(asyncio.create_task(self._open_one(shard, first_env_id)))
+            first_env_id += shard.num_envs
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        except BaseException:
+            await shielded(_give_back(tasks))
+            raise
+        return [session for task in tasks for session in task.result()]
+
+    async def _open_one(self, shard: Shard, first_env_id: int) -> list[ShardSession]:
+        """Open one shard: in one session, or in several where it had to be cut again."""
+        num_envs = shard.num_envs
+        opening = Opening(
+            self._context,
+            "env",
+            self._name,
+            wait=max(0.0, self._deadline - time.monotonic()),
+            where=self._where,
+            request={**self._request, "first_env_id": first_env_id, "num_envs": num_envs},
+            aim=shard.worker,
+            divisible=self._shards is None,
+        )
+        try:
+            make = partial(ShardSession, first_env_id=first_env_id, num_envs=num_envs)
+            return [await self._context.lease(opening, make)]
+        except Divided as divided:
+            plan = divided.plan
+        return await self._open_all(plan, first_env_id)
+
+
+async def _give_back(tasks: Sequence[asyncio.Task[list[ShardSession]]]) -> None:
+    """End openings that are under way, and close what they or others opened."""
+    for task in tasks:
+        task.cancel()
+    opened = await asyncio.gather(*tasks, return_exceptions=True)
+    sessions = [session for sessions in opened if not isinstance(sessions, BaseException) for session in sessions]
+    await asyncio.gather(*(session.close() for session in sessions), return_exceptions=True)

@@ -1,0 +1,471 @@
+"""``RemoteVectorEnv``: many leased envs in lockstep, as Gymnasium's vector envs are, with ``await`` before each call.
+
+Sub-environments are spread over workers in shards, contiguous by env_id. Each call is one request a shard, all of them
+under way at once; what they answer is put together in the order of env_ids, so that no result tells how many shards
+there were.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Literal, Self, SupportsIndex
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from meshrl.client.batched_actions import batched_checker
+from meshrl.client.seeds import Seeds
+from meshrl.client.shards import ShardSession
+from meshrl.errors import (
+    MalformedMessage,
+    MeshError,
+    NothingUnsettled,
+    ResetNeeded,
+    StepUnsettled,
+    UsageError,
+)
+from meshrl.protocol.turn import READING, Begin
+from meshrl.wire import spaces
+from meshrl.wire.batches import cut, joiner
+from meshrl.wire.frames import Frame
+from meshrl.wire.infos import merge_infos
+from meshrl.wire.messages import Seeding
+
+# What step gives: observations, rewards, terminations, truncations, infos.
+VectorStep = tuple[Any, NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
+
+
+class RemoteVectorEnv:
+    """Envs that live on workers, stepped together; made by :meth:`meshrl.Mesh.vector`.
+
+    Each method is one round trip to every shard, one at a time: a second call while one is under way raises
+    ``ConcurrentStep``. Cancelling a call stops the waiting only: see :meth:`settle`. Every call may raise
+    ``SessionLost`` (a shard is gone: open a new vector), ``EnvError`` (a sub-environment's code raised; its shard's
+    session has ended) and ``SessionClosed``.
+
+    Attributes:
+        num_envs: how many sub-environments there are.
+        autoreset_mode: what becomes of one whose episode has ended.
+        seeding: ``gymnasium`` (seed + env_id, and resets without a seed go on) or ``derived`` (every episode can be
+            reproduced alone, see :func:`meshrl.protocol.seeds.derive`).
+        render_mode: as asked for.
+    """
+
+    def __init__(
+        self,
+        sessions: Sequence[ShardSession],
+        *,
+        autoreset_mode: AutoresetMode,
+        seeding: Seeding,
+        render_mode: str | None,
+        check_actions: Literal["normal", "strict"],
+    ) -> None:
+        description = sessions[0].grant.description
+        self.num_envs = sum(session.num_envs for session in sessions)
+        self.autoreset_mode = autoreset_mode
+        self.seeding: Seeding = seeding
+        self.render_mode = render_mode
+        self._sessions = list(sessions)
+        self._description = description
+        self._single_observation_space = spaces.rebuild(description.observation_space)
+        self._single_action_space = spaces.rebuild(description.action_space)
+        self._check = batched_checker(
+            self._single_action_space, self.num_envs, description.name, strict=check_actions == "strict"
+        )
+        self._sizes = [session.num_envs for session in sessions]
+        self._join = joiner(self._single_observation_space, self._sizes)
+        self._seeds = Seeds(seeding, self.num_envs, description.name)
+        self._ended: NDArray[np.bool_] = np.zeros(self.num_envs, np.bool_)  # where nobody but the caller resets them
+        # The call under way or unsettled: its op, and what each shard answered, None for those still to come.
+        self._round: tuple[str, list[Frame | MeshError | None]] | None = None
+        self._mask: NDArray[np.bool_] | None = None  # of the newest reset
+
+    def __repr__(self) -> str:
+        workers = len({session.grant.worker for session in self._sessions})
+        return f"<RemoteVectorEnv of {self.num_envs} {self.name} in {len(self._sessions)} shards at {workers} workers>"
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        left = [session for session in getattr(self, "_sessions", ()) if session.abandoned]
+        for session in left:
+            session.let_go()
+        if left:
+            _warn(f"unclosed {self!r}: `await envs.close()` frees its slots", ResourceWarning, source=self)
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def name(self) -> str:
+        """As served."""
+        return self._description.name
+
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """The worker and the number of sub-environments of each shard, in the order of env_ids."""
+        return [(session.grant.worker, session.num_envs) for session in self._sessions]
+
+    @property
+    def single_observation_space(self) -> gymnasium.Space[Any]:
+        """Of one sub-environment."""
+        return self._single_observation_space
+
+    @property
+    def single_action_space(self) -> gymnasium.Space[Any]:
+        """Of one sub-environment."""
+        return self._single_action_space
+
+    @cached_property
+    def observation_space(self) -> gymnasium.Space[Any]:
+        """Of all of them: ``batch_space(single_observation_space, num_envs)``."""
+        return batch_space(self._single_observation_space, self.num_envs)
+
+    @cached_property
+    def action_space(self) -> gymnasium.Space[Any]:
+        """Of all of them: ``batch_space(single_action_space, num_envs)``."""
+        return batch_space(self._single_action_space, self.num_envs)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The remote envs', without what cannot travel, and ``autoreset_mode``."""
+        return {**self._description.metadata, "autoreset_mode": self.autoreset_mode}
+
+    @cached_property
+    def remote_spec(self) -> EnvSpec | None:
+        """One sub-environment's ``EnvSpec``; None where it has none that can be written down."""
+        return None if self._description.spec is None else EnvSpec.from_json(self._description.spec)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of what the envs run on."""
+        return dict(self._description.versions)
+
+    # ---------------------------------------------------------------- a vector env's calls
+
+    async def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin episodes: ``gymnasium.vector.VectorEnv.reset``. Settles a cancelled call and drops its result.
+
+        Args:
+            seed: sub-environment i gets ``seed + i``; a list has one for each. With ``seeding="derived"``, the root of
+                all seeds to come.
+            options: for the sub-environments' ``reset``. Under ``"reset_mask"`` it may hold a bool array of shape
+                (num_envs,): only those are reset. The dict is left as it is.
+
+        Returns:
+            observations of all sub-environments, batched, and infos.
+
+        Raises:
+            InvalidSeed: seeds of another kind or number.
+            ValueError, TypeError: a mask of another kind, shape or dtype, as in Gymnasium.
+            ResetNeeded: the first reset leaves some out.
+        """
+        mask, rest = self._options(options)
+        fields = self._reset_fields(self._seeds.of_reset(seed), rest, mask)
+        return self._was_reset(await self._call("reset", fields, mask))
+
+    async def step(self, actions: Any) -> VectorStep:
+        """Take one step in each: ``gymnasium.vector.VectorEnv.step``.
+
+        Args:
+            actions: a batch, checked against the action space before anything is sent.
+
+        Returns:
+            observations, rewards (float64), terminations, truncations (bool), infos. The arrays are the caller's own.
+
+        Raises:
+            InvalidAction: the action of one is of a wrong shape, structure, dtype or discrete range; the error names
+                its index, and nothing was sent.
+            ResetNeeded: before the first ``reset``, or, where autoreset is disabled, after the end of an episode.
+            ConcurrentStep: another call is under way.
+            StepUnsettled: a cancelled call has to be settled first.
+        """
+        actions = self._check(actions)
+        if self._ended.any():
+            ended = np.flatnonzero(self._ended).tolist()
+            raise ResetNeeded(
+                f"{self.name}: the episodes of sub-environments {ended} have ended, and autoreset is disabled; reset "
+                'them with options={"reset_mask": ...}',
+                env_ids=ended,
+            )
+        if len(self._sessions) == 1:
+            fields = [{"actions": actions}]
+        else:
+            fields = [{"actions": cut(self._single_action_space, actions, *at)} for at in self._bounds()]
+        return self._stepped(await self._call("step", fields))
+
+    async def settle(self) -> Any:
+        """The result of the call whose waiting was cancelled: for a step, its tuple.
+
+        Raises:
+            NothingUnsettled: no call was cancelled.
+        """
+        if self._round is None or self._round[0] in READING:
+            raise NothingUnsettled(f"{self.name}: nothing to settle: no step, reset, call or set_attr was cancelled")
+        op, answers = self._round
+        for i, session in enumerate(self._sessions):
+            if answers[i] is None:
+                try:
+                    answers[i] = (await session.settle())[1]
+                except MeshError as exc:
+                    answers[i] = exc
+        self._round = None
+        frames = _all_frames(answers)
+        if op == "step":
+            return self._stepped(frames)
+        if op == "reset":
+            return self._was_reset(frames)
+        return _values_of(frames)
+
+    async def render(self) -> tuple[Any, ...] | None:
+        """A frame of each sub-environment, in the order of env_ids: ``gymnasium.vector.VectorEnv.render``."""
+        if self.render_mode is None:
+            raise UsageError(f"{self.name}: it was leased without a render_mode; pass one to m.vector(...)")
+        frames = await self._call("render", [{}] * len(self._sessions))
+        return tuple(image for frame in frames for image in _list_of(frame, "frames"))
+
+    async def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Call a public method of each sub-environment that the workers' operator allows.
+
+        Raises:
+            NotAllowed: the operator does not allow it, or there is none.
+        """
+        return await self.call_some(None, name, *args, **kwargs)
+
+    async def call_some(
+        self, env_ids: Sequence[SupportsIndex] | None, name: str, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """:meth:`call` of ``env_ids`` alone; gives what they give, in their order."""
+        return await self._of_some("call", env_ids, {"name": name, "args": list(args), "kwargs": kwargs})
+
+    async def get_attr(self, name: str, env_ids: Sequence[SupportsIndex] | None = None) -> tuple[Any, ...]:
+        """A public attribute of each sub-environment (or of ``env_ids``), looked for through its wrappers.
+
+        Raises:
+            NotAllowed: it is private, or there is none.
+            UnencodableValue: its value cannot travel.
+        """
+        return await self._of_some("get_attr", env_ids, {"name": name})
+
+    async def set_attr(self, name: str, values: Any, env_ids: Sequence[SupportsIndex] | None = None) -> None:
+        """Set a public attribute of each sub-environment (or of ``env_ids``) that the workers' operator allows.
+
+        Args:
+            name: of the attribute.
+            values: a list or tuple has one for each; anything else is set on all.
+            env_ids: which; None for all.
+
+        Raises:
+            NotAllowed: the operator does not allow it.
+            ValueError: another number of values.
+        """
+        ids = self._ids(env_ids)
+        each = list(values) if isinstance(values, (list, tuple)) else [values] * len(ids)
+        if len(each) != len(ids):
+            raise ValueError(
+                "Values must be a list or tuple with length equal to the number of environments. "
+                f"Got `{len(each)}` values for {len(ids)} environments."
+            )
+        fields: list[Frame] = []
+        for start, stop in self._bounds():
+            mine = [k for k, i in enumerate(ids) if start <= i < stop]
+            fields.append({"name": name, "ids": [ids[k] - start for k in mine], "values": [each[k] for k in mine]})
+        await self._call("set_attr", fields)
+
+    async def is_wrapped(
+        self, wrapper: type[gymnasium.Wrapper[Any, Any, Any, Any]], env_ids: Sequence[SupportsIndex] | None = None
+    ) -> tuple[bool, ...]:
+        """Whether each sub-environment (or each of ``env_ids``) has that wrapper on its worker."""
+        return await self._of_some("is_wrapped", env_ids, {"wrapper": f"{wrapper.__module__}:{wrapper.__qualname__}"})
+
+    async def close(self) -> None:
+        """Close all sub-environments and free their slots. Safe to call twice."""
+        for session in self._sessions:
+            await session.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # ---------------------------------------------------------------- requests
+
+    async def _call(self, op: str, fields: Sequence[Frame], mask: NDArray[np.bool_] | None = None) -> list[Frame]:
+        """One request a shard, all under way at once; gives their replies in the order of env_ids.
+
+        Raises:
+            MeshError: nothing was sent; or, when all have answered, the first error among the answers.
+        """
+        sessions = self._sessions
+        if self._round is not None and op not in READING and op != "reset" and self._round[0] not in READING:
+            raise StepUnsettled(
+                f"{self.name}: a {self._round[0]} was cancelled and may have run; `await envs.settle()` gives its "
+                "result, or reset",
+                op=self._round[0],
+            )
+        for session in sessions:
+            if session.may_begin(op) is Begin.AFTER_LAST:
+                await session.discard()
+        answers: list[Frame | MeshError | None] = [None] * len(sessions)
+        self._round, self._mask = (op, answers), mask
+        launched = 0
+        try:
+            for session, own in zip(sessions, fields, strict=True):
+                session.launch(op, own)
+                launched += 1
+            for i, session in enumerate(sessions):
+                try:
+                    answers[i] = await session.landing()
+                except MeshError as exc:
+                    answers[i] = exc
+        except BaseException:
+            for i in range(launched):
+                if answers[i] is None:
+                    sessions[i].leave()
+            if not launched:
+                self._round = None
+            raise
+        self._round = None
+        return _all_frames(answers)
+
+    async def _of_some(self, op: str, env_ids: Sequence[SupportsIndex] | None, fields: Frame) -> tuple[Any, ...]:
+        """Values of some sub-environments, in the order asked for."""
+        if env_ids is None:
+            return _values_of(await self._call(op, [fields] * len(self._sessions)))
+        ids = self._ids(env_ids)
+        own = [{**fields, "ids": [i - start for i in ids if start <= i < stop]} for start, stop in self._bounds()]
+        by_shard = [iter(_list_of(frame, "values")) for frame in await self._call(op, own)]
+        starts = [session.first_env_id for session in self._sessions]
+        try:
+            return tuple(next(by_shard[int(np.searchsorted(starts, i, "right")) - 1]) for i in ids)
+        except StopIteration:
+            raise MalformedMessage(f"a reply to {op} has too few values") from None
+
+    def _ids(self, env_ids: Sequence[SupportsIndex] | None) -> list[int]:
+        if env_ids is None:
+            return list(range(self.num_envs))
+        ids = [operator.index(i) for i in env_ids]
+        if not all(0 <= i < self.num_envs for i in ids):
+            raise UsageError(f"{self.name}: env_ids are from 0 to {self.num_envs - 1}, not {ids}", env_ids=ids)
+        return ids
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        return [(s.first_env_id, s.first_env_id + s.num_envs) for s in self._sessions]
+
+    # ---------------------------------------------------------------- what they carry
+
+    def _options(self, options: Mapping[str, Any] | None) -> tuple[NDArray[np.bool_] | None, dict[str, Any] | None]:
+        """The mask among the options, with Gymnasium's checks of it, and the others."""
+        if options is None or "reset_mask" not in options:
+            return None, None if options is None else dict(options)
+        rest = dict(options)
+        mask = rest.pop("reset_mask")
+        if not isinstance(mask, np.ndarray):
+            raise TypeError(f"`options['reset_mask']` must be a numpy array, got {type(mask)}")
+        if mask.shape != (self.num_envs,):
+            raise ValueError(f"`options['reset_mask']` must have shape `({self.num_envs},)`, got {mask.shape}")
+        if mask.dtype != np.bool_:
+            raise TypeError(f"`options['reset_mask']` must have `dtype=np.bool_`, got {mask.dtype}")
+        if not mask.any():
+            raise ValueError(
+                f"`options['reset_mask']` must contain a boolean array with at least one True value, got {mask}"
+            )
+        return mask, rest
+
+    def _reset_fields(
+        self, seeds: list[int | None] | None, options: dict[str, Any] | None, mask: NDArray[np.bool_] | None
+    ) -> list[Frame]:
+        fields: list[Frame] = []
+        for start, stop in self._bounds():
+            own: Frame = {}
+            if seeds is not None:
+                own["seeds"] = seeds[start:stop]
+            if options is not None:
+                own["options"] = options
+            if mask is not None:
+                own["mask"] = mask[start:stop]
+            fields.append(own)
+        return fields
+
+    def _was_reset(self, frames: list[Frame]) -> tuple[Any, dict[str, Any]]:
+        self._ended[slice(None) if self._mask is None else self._mask] = False
+        return self._observations(frames), self._infos(frames)
+
+    def _stepped(self, frames: list[Frame]) -> VectorStep:
+        terminations = self._column(frames, "terminations")
+        truncations = self._column(frames, "truncations")
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            self._ended = terminations | truncations
+        return (
+            self._observations(frames),
+            self._column(frames, "rewards"),
+            terminations,
+            truncations,
+            self._infos(frames),
+        )
+
+    def _observations(self, frames: list[Frame]) -> Any:
+        # Copies of an observation on its way here: out of the socket's buffer, out of the message, into an array of its
+        # own, and where there are several shards into the one that holds them all.
+        return self._join([_field(frame, "obs") for frame in frames])
+
+    def _column(self, frames: list[Frame], field: str) -> NDArray[Any]:
+        """One number or flag a sub-environment."""
+        columns = [_field(frame, field) for frame in frames]
+        for column, size in zip(columns, self._sizes, strict=True):
+            kinds = "fiub" if field == "rewards" else "b"
+            if not isinstance(column, np.ndarray) or column.shape != (size,) or column.dtype.kind not in kinds:
+                raise MalformedMessage(f"a reply's {field} are not one number for each of {size} sub-environments")
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+    def _infos(self, frames: list[Frame]) -> dict[str, Any]:
+        if not any("infos" in frame for frame in frames):
+            return {}
+        parts = [
+            (frame.get("infos"), session.first_env_id, session.num_envs)
+            for frame, session in zip(frames, self._sessions, strict=True)
+        ]
+        return merge_infos(parts, self.num_envs)
+
+
+def _all_frames(answers: Sequence[Frame | MeshError | None]) -> list[Frame]:
+    """The answers, if none of them is an error.
+
+    Raises:
+        MeshError: the first that is.
+    """
+    frames: list[Frame] = []
+    for answer in answers:
+        if isinstance(answer, MeshError):
+            raise answer
+        assert answer is not None, "every shard has answered"
+        frames.append(answer)
+    return frames
+
+
+def _values_of(frames: list[Frame]) -> tuple[Any, ...]:
+    return tuple(value for frame in frames for value in _list_of(frame, "values"))
+
+
+def _list_of(frame: Frame, field: str) -> list[Any]:
+    values = frame.get(field, [])
+    if not isinstance(values, list):
+        raise MalformedMessage(f"a reply's {field} are no list")
+    return values
+
+
+def _field(frame: Frame, field: str) -> Any:
+    try:
+        return frame[field]
+    except KeyError:
+        raise MalformedMessage(f"a reply has no {field}") from None

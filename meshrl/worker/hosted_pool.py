@@ -1,0 +1,181 @@
+"""A hosted pool: sub-environments that are a lane each, stepped in whatever groups they are asked for (R2, R6)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.errors import MalformedMessage
+from meshrl.protocol.pace import BatchPace
+from meshrl.wire.batches import check_rows, rows
+from meshrl.wire.frames import Frame, Indices
+from meshrl.wire.infos import pack_infos
+from meshrl.wire.messages import Open
+from meshrl.worker.calls import Calls
+from meshrl.worker.hosted_vector import close_all, has_coroutines
+from meshrl.worker.spread import Finished, Spread
+from meshrl.worker.sub_envs import Outcome, Outcomes, SubEnvs, flags_of, rewards_of
+from meshrl.worker.threads import Threads
+
+# What some lanes of a request gave: their positions in it, and the reply's own fields or what was raised.
+Told = Callable[[Indices, Frame | BaseException], None]
+
+
+class HostedPool:
+    """The sub-environments of one shard of a pool under one session.
+
+    Args:
+        envs: local envs with equal spaces.
+        open_: what was asked for.
+        threads: where what takes its time runs.
+
+    Attributes:
+        pace: where to step them.
+        coroutine: whether their ``reset`` or ``step`` must be awaited.
+        episodes: int64, the number of each one's episode, from 1; 0 before the first reset.
+        steps: int64, how many steps it has.
+    """
+
+    def __init__(self, envs: Sequence[Any], open_: Open, *, threads: Threads) -> None:
+        self.name = open_.name
+        self.pace = BatchPace(len(envs))
+        self.coroutine = has_coroutines(envs[0])
+        self.episodes: NDArray[np.int64] = np.zeros(len(envs), np.int64)
+        self.steps: NDArray[np.int64] = np.zeros(len(envs), np.int64)
+        self._subs = SubEnvs(envs, open_)
+        self._action_space = envs[0].action_space
+        self._threads = threads
+        self._calls = Calls(threads)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<HostedPool of {len(self._subs)} {self.name}>"
+
+    def check(self, op: str, lanes: Indices, body: Frame) -> list[Any]:
+        """What each lane of a request is given: its action, or its seed and the options.
+
+        Args:
+            op: ``step`` or ``reset``.
+            lanes: all that the request names.
+            body: the request.
+
+        Raises:
+            MeshError: the request is refused and nothing was touched.
+        """
+        if op == "step":
+            self._subs.check_step(lanes.tolist())
+            actions = body.get("actions")
+            check_rows(self._action_space, actions, len(lanes))
+            return list(rows(self._action_space, actions, len(lanes)))
+        if op == "reset":
+            seeds, options = body.get("seeds"), body.get("options")
+            if options is not None and not isinstance(options, dict):
+                raise MalformedMessage(f"reset options are a map or nothing, not {type(options).__name__}")
+            if seeds is None:
+                seeds = [None] * len(lanes)
+            elif not isinstance(seeds, list) or len(seeds) != len(lanes):
+                raise MalformedMessage(f"the seeds of {len(lanes)} lanes are a list of as many, or nothing")
+            return [(self._subs.check_seed(seed), options) for seed in seeds]
+        raise MalformedMessage(f"a pool session has no op {op!r}")
+
+    def run(self, op: str, lanes: Indices, given: list[Any]) -> Frame:
+        """Carry out one op, the lanes one after another; gives the reply's own fields.
+
+        Raises:
+            Exception: whatever a sub-environment's own code raises; the session is over then.
+        """
+        if op == "step":
+            return self._frame(op, lanes, self._subs.step_all(lanes.tolist(), given))
+        ids = lanes.tolist()
+        outcomes = (self._subs.reset_one(i, *arguments) for i, arguments in zip(ids, given, strict=True))
+        return self._frame(op, lanes, Outcomes.of(outcomes))
+
+    def spread(self, op: str, lanes: Indices, given: list[Any], told: Told) -> None:
+        """The same on threads; ``told`` gets each lane's answer on the event loop, those together that finish so."""
+        ids = lanes.tolist()
+        step, reset = self._subs.step_one, self._subs.reset_one
+
+        def job(k: int) -> Outcome:
+            return step(ids[k], given[k]) if op == "step" else reset(ids[k], *given[k])
+
+        def collect(finished: list[Finished]) -> None:
+            self.pace.took(sum(one.seconds for one in finished), len(finished))
+            self._tell(op, lanes, [(one.number, one.outcome) for one in finished], told)
+
+        Spread(self._threads, len(ids), job, collect, wide=self.pace.wide)
+
+    def start(self, op: str, lanes: Indices, given: list[Any], told: Told) -> None:
+        """The same of envs with coroutine functions, which run concurrently."""
+        done: list[tuple[int, Any]] = []
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            fresh = list(done)
+            done.clear()
+            self._tell(op, lanes, fresh, told)
+
+        async def one(k: int, i: int, arguments: Any) -> None:
+            outcome: Any
+            try:
+                if op == "step":
+                    outcome = await self._subs.step_one_async(i, arguments)
+                else:
+                    outcome = await self._subs.reset_one_async(i, *arguments)
+            except (Exception, SystemExit, asyncio.CancelledError) as exc:  # noqa: BLE001  # its session ends with it
+                outcome = exc
+            if not done:
+                loop.call_soon(tell)
+            done.append((k, outcome))
+
+        for k, (i, arguments) in enumerate(zip(lanes.tolist(), given, strict=True)):
+            task = loop.create_task(one(k, i, arguments))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def cancel(self) -> None:
+        """The session is over: coroutines that still run are not waited for."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def close(self, seconds: float) -> None:
+        """Close every sub-environment; see :func:`~meshrl.worker.hosted_vector.close_all`."""
+        await close_all(self._calls, self._subs.envs, seconds)
+
+    def _tell(self, op: str, lanes: Indices, finished: list[tuple[int, Any]], told: Told) -> None:
+        positions = np.array([number for number, _ in finished], np.int64)
+        try:
+            crash = next((outcome for _, outcome in finished if isinstance(outcome, BaseException)), None)
+            outcomes = Outcomes.of(outcome for _, outcome in finished) if crash is None else None
+            answer = crash if outcomes is None else self._frame(op, lanes[positions], outcomes)
+        except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
+            answer = exc
+        assert answer is not None
+        told(positions, answer)
+
+    def _frame(self, op: str, lanes: Indices, out: Outcomes) -> Frame:
+        terminations, truncations = flags_of(out.terminated), flags_of(out.truncated)
+        if op == "step":
+            self.steps[lanes] += 1
+        else:
+            self.episodes[lanes] += 1
+            self.steps[lanes] = 0
+        frame = {
+            "obs": self._subs.stack(out.obs),
+            "rewards": rewards_of(out.rewards),
+            "terminations": terminations,
+            "truncations": truncations,
+            "first": op == "reset",
+            "episodes": self.episodes[lanes],
+            "steps": self.steps[lanes],
+        }
+        if out.infos:
+            frame["infos"] = pack_infos(out.infos, len(lanes))
+        ended = lanes[terminations | truncations]
+        if len(ended):  # they were reset at once
+            self.episodes[ended] += 1
+            self.steps[ended] = 0
+        return frame

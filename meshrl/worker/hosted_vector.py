@@ -1,0 +1,276 @@
+"""A hosted vector: sub-environments in lockstep, as one lane (R6, R7)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from meshrl.errors import MalformedMessage
+from meshrl.protocol.pace import BatchPace
+from meshrl.wire.batches import check_rows, rows
+from meshrl.wire.frames import Frame
+from meshrl.wire.infos import pack_infos
+from meshrl.wire.messages import Open
+from meshrl.worker.attributes import Attributes
+from meshrl.worker.calls import Calls, is_coroutine
+from meshrl.worker.spread import Finished, Spread
+from meshrl.worker.sub_envs import Outcome, Outcomes, SubEnvs, flags_of, is_wrapped, rewards_of
+from meshrl.worker.threads import Threads
+
+# What can be spread over threads, a sub-environment each.
+SPREAD = frozenset({"reset", "step"})
+# What a spread gives in the end.
+Told = Callable[[Frame | BaseException], None]
+
+
+class HostedVector:
+    """The sub-environments of one shard under one session.
+
+    Args:
+        envs: local envs with equal spaces.
+        open_: what was asked for.
+        allow: public names that clients may call and set; ``"*"`` in it for all.
+        threads: where what takes its time runs.
+
+    Attributes:
+        pace: where to step them.
+        coroutine: whether their ``reset`` or ``step`` must be awaited.
+    """
+
+    def __init__(self, envs: Sequence[Any], open_: Open, *, allow: Collection[str], threads: Threads) -> None:
+        self.name = open_.name
+        self.pace = BatchPace(len(envs))
+        self.coroutine = has_coroutines(envs[0])
+        self._subs = SubEnvs(envs, open_)
+        self._action_space = envs[0].action_space
+        self._attributes = Attributes(open_.name, allow)
+        self._threads = threads
+        self._calls = Calls(threads)
+        self._obs: list[Any] = []  # the last of each sub-environment
+        self._ops: dict[str, Callable[[Frame], Frame]] = {
+            "reset": self._op_reset,
+            "step": self._op_step,
+            "render": self._op_render,
+            "call": self._op_call,
+            "get_attr": self._op_get_attr,
+            "set_attr": self._op_set_attr,
+            "is_wrapped": self._op_is_wrapped,
+        }
+
+    def __repr__(self) -> str:
+        return f"<HostedVector of {len(self._subs)} {self.name}>"
+
+    # ---------------------------------------------------------------- how it runs
+
+    def run(self, op: str, body: Frame) -> Frame:
+        """Carry out one op, the sub-environments one after another; gives the reply's own fields.
+
+        Raises:
+            MeshError: the request is refused and nothing was touched.
+            Exception: whatever a sub-environment's own code raises; the session is over then.
+        """
+        known = self._ops.get(op)
+        if known is None:
+            raise MalformedMessage(f"a vector session has no op {op!r}")
+        return known(body)
+
+    def spread(self, op: str, body: Frame, told: Told) -> None:
+        """The same for one of :data:`SPREAD`, on threads; ``told`` gets what comes of it, on the event loop.
+
+        Raises:
+            MeshError: the request is refused and nothing was touched.
+        """
+        if op == "step":
+            actions = self._actions(body)
+            ids: Sequence[int] = range(len(self._subs))
+            Gathered(self, ids, lambda k: self._subs.step_one(k, actions[k]), self._stepped, told, self._threads)
+        else:
+            ids, seeds, options = self._reset_arguments(body)
+            if not ids:  # nothing to do for this shard, but to say what its observations are
+                told(self._was_reset(ids, Outcomes()))
+                return
+
+            def reset(k: int) -> Outcome:
+                return self._subs.reset_one(ids[k], seeds[ids[k]], options)
+
+            Gathered(self, ids, reset, lambda out: self._was_reset(ids, out), told, self._threads)
+
+    async def run_async(self, op: str, body: Frame) -> Frame:
+        """The same for envs with coroutine functions, which run concurrently."""
+        subs = self._subs
+        if op == "step":
+            actions = self._actions(body)
+            outcomes = await asyncio.gather(*(subs.step_one_async(i, action) for i, action in enumerate(actions)))
+            return self._stepped(Outcomes.of(outcomes))
+        if op == "reset":
+            ids, seeds, options = self._reset_arguments(body)
+            outcomes = await asyncio.gather(*(subs.reset_one_async(i, seeds[i], options) for i in ids))
+            return self._was_reset(ids, Outcomes.of(outcomes))
+        frame: Frame = await self._calls(self.run, op, body)
+        return frame
+
+    async def close(self, seconds: float) -> None:
+        """Close every sub-environment; what the first of them raises is the caller's to report, after the others.
+
+        Raises:
+            TimeoutError: a coroutine function took longer than ``seconds``.
+        """
+        await close_all(self._calls, self._subs.envs, seconds)
+
+    # ---------------------------------------------------------------- ops
+
+    def _op_step(self, body: Frame) -> Frame:
+        return self._stepped(self._subs.step_all(range(len(self._subs)), self._actions(body)))
+
+    def _actions(self, body: Frame) -> list[Any]:
+        count = len(self._subs)
+        self._subs.check_step(range(count))
+        actions = body.get("actions")
+        check_rows(self._action_space, actions, count)
+        return list(rows(self._action_space, actions, count))
+
+    def _stepped(self, out: Outcomes) -> Frame:
+        self._obs = out.obs
+        frame = {
+            "obs": self._subs.stack(out.obs),
+            "rewards": rewards_of(out.rewards),
+            "terminations": flags_of(out.terminated),
+            "truncations": flags_of(out.truncated),
+        }
+        if out.infos:
+            frame["infos"] = pack_infos(out.infos, len(out.obs))
+        return frame
+
+    def _op_reset(self, body: Frame) -> Frame:
+        ids, seeds, options = self._reset_arguments(body)
+        return self._was_reset(ids, Outcomes.of(self._subs.reset_one(i, seeds[i], options) for i in ids))
+
+    def _reset_arguments(self, body: Frame) -> tuple[Sequence[int], Sequence[int | None], dict[str, Any] | None]:
+        count = len(self._subs)
+        mask, options = body.get("mask"), body.get("options")
+        ids: Sequence[int] = range(count)
+        if mask is not None:
+            if not isinstance(mask, np.ndarray) or mask.shape != (count,) or mask.dtype != np.bool_:
+                raise MalformedMessage(f"a reset mask of {count} sub-environments is an array of as many bools")
+            ids = np.flatnonzero(mask).tolist()
+            self._subs.check_all_reset(ids)
+        if options is not None and not isinstance(options, dict):
+            raise MalformedMessage(f"reset options are a map or nothing, not {type(options).__name__}")
+        return ids, self._subs.check_seeds(body.get("seeds")), options
+
+    def _was_reset(self, ids: Sequence[int], out: Outcomes) -> Frame:
+        obs = list(self._obs) if len(ids) < len(self._subs) and self._obs else [None] * len(self._subs)
+        for i, one in zip(ids, out.obs, strict=True):
+            obs[i] = one
+        self._obs = obs
+        frame: Frame = {"obs": self._subs.stack(obs)}
+        if out.infos:
+            frame["infos"] = pack_infos([(ids[k], info) for k, info in out.infos], len(obs))
+        return frame
+
+    def _op_render(self, _body: Frame) -> Frame:
+        return {"frames": [env.render() for env in self._subs.envs]}
+
+    def _op_call(self, body: Frame) -> Frame:
+        return {"values": [self._attributes.call(env, body) for env in self._chosen(body)]}
+
+    def _op_get_attr(self, body: Frame) -> Frame:
+        name = self._attributes.public(body)
+        return {"values": [self._attributes.get(env, name) for env in self._chosen(body)]}
+
+    def _op_set_attr(self, body: Frame) -> Frame:
+        name = self._attributes.public(body)
+        self._attributes.check_allowed("set", name)
+        envs, values = self._chosen(body), body.get("values")
+        if not isinstance(values, list) or len(values) != len(envs):
+            raise MalformedMessage(f"set_attr of {len(envs)} sub-environments needs a list of as many values")
+        for env, value in zip(envs, values, strict=True):
+            self._attributes.set(env, name, value)
+        return {}
+
+    def _op_is_wrapped(self, body: Frame) -> Frame:
+        wrapper = body.get("wrapper")
+        if not isinstance(wrapper, str):
+            raise MalformedMessage("is_wrapped needs a wrapper's class, as module:Class")
+        return {"values": [is_wrapped(env, wrapper) for env in self._chosen(body)]}
+
+    def _chosen(self, body: Frame) -> list[Any]:
+        """The sub-environments that a request means: those it lists under ``ids``, or all."""
+        ids = body.get("ids")
+        envs = self._subs.envs
+        if ids is None:
+            return envs
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < len(envs) for i in ids):
+            raise MalformedMessage(f"ids are a list of indices below {len(envs)}")
+        return [envs[i] for i in ids]
+
+
+class Gathered:
+    """A step or reset of a vector on threads: one answer when all sub-environments have finished."""
+
+    def __init__(
+        self,
+        vector: HostedVector,
+        ids: Sequence[int],
+        job: Callable[[int], Outcome],
+        frame: Callable[[Outcomes], Frame],
+        told: Told,
+        threads: Threads,
+    ) -> None:
+        self._pace = vector.pace
+        self._outcomes: list[Any] = [None] * len(ids)
+        self._left = len(ids)
+        self._worked_s = 0.0
+        self._frame = frame
+        self._told = told
+        Spread(threads, len(ids), job, self._collect, wide=self._pace.wide)
+
+    def _collect(self, finished: list[Finished]) -> None:
+        for number, outcome, seconds in finished:
+            self._outcomes[number] = outcome
+            self._worked_s += seconds
+        self._left -= len(finished)
+        if self._left:
+            return
+        self._pace.took(self._worked_s, len(self._outcomes))
+        try:
+            crash = next((one for one in self._outcomes if isinstance(one, BaseException)), None)
+            frame = crash if crash is not None else self._frame(Outcomes.of(self._outcomes))
+        except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
+            frame = exc
+        self._told(frame)
+
+
+def has_coroutines(env: Any) -> bool:
+    """Whether an env's ``reset`` or ``step`` is a coroutine function."""
+    bare = getattr(env, "unwrapped", env)
+    return any(is_coroutine(getattr(of, op, None)) for of in (env, bare) for op in ("reset", "step"))
+
+
+async def close_all(calls: Calls, envs: Sequence[Any], seconds: float) -> None:
+    """Close envs, in their order; an error of one is raised when all were tried."""
+    failed: BaseException | None = None
+    end = time.monotonic() + seconds
+    if not is_coroutine(envs[0].close):
+
+        def close() -> None:
+            nonlocal failed
+            for env in envs:
+                try:
+                    env.close()
+                except Exception as exc:  # noqa: BLE001  # the others are closed all the same
+                    failed = failed or exc
+
+        await calls.close(close, seconds)
+    else:
+        for env in envs:
+            try:
+                await calls.close(env.close, max(0.0, end - time.monotonic()))
+            except Exception as exc:  # noqa: BLE001  # as above
+                failed = failed or exc
+    if failed is not None:
+        raise failed

@@ -1,0 +1,117 @@
+"""Pooling: the requests of pools, each of several lanes, answered as the lanes finish (R1, R2)."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from meshrl.errors import MalformedMessage, MeshError, MessageTooLarge, UnencodableValue
+from meshrl.protocol.session import ANY_LANE, Key, Session, SessionTable, State
+from meshrl.wire.codec import pack
+from meshrl.wire.frames import Frame, Indices, check_lanes, error_reply
+from meshrl.wire.messages import MAX_NUM_ENVS
+from meshrl.wire.parts import MAX_MESSAGE_BYTES
+from meshrl.worker.hosted_pool import HostedPool
+from meshrl.worker.replies import Replies
+
+if TYPE_CHECKING:
+    from meshrl.worker.execution import Execution
+
+
+class Pooling:
+    """Runs what pools ask for.
+
+    Args:
+        execution: ends sessions.
+        table: the worker's sessions.
+        replies: where answers go.
+    """
+
+    def __init__(self, execution: Execution, table: SessionTable, replies: Replies) -> None:
+        self._execution = execution
+        self._table = table
+        self._replies = replies
+
+    def on_request(self, key: Key, op: str, body: Frame, reply: str, now: float) -> None:
+        """One request of some lanes.
+
+        Raises:
+            MalformedMessage: it is none.
+        """
+        session = self._table.get(key)
+        count = MAX_NUM_ENVS if session is None or session.lanes is None else len(session.lanes)
+        epoch, lanes, seqs = check_lanes(body, count)
+        if session is None or session.state is not State.OPEN or epoch != session.epoch:
+            self._execution.refuse_gone(key, session, epoch, int(lanes[0]), int(seqs[0]), reply)
+            return
+        if session.lanes is None:
+            raise MalformedMessage(f"session {key[1]} is no pool: it has one lane", session=key[1])
+        self._table.used(session, now)
+        received = session.lanes.receive(lanes, seqs, reply, now)
+        for answer in received.repeat:
+            self._replies.send(reply, answer.packed, int(lanes[0]), int(seqs[0]))
+        if received.refused:
+            which = np.array([at for at, _ in received.refused], np.int64)
+            error = error_reply(session.lanes.refusal(received.refused, lanes, seqs, key[1]))
+            refused = {**error, "lanes": lanes[which], "seqs": seqs[which]}
+            self._replies.send(reply, pack(refused), int(lanes[0]), int(seqs[0]))
+        if len(received.run):
+            self._run(session, op, lanes, received.run, body, now)
+
+    def _run(self, session: Session, op: str, lanes: Indices, run: Indices, body: Frame, now: float) -> None:
+        pool: HostedPool = session.held.pool
+        try:
+            given = pool.check(op, lanes, body)
+        except MeshError as exc:
+            self._answer(session, lanes[run], error_reply(exc))
+            return
+        if len(run) < len(lanes):  # some of them ran before: it is a repeated request
+            given, lanes = [given[at] for at in run.tolist()], lanes[run]
+
+        def told(which: Indices, what: Frame | BaseException) -> None:
+            if isinstance(what, MeshError):
+                self._answer(session, lanes[which], error_reply(what))
+            elif isinstance(what, BaseException):
+                self._end_crashed(session, lanes[which], op, what)
+            else:
+                self._answer(session, lanes[which], what)
+
+        if pool.coroutine:
+            pool.start(op, lanes, given, told)
+        elif op == "step" and pool.pace.inline:
+            everything = np.arange(len(lanes))
+            try:
+                frame = pool.run(op, lanes, given)
+            except (Exception, SystemExit) as exc:  # noqa: BLE001  # env code; its session ends
+                told(everything, exc)
+                return
+            pool.pace.took(time.monotonic() - now, len(lanes))
+            told(everything, frame)
+        else:
+            pool.spread(op, lanes, given, told)
+
+    def _answer(self, session: Session, lanes: Indices, frame: Frame) -> None:
+        assert session.lanes is not None, "a pool has lanes"
+        seqs = session.lanes.seqs[lanes]
+        named: dict[str, Any] = {"lanes": lanes, "seqs": seqs}
+        try:
+            packed = session.held.codec.pack({**named, **frame})
+        except UnencodableValue as exc:
+            packed = pack({**named, **error_reply(exc)})
+        if len(packed) > MAX_MESSAGE_BYTES:
+            why = f"a reply of {len(packed)} bytes is over the limit of {MAX_MESSAGE_BYTES}; step fewer lanes at once"
+            packed = pack({**named, **error_reply(MessageTooLarge(why, size_bytes=len(packed)))})
+        for to in self._table.answered_together(session.lanes, lanes, packed):
+            self._replies.send(to, packed, int(lanes[0]), int(seqs[0]))
+        if session.state is State.ENDING and not session.running:
+            self._execution.dispose(session)
+
+    def _end_crashed(self, session: Session, lanes: Indices, op: str, exc: BaseException) -> None:
+        """A sub-environment's exception ends the session; lanes that still run are answered when they finish."""
+        assert session.lanes is not None, "a pool has lanes"
+        error = error_reply(self._execution.crashed(session.id, op, exc))
+        self._table.ending(session, "ended", last=(session.epoch, ANY_LANE, 0, pack(error)))
+        session.held.cancel()
+        self._answer(session, lanes, error)

@@ -1,0 +1,298 @@
+"""Sub-environments: the envs of one vector or pool, stepped and reset one by one, by the rules of R6 and R7.
+
+:meth:`SubEnvs.step_all` is the hot loop: a Python turn for each sub-environment, and nothing in it that the env does
+not need. What is the same for all of them (stacking observations, casting rewards) is done after it by numpy.
+"""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.errors import ResetNeeded
+from meshrl.protocol.autoreset import RULES, Ended, OnEnd
+from meshrl.protocol.seeding import Seeding
+from meshrl.wire.batches import stacker
+from meshrl.wire.messages import AutoresetName, Open
+
+# A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
+SEED_BITS = 31
+
+Info = dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What came of one sub-environment's step or reset.
+
+    Attributes:
+        infos: those that are not empty, in the order in which Gymnasium merges them.
+    """
+
+    obs: Any
+    reward: Any
+    terminated: Any
+    truncated: Any
+    infos: Sequence[Info]
+
+
+class Outcomes:
+    """What came of several, in the order of the request: the columns of a reply."""
+
+    __slots__ = ("infos", "obs", "rewards", "terminated", "truncated")
+
+    def __init__(self) -> None:
+        self.obs: list[Any] = []
+        self.rewards: list[Any] = []
+        self.terminated: list[Any] = []
+        self.truncated: list[Any] = []
+        self.infos: list[tuple[int, Info]] = []
+
+    @classmethod
+    def of(cls, outcomes: Iterable[Outcome]) -> Outcomes:
+        """The columns of single outcomes."""
+        columns = cls()
+        for k, outcome in enumerate(outcomes):
+            columns.obs.append(outcome.obs)
+            columns.rewards.append(outcome.reward)
+            columns.terminated.append(outcome.terminated)
+            columns.truncated.append(outcome.truncated)
+            columns.infos += [(k, info) for info in outcome.infos]
+        return columns
+
+
+class Crashed(Exception):
+    """A sub-environment's own code raised; the exception itself is the cause of this one.
+
+    Attributes:
+        env_id: its global index.
+    """
+
+    def __init__(self, env_id: int) -> None:
+        super().__init__(env_id)
+        self.env_id = env_id
+
+
+class SubEnvs:
+    """The sub-environments of one session.
+
+    Args:
+        envs: local envs, or objects like them.
+        open_: what was asked for: mode and seeding.
+
+    Attributes:
+        envs: as given.
+        ended: whether each one's episode has ended and it was not reset since.
+        first: the global index of the first.
+    """
+
+    def __init__(self, envs: Sequence[Any], open_: Open) -> None:
+        mode: AutoresetName = "SameStep" if open_.form == "pool" else open_.autoreset_mode
+        self.envs = list(envs)
+        self.name = open_.name
+        self.first = open_.first_env_id
+        self.ended = [False] * len(self.envs)
+        self.stack = stacker(self.envs[0].observation_space)
+        self._seeding = Seeding(open_.seeding, open_.first_env_id, len(self.envs), lambda: secrets.randbits(SEED_BITS))
+        self._resets_ended = RULES[mode].ended is Ended.RESET
+        self._refuses_ended = RULES[mode].ended is Ended.REFUSE
+        self._resets_at_once = RULES[mode].on_end is OnEnd.RESET
+        self._steps = [env.step for env in self.envs]
+        self._was_reset = [False] * len(self.envs)
+
+    def __len__(self) -> int:
+        return len(self.envs)
+
+    # ---------------------------------------------------------------- checks
+
+    def check_step(self, ids: Iterable[int]) -> None:
+        """Whether these may be stepped.
+
+        Raises:
+            ResetNeeded: one was never reset, or has ended where nobody but the client resets it.
+        """
+        if not all(self._was_reset):
+            new = [self.first + i for i in ids if not self._was_reset[i]]
+            if new:
+                raise ResetNeeded(
+                    f"{self.name}: step before the first reset of sub-environments {_some(new)}; call reset once",
+                    env_ids=new,
+                )
+        if self._refuses_ended and any(self.ended):
+            ended = [self.first + i for i in ids if self.ended[i]]
+            if ended:
+                raise ResetNeeded(
+                    f"{self.name}: the episodes of sub-environments {_some(ended)} have ended, and autoreset is "
+                    'disabled; reset them with options={"reset_mask": ...}',
+                    env_ids=ended,
+                )
+
+    def check_all_reset(self, also: Iterable[int]) -> None:
+        """Whether every one was reset, those of ``also`` counted.
+
+        Raises:
+            ResetNeeded: one would have no observation to show.
+        """
+        new = set(also)
+        missing = [self.first + i for i, was in enumerate(self._was_reset) if not was and i not in new]
+        if missing:
+            raise ResetNeeded(
+                f"{self.name}: a first reset leaves out sub-environments {_some(missing)}; reset all of them first",
+                env_ids=missing,
+            )
+
+    def check_seeds(self, seeds: object) -> Sequence[int | None]:
+        """One seed a sub-environment, each maybe None.
+
+        Raises:
+            InvalidSeed: it is none of that.
+        """
+        return self._seeding.check(seeds)
+
+    def check_seed(self, seed: object) -> int | None:
+        """The seed of one, or None.
+
+        Raises:
+            InvalidSeed: it is no seed.
+        """
+        return self._seeding.check_one(seed)
+
+    # ---------------------------------------------------------------- one
+
+    def reset_one(self, i: int, seed: int | None, options: Info | None) -> Outcome:
+        """An explicit reset."""
+        obs, info = self._guarded(i, self.envs[i].reset, seed=self._seeding.reset(i, seed), options=options)
+        return self._was_reset_now(i, obs, info)
+
+    def step_one(self, i: int, action: Any) -> Outcome:
+        """A step, with what autoreset makes of it."""
+        if self.ended[i] and self._resets_ended:
+            obs, info = self._guarded(i, self.envs[i].reset, **self._next_episode(i))
+            return self._was_reset_now(i, obs, info)
+        obs, reward, terminated, truncated, info = self._guarded(i, self._steps[i], action)
+        infos: Sequence[Info] = (info,) if info else ()
+        if terminated or truncated:
+            obs, infos = self._ends(i, obs, info)
+        return Outcome(obs, reward, terminated, truncated, infos)
+
+    async def reset_one_async(self, i: int, seed: int | None, options: Info | None) -> Outcome:
+        """The same of an env whose methods are coroutine functions."""
+        obs, info = await self._awaited(i, self.envs[i].reset, seed=self._seeding.reset(i, seed), options=options)
+        return self._was_reset_now(i, obs, info)
+
+    async def step_one_async(self, i: int, action: Any) -> Outcome:
+        """The same of an env whose methods are coroutine functions."""
+        if self.ended[i] and self._resets_ended:
+            obs, info = await self._awaited(i, self.envs[i].reset, **self._next_episode(i))
+            return self._was_reset_now(i, obs, info)
+        obs, reward, terminated, truncated, info = await self._awaited(i, self._steps[i], action)
+        if not (terminated or truncated) or not self._resets_at_once:
+            self.ended[i] = bool(terminated or truncated)
+            return Outcome(obs, reward, terminated, truncated, (info,) if info else ())
+        final = {"final_obs": obs, "final_info": info}
+        obs, info = await self._awaited(i, self.envs[i].reset, **self._next_episode(i))
+        return Outcome(obs, reward, terminated, truncated, (final, info) if info else (final,))
+
+    def _next_episode(self, i: int) -> dict[str, Any]:
+        """The arguments of an autoreset: none, as in Gymnasium, unless its seed is derived."""
+        seed = self._seeding.next(i)
+        return {} if seed is None else {"seed": seed}
+
+    def _was_reset_now(self, i: int, obs: Any, info: Info) -> Outcome:
+        self.ended[i] = False
+        self._was_reset[i] = True
+        return Outcome(obs, 0.0, False, False, (info,) if info else ())
+
+    def _guarded(self, i: int, call: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except BaseException as exc:
+            raise Crashed(self.first + i) from exc
+
+    async def _awaited(self, i: int, call: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            made = call(*args, **kwargs)
+            return await made if inspect.isawaitable(made) else made
+        except Exception as exc:
+            raise Crashed(self.first + i) from exc
+
+    # ---------------------------------------------------------------- many, one after another
+
+    def step_all(self, ids: Sequence[int], actions: Iterable[Any]) -> Outcomes:
+        """Step ``ids`` one after another."""
+        out = Outcomes()
+        add_obs, add_reward = out.obs.append, out.rewards.append
+        add_terminated, add_truncated = out.terminated.append, out.truncated.append
+        ended, steps, resets_ended = self.ended, self._steps, self._resets_ended
+        k = -1
+        for k, (i, action) in enumerate(zip(ids, actions, strict=True)):
+            if resets_ended and ended[i]:
+                obs, reward, terminated, truncated, infos = self.step_one(i, action)
+                out.infos += [(k, info) for info in infos]
+            else:
+                try:
+                    obs, reward, terminated, truncated, info = steps[i](action)
+                except BaseException as exc:
+                    raise Crashed(self.first + i) from exc
+                if terminated or truncated:
+                    obs, infos = self._ends(i, obs, info)
+                    out.infos += [(k, info) for info in infos]
+                elif info:
+                    out.infos.append((k, info))
+            add_obs(obs)
+            add_reward(reward)
+            add_terminated(terminated)
+            add_truncated(truncated)
+        return out
+
+    def _ends(self, i: int, obs: Any, info: Info) -> tuple[Any, Sequence[Info]]:
+        """An episode ends with that observation and info; gives those that the step shows."""
+        if not self._resets_at_once:
+            self.ended[i] = True
+            return obs, (info,) if info else ()
+        final = {"final_obs": obs, "final_info": info}
+        obs, info = self._guarded(i, self.envs[i].reset, **self._next_episode(i))
+        return obs, (final, info) if info else (final,)
+
+
+def rewards_of(values: list[Any]) -> NDArray[np.float64]:
+    """Rewards as Gymnasium's vector envs cast them.
+
+    Raises:
+        Exception: one of them is no number.
+    """
+    column = np.asarray(values, np.float64)
+    return column if column.ndim == 1 else _cast(values, np.dtype(np.float64))
+
+
+def flags_of(values: list[Any]) -> NDArray[np.bool_]:
+    """Terminations or truncations as Gymnasium's vector envs cast them."""
+    column = np.asarray(values, np.bool_)
+    return column if column.ndim == 1 else _cast(values, np.dtype(np.bool_))
+
+
+def _cast(values: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    column = np.zeros(len(values), dtype)
+    for k, value in enumerate(values):
+        column[k] = value
+    return column
+
+
+def _some(ids: list[int]) -> str:
+    shown = ", ".join(map(str, ids[:8]))
+    return shown if len(ids) <= 8 else f"{shown} and {len(ids) - 8} more"
+
+
+def is_wrapped(env: Any, wrapper: str) -> bool:
+    """Whether a wrapper of that class, ``module:Class``, or of one derived from it, is around ``env``."""
+    while True:
+        if any(f"{base.__module__}:{base.__qualname__}" == wrapper for base in type(env).__mro__):
+            return True
+        if not isinstance(env, gymnasium.Wrapper):
+            return False
+        env = env.env

@@ -1,0 +1,199 @@
+"""Vector implementations: envs that step many copies of themselves in one call, where the operator asks for them (R6).
+
+    name        made by                                   seeds
+    gymnasium   ``gymnasium.make_vec`` with the env's      one generator for all: reset's seed
+                own vector entry point
+    envpool     ``envpool.make_gymnasium``                 seed + i, at construction: a seeded reset makes it anew
+
+What they cannot do (other autoreset modes, masks, attributes of sub-environments, lanes of their own) their worker
+advertises, and refuses at open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from meshrl.errors import InvalidName, MalformedMessage, NotAllowed, ResetNeeded, UsageError
+from meshrl.protocol.pace import BatchPace
+from meshrl.protocol.seeds import check_seed
+from meshrl.wire.frames import Frame
+from meshrl.wire.infos import pack_merged
+from meshrl.wire.messages import AUTORESET_MODES, Open, Vectors
+from meshrl.worker.calls import Calls
+from meshrl.worker.factories import Factory, is_gymnasium_id
+from meshrl.worker.threads import Threads
+
+IMPLEMENTATIONS = ("meshrl", "gymnasium", "envpool")
+
+
+def describe_implementation(name: str, factory: Factory, implementation: str) -> Vectors:
+    """What vectors of ``name`` can do that are hosted so.
+
+    Raises:
+        InvalidName: there is no such implementation of it.
+    """
+    if implementation == "meshrl":
+        return Vectors()
+    mode = "NextStep"
+    if implementation == "gymnasium":
+        vector = make_implementation(factory, implementation, 1, {}, None)
+        try:
+            mode = autoreset_mode_of(vector)
+        finally:
+            vector.close()
+    elif implementation == "envpool":
+        make_implementation(factory, implementation, 1, {}, None).close()
+    else:
+        raise InvalidName(
+            f"{name}: there is no vector implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
+        )
+    return Vectors(
+        implementation=implementation,
+        autoreset_modes=[known for known in AUTORESET_MODES if known == mode],
+        seedings=["implementation"] if implementation == "gymnasium" else ["gymnasium", "implementation"],
+        reset_mask=False,
+        attributes=False,
+        pool=False,
+    )
+
+
+def make_implementation(
+    factory: Factory,
+    implementation: str,
+    num_envs: int,
+    kwargs: Mapping[str, Any],
+    render_mode: str | None,
+    seed: int = 0,
+) -> VectorEnv[Any, Any, Any]:
+    """A new vector env.
+
+    Raises:
+        InvalidName: the env has none, or its package is not installed.
+    """
+    source = factory.source
+    if not isinstance(source, str) or not is_gymnasium_id(source):
+        raise InvalidName(f"{source!r}: only envs that are served by their Gymnasium id have vector implementations")
+    merged = {**factory.kwargs, **kwargs}
+    if implementation == "envpool":
+        try:
+            import envpool  # noqa: PLC0415  # an optional extra
+        except ImportError as exc:
+            raise InvalidName("EnvPool is not installed; pip install 'meshrl[envpool]'") from exc
+        if render_mode is not None:
+            raise UsageError(f"{source}: EnvPool renders nothing", render_mode=render_mode)
+        made: VectorEnv[Any, Any, Any] = envpool.make_gymnasium(source, num_envs=num_envs, seed=seed, **merged)
+        return made
+    if render_mode is not None:
+        merged["render_mode"] = render_mode
+    try:
+        return gymnasium.make_vec(source, num_envs, vectorization_mode="vector_entry_point", **merged)
+    except gymnasium.error.Error as exc:
+        raise InvalidName(f"{source} has no vector implementation of its own: {exc}") from exc
+
+
+def autoreset_mode_of(vector: Any) -> str:
+    """The autoreset mode that a vector env declares; Gymnasium's default if it declares none."""
+    mode = (getattr(vector, "metadata", None) or {}).get("autoreset_mode", "NextStep")
+    return str(getattr(mode, "value", mode))
+
+
+class HostedImplementation:
+    """A vector implementation under one session.
+
+    Args:
+        make: makes it; gets a seed.
+        open_: what was asked for.
+        seeded_at_construction: a seeded reset makes it anew.
+        threads: where what takes its time runs.
+
+    Attributes:
+        vector: the vector env.
+        pace: where to step it.
+        coroutine: False.
+    """
+
+    coroutine = False
+
+    def __init__(
+        self,
+        make: Callable[[int], VectorEnv[Any, Any, Any]],
+        open_: Open,
+        *,
+        seeded_at_construction: bool,
+        threads: Threads,
+    ) -> None:
+        self.name = open_.name
+        self.pace = BatchPace(open_.num_envs)
+        self.vector = make(open_.first_env_id)
+        self._make = make
+        self._count = open_.num_envs
+        self._first = open_.first_env_id
+        self._seeded_at_construction = seeded_at_construction
+        self._was_reset = False
+        self._calls = Calls(threads)
+
+    def __repr__(self) -> str:
+        return f"<HostedImplementation of {self._count} {self.name}>"
+
+    def run(self, op: str, body: Frame) -> Frame:
+        """Carry out one op; gives the reply's own fields.
+
+        Raises:
+            MeshError: the request is refused and nothing was touched.
+            Exception: whatever the implementation raises; the session is over then.
+        """
+        if op == "step":
+            return self._step(body)
+        if op == "reset":
+            return self._reset(body)
+        if op == "render":
+            return {"frames": list(self.vector.render() or [])}
+        raise NotAllowed(f"{self.name}: a vector implementation has no {op}; its sub-environments cannot be reached")
+
+    async def run_async(self, op: str, body: Frame) -> Frame:
+        """The same as :meth:`run`."""
+        return self.run(op, body)
+
+    async def close(self, seconds: float) -> None:
+        """Close it."""
+        await self._calls.close(self.vector.close, seconds)
+
+    def _step(self, body: Frame) -> Frame:
+        if not self._was_reset:
+            raise ResetNeeded(f"{self.name}: step before the first reset; call reset once")
+        actions = body.get("actions")
+        if not isinstance(actions, np.ndarray) or len(actions) != self._count:
+            raise MalformedMessage(f"the actions of {self._count} sub-environments are an array of as many")
+        obs, rewards, terminations, truncations, infos = self.vector.step(actions)
+        frame = {"obs": obs, "rewards": rewards, "terminations": terminations, "truncations": truncations}
+        if infos:
+            frame["infos"] = pack_merged(infos, self._count)
+        return frame
+
+    def _reset(self, body: Frame) -> Frame:
+        if body.get("mask") is not None:
+            raise UsageError(f"{self.name}: this vector implementation resets all of its sub-environments or none")
+        options, seeds = body.get("options"), body.get("seeds")
+        if options is not None and not isinstance(options, dict):
+            raise MalformedMessage(f"reset options are a map or nothing, not {type(options).__name__}")
+        if seeds is not None and (not isinstance(seeds, list) or len(seeds) != self._count):
+            raise MalformedMessage(f"the seeds of {self._count} sub-environments are a list of as many, or nothing")
+        seed = None if not seeds or seeds[0] is None else check_seed(seeds[0])
+        if self._seeded_at_construction and seed is not None:
+            self.vector.close()
+            self.vector = self._make(seed)
+            seed = None
+        if self._seeded_at_construction:
+            obs, infos = self.vector.reset()
+        else:
+            obs, infos = self.vector.reset(seed=seed, options=options)
+        self._was_reset = True
+        frame: Frame = {"obs": obs}
+        if infos:
+            frame["infos"] = pack_merged(infos, self._count)
+        return frame
