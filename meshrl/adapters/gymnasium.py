@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,18 +16,12 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from meshrl.adapters.held import Held
-from meshrl.adapters.spec import own_metadata, own_spec
+from meshrl.adapters.generator import client_generator, draw_seed
+from meshrl.adapters.held import HeldEnv
+from meshrl.adapters.spec import ENTRY_POINT, own_metadata, own_spec
 from meshrl.client.env import Step
 from meshrl.errors import MeshError, NotAllowed, UnencodableValue, UsageError
 from meshrl.wire.messages import SessionState
-
-ENTRY_POINT = "meshrl:make"
-# A drawn seed has the bits of those that workers draw (R7).
-SEED_BITS = 31
-# Wrappers at the client draw from a stream of their own: with the env's own seed alone they would draw the very
-# numbers that the env draws.
-CLIENT_STREAM = 1
 
 
 class MeshEnv(gymnasium.Env[Any, Any]):
@@ -47,7 +40,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         action_space: equal to the remote env's; its generator is this client's own.
         metadata: the remote env's; ``human`` is among the render modes when frames can be shown here.
         render_mode: as asked for.
-        spec: makes the same remote again by ``spec.make()``.
+        spec: makes the same remote again by ``spec.make()``, and vectors of it by ``gymnasium.make_vec(spec, ...)``.
     """
 
     def __init__(
@@ -66,16 +59,17 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         self._was_reset = False
         self._sent_seed: int | None = None
         self.render_mode = render_mode
-        self._held = Held(
-            name, render_mode=render_mode, mesh=self._mesh, where=self._where, env_kwargs=self._env_kwargs
+        kwargs, where = self._env_kwargs, self._where  # not self: garbage is to be found at once, without a cycle
+        self._held = HeldEnv(
+            name, self._mesh, lambda mesh: mesh.env(name, kwargs, render_mode, where), render_mode=render_mode
         )
         remote = self._held.remote
         self.action_space = remote.action_space
         self.observation_space = remote.observation_space
         self.metadata = own_metadata(remote.metadata)
         given = {"render_mode": render_mode, "mesh": self._mesh, "where": self._where}
-        kwargs = {**self._env_kwargs, **{key: value for key, value in given.items() if value}}
-        self.spec = own_spec(name, ENTRY_POINT, kwargs, remote.remote_spec)
+        said = {**self._env_kwargs, **{key: value for key, value in given.items() if value}}
+        self.spec = own_spec(name, ENTRY_POINT, said, remote.remote_spec)
 
     def __repr__(self) -> str:
         return f"<MeshEnv {self._name}: {self._held!r}>"
@@ -103,7 +97,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         Before the first reset it is drawn here, and a first reset without a seed uses it: as in a local env.
         """
         if self._np_random_seed is None:
-            self._start_from(secrets.randbits(SEED_BITS))
+            self._start_from(draw_seed())
             assert self._np_random_seed is not None
         return self._np_random_seed
 
@@ -125,8 +119,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
 
     def _start_from(self, seed: int) -> None:
         self._np_random_seed = seed
-        sequence = np.random.SeedSequence(seed, spawn_key=(CLIENT_STREAM,))
-        self._np_random = np.random.Generator(np.random.PCG64(sequence))
+        self._np_random = client_generator(seed)
 
     # ---------------------------------------------------------------- an env's calls
 

@@ -1,55 +1,66 @@
-"""A remote env as a thread holds it: leased over a portal, called by blocking, settled after an interrupt."""
+"""A remote as a thread holds it: leased over a portal, called by blocking, settled after an interrupt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
-from meshrl.adapters.portal import Call, Portal, lease
+from meshrl.adapters.call import Call
+from meshrl.adapters.portal import Portal, lease
 from meshrl.client.env import RemoteEnv
+from meshrl.client.mesh import Mesh
+from meshrl.client.session import RemoteSession
+from meshrl.client.vector import RemoteVectorEnv
 from meshrl.client.window import Latest, Window
-from meshrl.errors import MeshError, NothingUnsettled, ResetNeeded, SessionClosed, StepUnsettled
+from meshrl.errors import (
+    ConcurrentStep,
+    MeshError,
+    NothingUnderWay,
+    NothingUnsettled,
+    ResetNeeded,
+    SessionClosed,
+    StepUnsettled,
+)
 from meshrl.protocol.turn import READING
 
+
+class Remote(Protocol):
+    """What can be held: a remote env, or a vector of them."""
+
+    async def settle(self) -> Any:
+        """The result of the call whose waiting was cancelled."""
+
+    async def close(self) -> None:
+        """Free its slots."""
+
+
 T = TypeVar("T")
+R = TypeVar("R", bound=Remote)
 
 
-class Held:
-    """One remote env, and the call that was interrupted, until it is settled.
+class Held(Generic[R]):
+    """One remote, and the call that was interrupted, until it is settled.
 
     Args:
         name: as served.
-        render_mode: Gymnasium's; in ``human`` mode frames are shown on the thread that calls.
         mesh: arguments of :class:`meshrl.Mesh`.
-        where: capabilities that the worker must have.
-        env_kwargs: for the env's constructor.
+        opened: leases the remote.
 
     Attributes:
         portal: over which it is leased.
-        remote: the env on the portal's loop.
+        remote: the env or vector on the portal's loop.
         closed: whether it was closed, by :meth:`close` or as garbage.
     """
 
     portal: Portal
-    remote: RemoteEnv
+    remote: R
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        render_mode: str | None,
-        mesh: Mapping[str, Any],
-        where: Mapping[str, Any] | None,
-        env_kwargs: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, name: str, mesh: Mapping[str, Any], opened: Callable[[Mesh], Coroutine[Any, Any, R]]) -> None:
         self.closed = False
         self._name = name
-        self._render_mode = render_mode
         self._mesh = mesh
-        self._where = where
-        self._env_kwargs = env_kwargs
-        self._frames = Latest()
-        self._window = Window(name) if render_mode == "human" else None
+        self._opened = opened
+        self._begun: Call[Any] | None = None
         self._interrupted: Call[Any] | None = None
         self._op = ""  # of the last interrupted call, beside a settle
         self._lease()
@@ -59,18 +70,16 @@ class Held:
 
     def _lease(self) -> None:
         portal = lease(self._mesh)
-        opening = Call("make", portal.env, self._name, self._env_kwargs, self._render_mode, self._where)
+        opening: Call[R] = Call("make", portal.open, self._opened)
         try:
             self.remote = portal.run(opening)
         except BaseException as exc:
             if exc is opening.error:
                 portal.release()
             else:
-                portal.abandon_env(opening)
+                portal.abandon_opening(opening)
             raise
         self.portal = portal
-        if self._window is not None:
-            self.remote._window = self._frames  # noqa: SLF001  # fetched on the loop, shown on the caller's thread
 
     @property
     def inherited(self) -> bool:
@@ -78,14 +87,29 @@ class Held:
         return self.portal.inherited
 
     def lease_again(self) -> None:
-        """In a forked process: an env of its own, with nothing of the parent's episode."""
+        """In a forked process: a remote of its own, with nothing of the parent's episodes."""
         self._disown()
         self._lease()
-        self._interrupted, self._op = None, ""
+        self._begun, self._interrupted, self._op = None, None, ""
 
     def _disown(self) -> None:
-        """In a forked process: the session is the parent's to close, and this copy of it nobody's to warn of."""
-        self.remote._session.closed = True  # noqa: SLF001  # there is no other use for a half-dead RemoteEnv
+        """In a forked process: the sessions are the parent's to close, and this copy of them nobody's to warn of."""
+        for session in self._sessions():
+            session.closed = True
+
+    # ---------------------------------------------------------------- what differs between remotes
+
+    def _sessions(self) -> Sequence[RemoteSession]:
+        """Of the remote."""
+        raise NotImplementedError
+
+    def _show(self) -> None:
+        """Show what a call left to be shown on this thread."""
+
+    @property
+    def _unshown(self) -> str:
+        """The op that ran, and whose result the remote keeps because its frame could not be fetched."""
+        return ""
 
     # ---------------------------------------------------------------- calls
 
@@ -97,37 +121,93 @@ class Held:
 
         Raises:
             SessionClosed: it was closed.
+            ConcurrentStep: a call was begun and not finished.
             StepUnsettled: an interrupted call ran, and comes first.
             ResetNeeded: it is the parent process's.
             MeshError: what the call raised.
         """
-        if self.closed:
-            raise SessionClosed(f"{self._name}: it was closed by this client; make a new one")
-        if self._interrupted is not None:
-            self._after_interrupt(op)
-        if self.inherited:
-            raise ResetNeeded(
-                f"{self._name}: {op} in a forked process, whose parent has this env; reset leases one for this process",
-                op=op,
-            )
+        self._check_turn(op)
         call = Call(op, made, *args)
         try:
             value = self.portal.run(call)
             self._show()
             return value  # noqa: TRY300  # in here, so that no signal comes between
         except BaseException as exc:
-            unseen = call.ran and op not in READING
-            if exc is not call.error and (unseen or not isinstance(exc, MeshError)):
-                self._interrupted = call
-                if op != "settle":
-                    self._op = op
-                self.portal.abandon(call)
+            self._raised(call, exc)
             raise
 
-    def _show(self) -> None:
-        frame = self._frames.take()
-        if frame is not None and self._window is not None:
-            self._window.show(frame)
+    def begin(self, op: str, made: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
+        """Send one call of the remote; :meth:`finish` waits for it, a reset leaves it to its fate.
+
+        Raises:
+            MeshError: as :meth:`do` before anything is sent.
+        """
+        self._check_turn(op)
+        call = Call(op, made, *args)
+        try:
+            self._begun = call
+            self.portal.send(call)
+        except BaseException as exc:
+            self._begun = None
+            self._raised(call, exc)
+            raise
+
+    def finish(self) -> Any:
+        """Wait for the call that was begun; as :meth:`do` from there on.
+
+        Raises:
+            NothingUnderWay: none was.
+            MeshError: what the call raised.
+        """
+        if self.closed:
+            raise SessionClosed(f"{self._name}: it was closed by this client; make a new one")
+        call = self._begun
+        if call is None:
+            raise NothingUnderWay(f"{self._name}: nothing to wait for: no call was begun")
+        if self.inherited:
+            raise ResetNeeded(f"{self._name}: {call.op} is under way in the parent process; reset leases one here")
+        try:
+            value = self.portal.wait(call)
+            self._show()
+            self._begun = None
+            return value  # noqa: TRY300  # in here, so that no signal comes between
+        except BaseException as exc:
+            self._begun = None
+            self._raised(call, exc)
+            raise
+
+    def _check_turn(self, op: str) -> None:
+        if self.closed:
+            raise SessionClosed(f"{self._name}: it was closed by this client; make a new one")
+        if self.inherited:
+            raise ResetNeeded(
+                f"{self._name}: {op} in a forked process, whose parent has this env; reset leases one for this process",
+                op=op,
+            )
+        if self._begun is not None:
+            if op != "reset":
+                raise ConcurrentStep(
+                    f"{self._name}: {op} was called while a {self._begun.op} is under way; wait for its result first",
+                    op=op,
+                    under_way=self._begun.op,
+                )
+            self._leave(self._begun)
+            self._begun = None
+        if self._interrupted is not None:
+            self._after_interrupt(op)
+
+    def _raised(self, call: Call[Any], exc: BaseException) -> None:
+        """Keep ``call`` if it was not itself that raised ``exc``."""
+        unseen = call.ran and call.op not in READING
+        if exc is not call.error and (unseen or not isinstance(exc, MeshError)):
+            self._leave(call)
+
+    def _leave(self, call: Call[Any]) -> None:
+        """Nobody waits for ``call`` any more."""
+        self._interrupted = call
+        if call.op != "settle":
+            self._op = call.op
+        self.portal.abandon(call)
 
     def _after_interrupt(self, op: str) -> None:
         """Whether ``op`` may follow the interrupted call: the lane knows what was cancelled, not what was over."""
@@ -136,19 +216,21 @@ class Held:
         call.wait()
         if call.ran and op != "reset" and call.op not in READING:
             raise StepUnsettled(
-                f"env {self._name}: {call.op} was interrupted, and it ran; call env.settle() for its result, or reset",
+                f"{self._name}: {call.op} was interrupted, and it ran; call settle() for its result, or reset",
                 op=call.op,
             )
         self._interrupted = None
 
     def settle(self) -> tuple[str, Any]:
-        """The op and the result of the call that was interrupted.
+        """The op and the result of the call that was interrupted, or begun and not finished.
 
         Raises:
             NothingUnsettled: none was, or it was before anything was sent.
         """
         if self.inherited and not self.closed:
-            raise NothingUnsettled(f"env {self._name}: nothing to settle: its episode belongs to the parent process")
+            raise NothingUnsettled(f"{self._name}: nothing to settle: its episode belongs to the parent process")
+        if self._begun is not None:
+            return self._begun.op, self.finish()
         op, call = self._unshown or self._op, self._interrupted
         if call is None or self.closed:
             return op, self.do("settle", self.remote.settle)
@@ -161,31 +243,27 @@ class Held:
         """Whether the last call was ``op``, and ran although it raised."""
         return op == (self._unshown or (self._op if self._interrupted is not None else ""))
 
-    @property
-    def _unshown(self) -> str:
-        """The op whose frame the remote could not fetch."""
-        unshown = self.remote._unshown  # noqa: SLF001  # one keeping of results for both faces
-        return "" if unshown is None else unshown[0]
-
     # ---------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """Close the env and free its slot. Safe to call twice."""
+        """Close the remote and free its slots. Safe to call twice."""
         if self.closed:
             return
         self.closed = True
-        if self._window is not None:
-            self._window.close()
         if self.inherited:
             self._disown()
+        elif self.portal.is_here:  # garbage, collected there of all places: waiting would be for ever
+            self.portal.drop(self.remote)
         elif not self.portal.over:
+            if self._begun is not None:
+                self.portal.abandon(self._begun)
             try:
                 self.portal.run(Call("close", self.remote.close))
             finally:
                 self.portal.release()
 
     def drop(self) -> None:
-        """The env is garbage. From any thread and at any moment: nothing here may wait."""
+        """The remote is garbage. From any thread and at any moment: nothing here may wait."""
         if self.closed:
             return
         self.closed = True
@@ -193,3 +271,57 @@ class Held:
             self._disown()
         else:
             self.portal.drop(self.remote)
+
+
+class HeldEnv(Held[RemoteEnv]):
+    """One remote env; in ``human`` mode its frames are shown on the thread that calls.
+
+    Args:
+        name: as served.
+        render_mode: Gymnasium's.
+        mesh: arguments of :class:`meshrl.Mesh`.
+        opened: leases the remote.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mesh: Mapping[str, Any],
+        opened: Callable[[Mesh], Coroutine[Any, Any, RemoteEnv]],
+        *,
+        render_mode: str | None,
+    ) -> None:
+        self._frames = Latest()
+        self._window = Window(name) if render_mode == "human" else None
+        super().__init__(name, mesh, opened)
+
+    def _lease(self) -> None:
+        super()._lease()
+        if self._window is not None:
+            self.remote._window = self._frames  # noqa: SLF001  # fetched on the loop, shown on the caller's thread
+
+    def _sessions(self) -> Sequence[RemoteSession]:
+        return [self.remote._session]  # noqa: SLF001  # there is no other use for a half-dead RemoteEnv
+
+    def _show(self) -> None:
+        frame = self._frames.take()
+        if frame is not None and self._window is not None:
+            self._window.show(frame)
+
+    @property
+    def _unshown(self) -> str:
+        unshown = self.remote._unshown  # noqa: SLF001  # one keeping of results for both faces
+        return "" if unshown is None else unshown[0]
+
+    def close(self) -> None:
+        """Close the env, its window with it."""
+        if self._window is not None:
+            self._window.close()
+        super().close()
+
+
+class HeldVector(Held[RemoteVectorEnv]):
+    """One remote vector, of however many shards."""
+
+    def _sessions(self) -> Sequence[RemoteSession]:
+        return self.remote._sessions  # noqa: SLF001  # there is no other use for a half-dead RemoteVectorEnv

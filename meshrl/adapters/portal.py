@@ -22,114 +22,28 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from meshrl.adapters.call import Call
 from meshrl.bus.locate import URL_VARIABLE
 from meshrl.client.context import context_of
-from meshrl.client.env import RemoteEnv
 from meshrl.client.mesh import Mesh
 from meshrl.errors import SessionClosed, UsageError
 
+
+class Closes(Protocol):
+    """What can be leased: a remote env, or a vector of them."""
+
+    async def close(self) -> None:
+        """Free its slots."""
+
+
 T = TypeVar("T")
+R = TypeVar("R", bound=Closes)
 
 # Closing a mesh takes some milliseconds; a server that is gone costs up to 2 s.
 END_S = 5.0
 ARGUMENTS = frozenset({"url", "namespace", "credentials", "timeout"})
-
-
-class Call(Generic[T]):
-    """One coroutine function's run on a portal's loop, awaited by a thread.
-
-    Attributes:
-        op: what it is called in errors.
-        over: whether it has ended.
-        cancelled: whether it ended by :meth:`cancel`, without value and error.
-        value: what it gave.
-        error: what it raised.
-    """
-
-    __slots__ = ("_args", "_began", "_lock", "_made", "_task", "cancelled", "error", "op", "over", "value")
-
-    value: T
-
-    def __init__(self, op: str, made: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> None:
-        self.op = op
-        self.over = False
-        self.cancelled = False
-        self.error: BaseException | None = None
-        self._made = made
-        self._args = args
-        self._began = False
-        self._task: asyncio.Task[None] | None = None
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def __repr__(self) -> str:
-        state = "cancelled" if self.cancelled else "over" if self.over else "under way"
-        return f"<Call {self.op}: {state}>"
-
-    @property
-    def ran(self) -> bool:
-        """Whether it has ended, and gave a value."""
-        return self.over and not self.cancelled and self.error is None
-
-    def wait(self) -> None:
-        """Block until it is over. Any exception of a signal handler ends the waiting alone."""
-        while not self.over:
-            self._lock.acquire()
-
-    def result(self) -> T:
-        """What it gave.
-
-        Raises:
-            BaseException: what it raised.
-            SessionClosed: it was cancelled: the portal ended.
-        """
-        if self.error is not None:
-            raise self.error
-        if self.cancelled:
-            raise SessionClosed(f"{self.op}: the connection to the mesh was closed meanwhile")
-        return self.value
-
-    # ---------------------------------------------------------------- on the loop
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run it, unless it was cancelled before."""
-        if not self.over:
-            self._task = loop.create_task(self._run())
-
-    def refuse(self) -> None:
-        """It will not run, or no further."""
-        if not self.over:
-            self.cancelled = True
-            self._end()
-
-    def cancel(self) -> None:
-        """Cancel it, unless it is over."""
-        if self._task is not None:
-            self._task.cancel()
-        if not self._began:  # a task that never ran runs no line of _run either
-            self.refuse()
-
-    async def ended(self) -> None:
-        """Wait until it is over, on the loop."""
-        if self._task is not None:
-            await asyncio.wait({self._task})
-
-    async def _run(self) -> None:
-        self._began = True
-        try:
-            self.value = await self._made(*self._args)
-        except asyncio.CancelledError:
-            self.cancelled = True
-        except BaseException as exc:  # noqa: BLE001  # handed to the thread that waits
-            self.error = exc
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        self.over = True
-        self._lock.release()
 
 
 class Portal:
@@ -175,10 +89,15 @@ class Portal:
         """Whether its thread lives."""
         return self._thread.is_alive()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller is its thread, which must never wait for it."""
+        return threading.get_ident() == self._thread.ident
+
     # ---------------------------------------------------------------- from any thread
 
     def run(self, call: Call[T]) -> T:
-        """Run ``call`` on the loop and wait for it.
+        """Run ``call`` on the loop and wait for it: :meth:`send`, then :meth:`wait`.
 
         An interrupt (``KeyboardInterrupt``, or whatever a signal handler raises) ends the waiting; then
         ``call.error`` is not what was raised, and the caller has to :meth:`abandon` it.
@@ -186,6 +105,15 @@ class Portal:
         Raises:
             SessionClosed: the portal has ended.
             BaseException: what the call raised.
+        """
+        self.send(call)
+        return self.wait(call)
+
+    def send(self, call: Call[Any]) -> None:
+        """Run ``call`` on the loop, without waiting for it.
+
+        Raises:
+            SessionClosed: the portal has ended.
         """
         if self.over:
             raise SessionClosed(f"{call.op}: the connection to the mesh was closed")
@@ -195,6 +123,13 @@ class Portal:
             self._loop.call_soon_threadsafe(self._start, call)
         except RuntimeError:  # the loop is closed
             raise SessionClosed(f"{call.op}: the connection to the mesh was closed") from None
+
+    def wait(self, call: Call[T]) -> T:
+        """Wait for a call that was sent.
+
+        Raises:
+            BaseException: what the call raised.
+        """
         call.wait()
         self._calls.discard(call)
         return call.result()
@@ -209,14 +144,14 @@ class Portal:
         if _PORTALS.release(self):
             self.end()
 
-    def abandon_env(self, opening: Call[RemoteEnv]) -> None:
-        """Give back the lease of an env that nobody waits for any more; never blocks."""
+    def abandon_opening(self, opening: Call[R]) -> None:
+        """Give back the lease of a remote that nobody waits for any more; never blocks."""
         self._later(self._dispose(opening))
 
-    def drop(self, env: RemoteEnv) -> None:
-        """Close an env that was garbage, and give its lease back; never blocks, safe in ``__del__`` on any thread."""
+    def drop(self, remote: Closes) -> None:
+        """Close a remote that was garbage, and give its lease back; never blocks, safe in ``__del__`` on any thread."""
         if not self.over and not self.inherited:
-            self._later(self._close_dropped(env))
+            self._later(self._close_dropped(remote))
 
     def end(self) -> None:
         """Close the mesh and end the thread; returns when it has ended, or after 5 s."""
@@ -224,7 +159,7 @@ class Portal:
             return
         if not self.over:
             self._later(self._shut())
-        if threading.get_ident() != self._thread.ident:
+        if not self.is_here:
             self._thread.join(END_S)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -249,14 +184,8 @@ class Portal:
         await call.ended()
         self._calls.discard(call)
 
-    async def env(
-        self,
-        name: str,
-        kwargs: Mapping[str, Any],
-        render_mode: str | None,
-        where: Mapping[str, Any] | None,
-    ) -> RemoteEnv:
-        """Lease an env over the shared mesh; the arguments are those of :meth:`meshrl.Mesh.env`."""
+    async def open(self, opened: Callable[[Mesh], Coroutine[Any, Any, R]]) -> R:
+        """Lease a remote over the shared mesh."""
         async with self._entering:
             if self._mesh is None:
                 mesh = Mesh(**self.arguments)
@@ -264,21 +193,21 @@ class Portal:
                 self._mesh = mesh
                 # Registered again, so that it runs before whatever the mesh registered: an embedded server's stop.
                 _PORTALS.close_at_exit()
-        return await self._mesh.env(name, kwargs, render_mode, where)
+        return await opened(self._mesh)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _close_dropped(self, env: RemoteEnv) -> None:
+    async def _close_dropped(self, remote: Closes) -> None:
         try:
-            await env.close()
+            await remote.close()
         finally:
             if _PORTALS.release(self):
                 await self._shut()
 
-    async def _dispose(self, opening: Call[RemoteEnv]) -> None:
+    async def _dispose(self, opening: Call[R]) -> None:
         try:
             opening.cancel()
             await opening.ended()

@@ -8,23 +8,27 @@ from typing import Any
 
 from gymnasium.envs.registration import EnvSpec
 
+# What makes these remotes, by name: the one an env, the other a vector.
+ENTRY_POINT = "meshrl:make"
+VECTOR_ENTRY_POINT = "meshrl:make_vec"
 # By Gymnasium's rule for ids.
 _NOT_IN_NAMESPACE = re.compile(r"[^\w:-]")
 _NOT_IN_NAME = re.compile(r"[^\w:.-]")
 
 
-def own_spec(name: str, entry_point: str, kwargs: Mapping[str, Any], remote: EnvSpec | None) -> EnvSpec:
-    """The spec with which ``spec.make()`` leases the same remote again.
+def own_spec(name: str, entry_point: str | None, kwargs: Mapping[str, Any], remote: EnvSpec | None) -> EnvSpec:
+    """The spec with which ``spec.make()``, or ``gymnasium.make_vec(spec)``, leases the same remote again.
 
     Args:
         name: the served name as asked for; with what Gymnasium takes in no id replaced, it is the spec's id.
-        entry_point: what makes it, with ``name`` and ``kwargs``.
+        entry_point: what makes an env of it, with ``name`` and ``kwargs``; None where they make a vector.
         kwargs: what else it was made with.
         remote: the worker's own spec of the env.
     """
     return EnvSpec(
         id=_id(name),
         entry_point=entry_point,
+        vector_entry_point=VECTOR_ENTRY_POINT,
         reward_threshold=None if remote is None else remote.reward_threshold,
         nondeterministic=remote is not None and remote.nondeterministic,
         # The worker's wrappers check, order and truncate; none of them belongs on top of a remote env again.
@@ -34,14 +38,18 @@ def own_spec(name: str, entry_point: str, kwargs: Mapping[str, Any], remote: Env
     )
 
 
-def own_metadata(remote: Mapping[str, Any]) -> dict[str, Any]:
-    """The remote's, with ``human`` among the render modes exactly if there are frames to show here."""
+def own_metadata(remote: Mapping[str, Any], *, vector: bool = False) -> dict[str, Any]:
+    """The remote's, with ``human`` among the render modes exactly if there are frames to show here.
+
+    A vector's are never shown: they are many.
+    """
     metadata = dict(remote)
     modes = metadata.get("render_modes")
     if isinstance(modes, list | tuple):
-        if "rgb_array" in modes and "human" not in modes:
+        shown = "rgb_array" in modes and not vector
+        if shown and "human" not in modes:
             metadata["render_modes"] = type(modes)(["human", *modes])
-        elif "human" in modes and "rgb_array" not in modes:
+        elif not shown and "human" in modes:
             metadata["render_modes"] = type(modes)([mode for mode in modes if mode != "human"])
     return metadata
 

@@ -61,7 +61,11 @@ def _checker(space: spaces.Space[Any], strict: bool, at: str) -> _Problem:
         return _sequence(_checker(space.feature_space, strict, f"{at}[...]"), where)
 
     def contained(action: Any) -> str | None:
-        return None if space.contains(action) else f"{where}is not in the space: {_short(action)}"
+        try:
+            fits = space.contains(action)
+        except Exception as exc:  # noqa: BLE001  # a space may stumble over what it does not expect
+            return f"{where}is nothing that the space can look at ({type(exc).__name__}: {exc}): {_short(action)}"
+        return None if fits else f"{where}is not in the space: {_short(action)}"
 
     return contained
 

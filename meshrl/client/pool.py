@@ -42,7 +42,7 @@ from meshrl.errors import (
     from_wire,
 )
 from meshrl.wire import spaces
-from meshrl.wire.batches import pick
+from meshrl.wire.batches import batching
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, Indices, check_lanes
 from meshrl.wire.messages import Seeding
@@ -84,6 +84,7 @@ class RemotePool:
         self._description = description
         self._single_observation_space = spaces.rebuild(description.observation_space)
         self._single_action_space = spaces.rebuild(description.action_space)
+        self._action_batches = batching(self._single_action_space)
         self._check = batched_checker(
             self._single_action_space, self.num_envs, description.name, strict=check_actions == "strict"
         )
@@ -223,10 +224,10 @@ class RemotePool:
         phases = self._phases[ids]
         if not (phases == _HELD).all():
             raise self._not_held(ids, phases)
-        space = self._single_action_space
+        pick = self._action_batches.pick
 
         def fields_of(rows: Indices, _: Indices) -> Frame:
-            return {"actions": actions if len(rows) == len(ids) else pick(space, actions, rows)}
+            return {"actions": actions if len(rows) == len(ids) else pick(actions, rows)}
 
         self._launch("step", ids, fields_of)
 

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage
-from meshrl.wire.batches import join, pick
+from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
-from meshrl.wire import infos as _infos
-from meshrl.wire.infos import merge_infos
+from meshrl.wire.infos import merge_infos, pick_infos
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +78,7 @@ class Results:
 
     def __init__(self, space: gymnasium.Space[Any], num_envs: int, *, fair: bool) -> None:
         self.count = 0
-        self._space = space
+        self._batches = batching(space)
         self._fair = fair
         self._handed: Indices = np.zeros(num_envs, np.int64)
         self._ready: deque[Ready] = deque()
@@ -146,10 +145,10 @@ class Results:
         total = sum(sizes)
         observations, infos, at = [], [], 0
         for part, size in zip(taken, sizes, strict=True):
-            obs = join(self._space, [_field(part, "obs")], [part.size])
+            obs = self._batches.join([_field(part, "obs")], [part.size], "obs")
             info = part.frame.get("infos")
             if size < part.size:
-                obs = pick(self._space, obs, part.rows)
+                obs = self._batches.pick(obs, part.rows)
                 info = None if info is None else pick_infos(info, part.rows, part.size)
             observations.append(obs)
             infos.append((info, at, size))
@@ -157,7 +156,7 @@ class Results:
         first = [np.full(size, _field(part, "first") is True) for part, size in zip(taken, sizes, strict=True)]
         return PoolBatch(
             env_ids=_joined([part.env_ids for part in taken]),
-            observations=join(self._space, observations, sizes),
+            observations=self._batches.join(observations, sizes, "obs"),
             rewards=_column(taken, "rewards", np.dtype(np.float64)),
             terminations=_column(taken, "terminations", np.dtype(np.bool_)),
             truncations=_column(taken, "truncations", np.dtype(np.bool_)),
@@ -166,12 +165,6 @@ class Results:
             episodes=_column(taken, "episodes", np.dtype(np.int64)),
             steps=_column(taken, "steps", np.dtype(np.int64)),
         )
-
-
-def pick_infos(part: Any, rows: Any, count: int) -> Any:
-    at = {int(r): k for k, r in enumerate(rows)}
-    entries = [[at[i], info] for i, info in _infos._read(part, 0, count).entries() if i in at]
-    return {"entries": sorted(entries, key=lambda e: e[0])} if entries else None
 
 
 def _column(taken: list[Ready], field: str, dtype: np.dtype[Any]) -> NDArray[Any]:

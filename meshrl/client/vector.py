@@ -34,7 +34,7 @@ from meshrl.errors import (
 )
 from meshrl.protocol.turn import READING, Begin
 from meshrl.wire import spaces
-from meshrl.wire.batches import cut, joiner
+from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame
 from meshrl.wire.infos import merge_infos
 from meshrl.wire.messages import Seeding
@@ -81,7 +81,8 @@ class RemoteVectorEnv:
             self._single_action_space, self.num_envs, description.name, strict=check_actions == "strict"
         )
         self._sizes = [session.num_envs for session in sessions]
-        self._join = joiner(self._single_observation_space, self._sizes)
+        self._observation_batches = batching(self._single_observation_space)
+        self._action_batches = batching(self._single_action_space)
         self._seeds = Seeds(seeding, self.num_envs, description.name)
         self._ended: NDArray[np.bool_] = np.zeros(self.num_envs, np.bool_)  # where nobody but the caller resets them
         # The call under way or unsettled: its op, and what each shard answered, None for those still to come.
@@ -198,7 +199,7 @@ class RemoteVectorEnv:
         if len(self._sessions) == 1:
             fields = [{"actions": actions}]
         else:
-            fields = [{"actions": cut(self._single_action_space, actions, *at)} for at in self._bounds()]
+            fields = [{"actions": self._action_batches.cut(actions, *at)} for at in self._bounds()]
         return self._stepped(await self._call("step", fields))
 
     async def settle(self) -> Any:
@@ -417,7 +418,7 @@ class RemoteVectorEnv:
     def _observations(self, frames: list[Frame]) -> Any:
         # Copies of an observation on its way here: out of the socket's buffer, out of the message, into an array of its
         # own, and where there are several shards into the one that holds them all.
-        return self._join([_field(frame, "obs") for frame in frames])
+        return self._observation_batches.join([_field(frame, "obs") for frame in frames], self._sizes, "obs")
 
     def _column(self, frames: list[Frame], field: str) -> NDArray[Any]:
         """One number or flag a sub-environment."""

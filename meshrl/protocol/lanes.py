@@ -7,6 +7,7 @@ results of several lanes, the ones that finished together: its bytes are kept on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -67,8 +68,8 @@ class Lanes:
         self.running = np.zeros(count, np.bool_)
         self.cached_bytes = 0
         self.began = 0.0
-        self._reply_to = [""] * count
-        self._answers: list[Answer | None] = [None] * count
+        self._reply_to = np.full(count, "", object)
+        self._answers = np.full(count, None, object)  # of Answer
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -91,13 +92,13 @@ class Lanes:
         self.began = now
         ahead = seqs - self.seqs[lanes]
         busy = self.running[lanes]
-        fresh = (ahead == 1) & ~busy
-        for lane in lanes[fresh | ((ahead == 0) & busy)].tolist():  # RUN and JOIN
-            self._reply_to[lane] = reply_to
-        if fresh.all():  # what nearly every request is
+        if not busy.any() and (ahead == 1).all():  # what nearly every request is
             self.seqs[lanes] = seqs
             self.running[lanes] = True
+            self._reply_to[lanes] = reply_to
             return Received(np.arange(len(lanes)), [], [])
+        fresh = (ahead == 1) & ~busy
+        self._reply_to[lanes[fresh | ((ahead == 0) & busy)]] = reply_to  # RUN and JOIN
         run = np.flatnonzero(fresh)
         self.seqs[lanes[run]] = seqs[run]
         self.running[lanes[run]] = True
@@ -118,20 +119,15 @@ class Lanes:
 
     def answer(self, lanes: Indices, packed: bytes) -> set[str]:
         """Keep the answer of lanes that ran; gives the reply subjects that it goes to."""
-        shared = Answer(packed, len(lanes))
         self.cached_bytes += len(packed)
         self.running[lanes] = False
-        goes_to = set()
-        answers, reply_to = self._answers, self._reply_to
-        for lane in lanes.tolist():
-            before = answers[lane]
+        for before, count in Counter(self._answers[lanes].tolist()).items():
             if before is not None:
-                before.held_by -= 1
+                before.held_by -= count
                 if not before.held_by:
                     self.cached_bytes -= len(before.packed)
-            answers[lane] = shared
-            goes_to.add(reply_to[lane])
-        return goes_to
+        self._answers[lanes] = Answer(packed, len(lanes))
+        return set(self._reply_to[lanes].tolist())
 
     def refusal(self, refused: Iterable[tuple[int, Verdict]], lanes: Indices, seqs: Indices, session: str) -> MeshError:
         """The error for lanes that were refused: that of the first, which names the others."""

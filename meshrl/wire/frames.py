@@ -95,12 +95,10 @@ def check_lanes(body: Frame, count: int) -> tuple[int, Indices, Indices]:
         and lanes.ndim == 1
         and lanes.shape == seqs.shape
         and len(lanes)
-        and int(lanes.min()) >= 0
-        and int(lanes.max()) < count
-        and int(seqs.min()) > 0
-        and len(set(lanes.tolist())) == len(lanes)
     ):
-        return epoch, lanes, seqs
+        each = set(lanes.tolist())
+        if len(each) == len(lanes) and min(each) >= 0 and max(each) < count and int(seqs.min()) > 0:
+            return epoch, lanes, seqs
     raise MalformedMessage(
         f"a pool's message names lanes, each once, below {count}, and a sequence number for each, as arrays of int64"
     )

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -227,7 +228,9 @@ def merge_infos(parts: Sequence[tuple[Any, int, int]], num_envs: int) -> dict[st
 
     Raises:
         MalformedMessage: a part has none of the forms, or an index, length or type in it is wrong.
-        Exception: the infos themselves cannot be merged (text after a number, say): what ``_add_info`` raises.
+        Exception: the infos themselves cannot be merged: what ``_add_info`` raises, as it would locally. A value that
+            an array does not take is a ValueError, TypeError or OverflowError, a dict where another sub-environment
+            has something else an AttributeError or IndexError.
     """
     present = [part for part in parts if part[0] is not None]
     read = [_read(*part) for part in sorted(present, key=lambda part: part[1])]
@@ -340,6 +343,26 @@ def _infos_of(group: Group, count: int) -> list[dict[str, Any]]:
     if not columns:
         return [{} for _ in range(count)]
     return [dict(zip(group, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def pick_infos(part: Any, rows: Sequence[int] | NDArray[np.int64], num_envs: int) -> Any:
+    """What travelled, of some sub-environments alone.
+
+    Args:
+        part: as :func:`pack_infos` gave it.
+        rows: which, each once; they are numbered anew in this order.
+        num_envs: how many sub-environments it is of.
+
+    Raises:
+        MalformedMessage: it is nothing that :func:`pack_infos` gives.
+    """
+    read = _read(part, 0, num_envs)
+    if isinstance(read, _Merged):
+        raise MalformedMessage("infos that were merged already cannot be taken apart")
+    new = {int(row): k for k, row in enumerate(rows)}
+    picked = [[new[i], info] for i, info in read.entries() if i in new]
+    picked.sort(key=itemgetter(0))  # stable: the entries of one sub-environment keep their order
+    return {"entries": picked} if picked else None
 
 
 # ------------------------------------------------------------------ the forms, checked
@@ -485,6 +508,8 @@ def _check_group(group: object, length: int, depth: int) -> None:
             _check_group(values, length, depth + 1)
         elif kind not in _LEAF_KINDS or not _is_column(kind, values, length):
             raise MalformedMessage(f"a column of infos that is not {length} values of a known kind")
+        elif kind == "object" and key != "final_obs" and not _OBJECTS.issuperset(map(type, values)):
+            raise MalformedMessage("a column of objects with what Gymnasium does not keep in object arrays")
 
 
 def _pair(column: object) -> tuple[str, Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage
 from meshrl.protocol.pace import BatchPace
-from meshrl.wire.batches import check_rows, rows
+from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
@@ -47,7 +47,7 @@ class HostedPool:
         self.episodes: NDArray[np.int64] = np.zeros(len(envs), np.int64)
         self.steps: NDArray[np.int64] = np.zeros(len(envs), np.int64)
         self._subs = SubEnvs(envs, open_)
-        self._action_space = envs[0].action_space
+        self._batches = batching(envs[0].action_space)
         self._threads = threads
         self._calls = Calls(threads)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,8 +69,8 @@ class HostedPool:
         if op == "step":
             self._subs.check_step(lanes.tolist())
             actions = body.get("actions")
-            check_rows(self._action_space, actions, len(lanes))
-            return list(rows(self._action_space, actions, len(lanes)))
+            self._batches.check(actions, len(lanes), "actions", exact=False)
+            return list(self._batches.rows(actions, len(lanes)))
         if op == "reset":
             seeds, options = body.get("seeds"), body.get("options")
             if options is not None and not isinstance(options, dict):

@@ -11,7 +11,7 @@ import numpy as np
 
 from meshrl.errors import MalformedMessage
 from meshrl.protocol.pace import BatchPace
-from meshrl.wire.batches import check_rows, rows
+from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame
 from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
@@ -46,7 +46,7 @@ class HostedVector:
         self.pace = BatchPace(len(envs))
         self.coroutine = has_coroutines(envs[0])
         self._subs = SubEnvs(envs, open_)
-        self._action_space = envs[0].action_space
+        self._batches = batching(envs[0].action_space)
         self._attributes = Attributes(open_.name, allow)
         self._threads = threads
         self._calls = Calls(threads)
@@ -130,8 +130,8 @@ class HostedVector:
         count = len(self._subs)
         self._subs.check_step(range(count))
         actions = body.get("actions")
-        check_rows(self._action_space, actions, count)
-        return list(rows(self._action_space, actions, count))
+        self._batches.check(actions, count, "actions", exact=False)
+        return list(self._batches.rows(actions, count))
 
     def _stepped(self, out: Outcomes) -> Frame:
         self._obs = out.obs

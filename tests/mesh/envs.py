@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import threading
 import time
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -208,3 +211,93 @@ class Rewards(gymnasium.Env[Any, Any]):
 
     def step(self, action: int) -> tuple[int, Any, bool, bool, dict[str, Any]]:
         return 0, self.rewards.pop(0), False, False, {}
+
+
+class Sampled(gymnasium.Env[Any, Any]):
+    """Samples what it tells from its spaces, and everything else from its own generator: an env of any spaces.
+
+    A step looks at the action's type and bytes, so that an action which arrives as another one shows in the reward.
+
+    Args:
+        observation_space: copied, since sampling changes it.
+        action_space: copied.
+        infos: gives the info of a step or reset, of the env's generator.
+        ends: the probability of each step to end the episode.
+    """
+
+    metadata = {"render_modes": ["ansi"]}
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        infos: Callable[[np.random.Generator], dict[str, Any]] = lambda _: {},
+        ends: float = 0.2,
+        render_mode: str | None = None,
+    ) -> None:
+        self.observation_space = copy.deepcopy(observation_space)
+        self.action_space = copy.deepcopy(action_space)
+        self.render_mode = render_mode
+        self.wind: Any = 0.0
+        self.steps = 0
+        self._infos = infos
+        self._ends = ends
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        self.steps = 0 if options is None else int(options.get("steps", -1))
+        return self.observation_space.sample(), self._infos(self.np_random)
+
+    def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        self.steps += 1
+        seen = zlib.crc32(repr(_plain(action)).encode()) % 1000
+        reward = np.float32(self.np_random.random() + seen + float(self.wind))
+        ends, late = self.np_random.random(2) < (self._ends, 0.5)
+        terminated, truncated = bool(ends and not late), np.bool_(ends and late)
+        return self.observation_space.sample(), reward, terminated, truncated, self._infos(self.np_random)
+
+    def render(self) -> str:
+        return f"after {self.steps} steps, wind {self.wind}"
+
+    def gust(self, more: float, *, times: int = 1) -> float:
+        self.wind += more * times
+        return float(self.wind)
+
+
+def _plain(value: Any) -> Any:
+    """Types, and bits as text."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return type(value).__name__, value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return [(key, _plain(item)) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, [_plain(item) for item in value]
+    return type(value).__name__, value
+
+
+class Nested(Sampled):
+    """Dicts of Dicts and Tuples both ways, with infos of every kind: some now and then, nested, arrays, text.
+
+    The info is one dict for ever, and so are the array and the dict in it: what they hold changes.
+    """
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        inner = spaces.Dict({"mode": spaces.Discrete(3, start=-1), "at": spaces.Box(-1, 1, (2, 3), np.float32)})
+        pair = spaces.Tuple((spaces.MultiBinary(3), spaces.Box(0, 255, (4, 4, 1), np.uint8)))
+        observations = spaces.Dict({"pair": pair, "inner": inner, "said": spaces.Text(5)})
+        actions = spaces.Dict({"turn": spaces.Discrete(5), "push": spaces.Box(-1, 1, (2,), np.float32), "pair": pair})
+        super().__init__(observations, actions, self._told, ends=0.08, render_mode=render_mode)
+        self._info: dict[str, Any] = {"seen": np.zeros(2, np.int16), "sums": {"all": 0, "deep": {"mean": 0.0}}}
+
+    def _told(self, chance: np.random.Generator) -> dict[str, Any]:
+        info = self._info
+        info["seen"][:] = chance.integers(-100, 100, 2)
+        info["sums"]["all"] += 1
+        info["sums"]["deep"]["mean"] = float(chance.random())
+        info["lucky"] = bool(chance.random() < 0.5)
+        for key, value in (("note", "a note"), ("np", np.float32(chance.random())), ("list", [1, "two"]), ("no", None)):
+            info.pop(key, None)
+            if chance.random() < 0.3:
+                info[key] = value
+        return info

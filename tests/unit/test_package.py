@@ -38,11 +38,15 @@ def test_the_public_names_are_these() -> None:
         "EnvWorker",
         "Factory",
         "Mesh",
+        "PoolBatch",
         "RemoteAgent",
         "RemoteEnv",
+        "RemotePool",
+        "RemoteVectorEnv",
         "__version__",
         "errors",
         "make",
+        "make_vec",
     ]
     for name in meshrl.__all__:
         assert hasattr(meshrl, name)

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from meshrl.adapters.portal import Call, Portal
+from meshrl.adapters.call import Call
+from meshrl.adapters.portal import Portal
 from meshrl.errors import SessionClosed
 
 DEADLINE_S = 30.0

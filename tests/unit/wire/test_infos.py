@@ -138,7 +138,9 @@ def schemas(draw: st.DrawFn, depth: int = 0) -> dict[str, Any]:
         array,
     )
     inner = st.one_of(leaf, schemas(depth=depth + 1)) if depth < 2 else leaf
-    return draw(st.dictionaries(st.sampled_from(("a", "b", "c", "final_obs", "final_info")), inner, max_size=3))
+    return draw(
+        st.dictionaries(st.sampled_from(("a", "b", "c", "final_obs", "final_info")), inner, min_size=1, max_size=3)
+    )
 
 
 def of_schema(schema: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -150,8 +152,8 @@ def of_schema(schema: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[list[tuple[int, dict[Any, Any]]], int, list[int]]:
     """Entries of a vector, wild or mostly homogeneous, with how it is cut into shards."""
-    num_envs = draw(st.integers(1, 9))
-    if draw(st.booleans()):
+    num_envs = draw(st.integers(1, 12))
+    if draw(st.integers(0, 3)) == 0:
         infos = wild_infos
         ended: Any = wild_infos
     else:
@@ -238,7 +240,6 @@ MIXED: dict[str, list[tuple[Any, dict[Any, Any]]]] = {
     "a nested key like a mask": [(i, {"a": {"_x": 2.0}}) for i in range(4)],
     "keys that are no text": [(i, {1: 2.0, "1": 3.0}) for i in range(4)],
     "nested dicts that differ": [(i, {"a": {"b": 1.0} if i % 2 else {"c": 1.0}}) for i in range(4)],
-    "longlong, where it is a name of int64": [(i, {"n": np.longlong(-i)}) for i in range(4)],
     "timedeltas": [(i, {"t": np.timedelta64(i, "s")}) for i in range(4)],
     "one kind twice for one": [*((i, {"a": 1.0}) for i in range(4)), (3, {"a": 2.0})],
     "dicts of another class": [(i, {"a": type("Own", (dict,), {})(b=1)}) for i in range(4)],
@@ -291,6 +292,10 @@ def test_columns_are_the_documented_ones() -> None:
     assert made["at"].tolist() == [0, 1, 1, 2, 3]
     assert made["group"].tolist() == [0, 1, 0, 0, 0]
     assert same(made["columns"][1]["final_info"], ["map", {"prob": ["scalar", np.array([0.5])]}])
+
+
+def test_numpy_types_of_equal_width_make_arrays_of_equal_dtype() -> None:
+    assert_as_local([(i, {"n": np.longlong(-i)}) for i in range(4)], 4)
 
 
 def test_more_kinds_than_groups_travel_as_entries() -> None:
@@ -436,6 +441,9 @@ BAD: dict[str, Any] = {
     "scalars of text": {"columns": [{"a": ["scalar", np.array(["a", "b"])]}]},
     "numpy scalars of text": {"columns": [{"a": ["numpy", np.array(["a", "b"])]}]},
     "objects as an array": {"columns": [{"a": ["object", ONES]}]},
+    "objects that are numbers": {"columns": [{"a": ["object", [None, 1.0]]}]},
+    "objects that are dicts": {"columns": [{"a": ["object", [None, {"b": 1.0}]]}]},
+    "objects that are arrays": {"columns": [{"a": ["object", [None, ONES]]}]},
     "too few objects": {"columns": [{"a": ["object", [None]]}]},
     "a map that is none": {"columns": [{"a": ["map", [1]]}]},
     "a map with too few values": {"columns": [{"a": ["map", {"b": ["scalar", ONES[:1]]}]}]},
@@ -488,7 +496,7 @@ junk = st.recursive(
 @given(junk, junk)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_whatever_columns_a_worker_sends_they_merge_or_are_refused(columns: Any, at: Any) -> None:
-    for part in ({"columns": [{"a": columns, "b": at}]}, {"columns": columns, "at": at}, {"merged": columns}, columns):
+    for part in ({"columns": [{"a": columns, "b": at}]}, {"columns": columns, "at": at}, {"merged": columns}):
         try:
             infos = merge_infos([(copy.deepcopy(part), 0, 2), ({"columns": [{"a": ["scalar", ONES]}]}, 2, 2)], 4)
         except MalformedMessage:
@@ -498,6 +506,13 @@ def test_whatever_columns_a_worker_sends_they_merge_or_are_refused(columns: Any,
         else:
             event("merged")
             assert all(len(array) == 4 for array in infos.values() if isinstance(array, np.ndarray))
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [2]], ids=str)
+@pytest.mark.parametrize("first", [1.0, None, np.ones(2)], ids=str)
+def test_a_dict_where_others_have_something_else_is_the_error_that_it_is_locally(first: Any, cuts: list[int]) -> None:
+    entries: Entries = [(0, {"a": first}), (1, {"a": first}), (2, {"a": {"b": 1.0}}), (3, {"a": {"b": 1.0}})]
+    assert assert_as_local(entries, 4, cuts) in (AttributeError, IndexError)
 
 
 # --------------------------------------------------------------------------- merged by the implementation
