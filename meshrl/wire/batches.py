@@ -147,7 +147,7 @@ class _Arrays(Batching):
         if len(shape) == 1 and list(map(_DTYPE, items)).count(self._dtype) == n:
             # Many short arrays of one kind: to join their bytes takes a third of the time that numpy takes.
             with suppress(TypeError, ValueError, BufferError):  # one is not contiguous, or has no buffer (a datetime)
-                return np.frombuffer(bytearray().join(items), self._dtype).reshape(n, *shape)
+                return np.frombuffer(b"".join(items), self._dtype).reshape(n, *shape).copy()
         out = np.empty((n, *shape), self._dtype)
         # The lengths of the first axes were checked just now; numpy checks the number of axes and all others
         # against out, and each item's dtype as np.stack does.
