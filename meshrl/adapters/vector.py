@@ -349,10 +349,11 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
     def _of_masked(self, seed: Any, options: Mapping[str, Any] | None) -> Any:
         """The seeds of those alone that are reset; what is no seed or no mask is refused before anything is sent."""
         mask = None if options is None else options.get("reset_mask")
-        if seed is None or self._seeding == "derived" or not isinstance(mask, np.ndarray):
+        if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or self._seeding == "derived":
             return seed
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else seed
-        return [one if chosen else None for one, chosen in zip(seeds, mask, strict=False)]
+        if isinstance(seed, (int, np.integer)):
+            seed = [seed + i for i in range(self.num_envs)]
+        return seed and [one if chosen else None for one, chosen in zip(seed, mask, strict=False)]
 
     def _reset_ran(self) -> None:
         """A reset's seed is the envs' now."""

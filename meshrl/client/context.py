@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -152,10 +151,7 @@ class Context:
         grant = session.grant
         if self._sessions.pop(grant.session, None) is not None:
             self._keeper.release(grant.worker, grant.session)
-            others = self._slots.pop(grant.session) - 1  # the registry knows of one
-            if others:
-                self.registry.placement.released(grant.worker, time.monotonic(), others)
-            self.registry.released(grant.worker)
+            self.registry.released(grant.worker, self._slots.pop(grant.session))
 
     def _lost_on_thread(self, session: str, reason: str) -> None:
         try:

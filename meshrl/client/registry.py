@@ -135,9 +135,9 @@ class Registry:
         self.placement.forget(worker)
         self._tell(self.directory.lost(worker, time.monotonic()))
 
-    def released(self, worker: str) -> None:
-        """A session of this client's at that worker has ended."""
-        self.placement.released(worker, time.monotonic())
+    def released(self, worker: str, slots: int) -> None:
+        """A session of this client's at that worker has ended, which had so many slots."""
+        self.placement.released(worker, time.monotonic(), slots)
         if not self.directory.has(worker):
             self.placement.forget(worker)  # nobody else will say that it left
         self._notify()  # its advertisements may be the same before and after

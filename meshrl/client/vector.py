@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex
@@ -88,6 +88,8 @@ class RemoteVectorEnv:
         # The call under way or unsettled: its op, and what each shard answered, None for those still to come.
         self._round: tuple[str, list[Frame | MeshError | None]] | None = None
         self._mask: NDArray[np.bool_] | None = None  # of the newest reset
+        # What is made of the shards' infos; faces other than Gymnasium's take those of each sub-environment instead.
+        self._infos_of: Callable[[Sequence[tuple[Any, int, int]], int], Any] = merge_infos
 
     def __repr__(self) -> str:
         workers = len({session.grant.worker for session in self._sessions})
@@ -429,14 +431,13 @@ class RemoteVectorEnv:
                 raise MalformedMessage(f"a reply's {field} are not one number for each of {size} sub-environments")
         return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
-    def _infos(self, frames: list[Frame]) -> dict[str, Any]:
-        if not any("infos" in frame for frame in frames):
-            return {}
+    def _infos(self, frames: list[Frame]) -> Any:
         parts = [
             (frame.get("infos"), session.first_env_id, session.num_envs)
             for frame, session in zip(frames, self._sessions, strict=True)
+            if "infos" in frame
         ]
-        return merge_infos(parts, self.num_envs)
+        return self._infos_of(parts, self.num_envs)
 
 
 def _all_frames(answers: Sequence[Frame | MeshError | None]) -> list[Frame]:

@@ -1,4 +1,4 @@
-"""Infos of sub-environments, as they travel and as the client merges them.
+"""Infos of sub-environments, as they travel and as the client merges them (or takes them apart again).
 
 Rule: what :func:`merge_infos` returns is what one local SyncVectorEnv over all the sub-environments would have built
 with Gymnasium's ``_add_info``, whatever the shards: keys in the same order, the same arrays, dtypes and ``_key``
@@ -233,6 +233,8 @@ def merge_infos(parts: Sequence[tuple[Any, int, int]], num_envs: int) -> dict[st
             has something else an AttributeError or IndexError.
     """
     present = [part for part in parts if part[0] is not None]
+    if not present:
+        return {}
     read = [_read(*part) for part in sorted(present, key=lambda part: part[1])]
     plain = [part for part in read if not isinstance(part, _Merged)]
     try:
@@ -241,6 +243,37 @@ def merge_infos(parts: Sequence[tuple[Any, int, int]], num_envs: int) -> dict[st
         return _join([(_alone(part), part.offset, part.count) for part in read], num_envs)
     except RecursionError as exc:
         raise MalformedMessage("infos that are nested too deeply") from exc
+
+
+def split_infos(parts: Sequence[tuple[Any, int, int]], num_envs: int) -> list[list[dict[str, Any]]]:
+    """The infos of a vector one by one, with exactly the types that the envs gave; nothing is merged.
+
+    The parts are used up: values of theirs may be in the result.
+
+    Args:
+        parts: as for :func:`merge_infos`.
+        num_envs: sub-environments of the whole vector.
+
+    Returns:
+        of each sub-environment, in global order, what :func:`pack_infos` was given: no info where it was empty, and in
+        SAME_STEP two at most: ``final_obs`` with ``final_info``, and the reset's.
+
+    Raises:
+        MalformedMessage: a part is nothing that :func:`pack_infos` gives, or an index, length or type in it is wrong.
+    """
+    infos: list[list[dict[str, Any]]] = [[] for _ in range(num_envs)]
+    try:
+        for part in parts:
+            if part[0] is None:
+                continue
+            read = _read(*part)
+            if isinstance(read, _Merged):
+                raise MalformedMessage("infos that were merged already cannot be taken apart")
+            for i, info in read.entries():
+                infos[i].append(info)
+    except RecursionError as exc:
+        raise MalformedMessage("infos that are nested too deeply") from exc
+    return infos
 
 
 def _alone(part: _Entries | _Columns | _Merged) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class SubEnvs:
         if not (terminated or truncated) or not self._resets_at_once:
             self.ended[i] = bool(terminated or truncated)
             return Outcome(obs, reward, terminated, truncated, (info,) if info else ())
-        final = {"final_obs": obs, "final_info": info}
+        final = {"final_obs": obs, "final_info": _as_now(info)}
         obs, info = await self._awaited(i, self.envs[i].reset, **self._next_episode(i))
         return Outcome(obs, reward, terminated, truncated, (final, info) if info else (final,))
 
@@ -263,9 +263,20 @@ class SubEnvs:
         if not self._resets_at_once:
             self.ended[i] = True
             return obs, (info,) if info else ()
-        final = {"final_obs": obs, "final_info": info}
+        final = {"final_obs": obs, "final_info": _as_now(info)}
         obs, info = self._guarded(i, self.envs[i].reset, **self._next_episode(i))
         return obs, (final, info) if info else (final,)
+
+
+def _as_now(info: Info) -> Info:
+    """An info as it is before the reset: an env may fill the same dict and arrays again."""
+    now: Info = {}
+    for key, value in info.items():
+        if type(value) is dict:
+            now[key] = _as_now(value)
+        else:
+            now[key] = value.copy() if isinstance(value, np.ndarray) else value
+    return now
 
 
 def rewards_of(values: list[Any]) -> NDArray[np.float64]:

@@ -133,7 +133,9 @@ class Worker:
             return
         self.table.used(session, self.world.now)
         self.confirm(session)
-        lane = session.lanes[number]
+        assert session.lane is not None
+        assert number == 0
+        lane = session.lane
         verdict = lane.receive(seq, str(rid), self.world.now)
         if verdict is Verdict.RUN:
             self.world.executed[key[1], epoch].append((seq, body["action"]))
@@ -149,7 +151,9 @@ class Worker:
             session.held.since = self.world.now
 
     def finish(self, session: Session, outcome: str) -> None:
-        lane, env, seq = session.lanes[0], session.held, session.lanes[0].seq
+        lane, env = session.lane, session.held
+        assert lane is not None
+        seq = lane.seq
         if outcome == "returns":
             env.value += env.running["action"]
             reply = {"seq": seq, "value": env.value}
@@ -188,13 +192,13 @@ class Worker:
         for session in self.table:
             if not session.held.constructed:
                 self.construct(session, fails=False)
-            if session.lanes[0].running:
+            if session.running:
                 self.finish(session, "returns")
         for session in self.closable():
             self.close_env(session)
 
     def closable(self) -> list[Session]:
-        return [s for s in self.table if s.state is State.ENDING and s.held.constructed and not s.lanes[0].running]
+        return [s for s in self.table if s.state is State.ENDING and s.held.constructed and not s.running]
 
 
 def lease_of(env: Env) -> float:
@@ -521,7 +525,7 @@ class ExactlyOnce(RuleBasedStateMachine):
     def the_worker_works(self, at: int, outcome: str) -> None:
         worker = self.world.worker
         new = [s for s in worker.table if not s.held.constructed]
-        running = [s for s in worker.table if s.lanes[0].running]
+        running = [s for s in worker.table if s.running]
         if running:
             worker.finish(running[at % len(running)], outcome)
         elif new:
@@ -598,7 +602,7 @@ class ExactlyOnce(RuleBasedStateMachine):
     def the_slots_and_the_cached_bytes_add_up(self) -> None:
         table = self.world.worker.table
         assert len(self.world.worker.live) == len(table) == SLOTS - table.free
-        assert table.cached_bytes == sum(len(lane.cached) for s in table for lane in s.lanes)
+        assert table.cached_bytes == sum(s.cached_bytes for s in table)
 
     def teardown(self) -> None:
         """However it ends, every request that was begun is answered, or its session is reported lost."""

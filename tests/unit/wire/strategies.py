@@ -172,7 +172,8 @@ def multi_discretes(draw: st.DrawFn) -> spaces.MultiDiscrete[Any]:
 def texts(draw: st.DrawFn) -> spaces.Text:
     """Text spaces of any charset, in any order."""
     low = draw(st.integers(0, 3))
-    letters = draw(st.lists(st.characters(), min_size=1, max_size=5, unique=True))
+    # Without NUL: numpy's strings lose it at their end, and a space of it samples texts that it does not hold.
+    letters = draw(st.lists(st.characters(exclude_characters="\0"), min_size=1, max_size=5, unique=True))
     return spaces.Text(low + draw(st.integers(0, 4)), min_length=low, charset="".join(letters))
 
 
