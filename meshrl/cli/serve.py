@@ -59,6 +59,14 @@ def serve(
         ),
     ] = "",
     capability: Capability = None,
+    vectors: Annotated[
+        str,
+        typer.Option(
+            help="How vectors are hosted: meshrl (envs one by one), gymnasium (the env's own vector entry point) or "
+            "envpool.",
+            metavar="HOW",
+        ),
+    ] = "meshrl",
     on_demand: Annotated[
         bool, typer.Option("--on-demand", help="Serve any id of Gymnasium's registry when somebody asks.")
     ] = False,
@@ -97,6 +105,7 @@ def serve(
             allow_kwargs=names_in(allow_kwargs),
             allow=names_in(allow),
             on_demand=on_demand,
+            vectors=vectors,
         )
         await stay_serving(worker, announcement)
 

@@ -172,7 +172,7 @@ class HostedImplementation:
         obs, rewards, terminations, truncations, infos = self.vector.step(actions)
         frame = {"obs": obs, "rewards": rewards, "terminations": terminations, "truncations": truncations}
         if infos:
-            frame["infos"] = pack_merged(infos, self._count)
+            frame["infos"] = pack_merged(self._global(infos), self._count)
         return frame
 
     def _reset(self, body: Frame) -> Frame:
@@ -195,5 +195,18 @@ class HostedImplementation:
         self._was_reset = True
         frame: Frame = {"obs": obs}
         if infos:
-            frame["infos"] = pack_merged(infos, self._count)
+            frame["infos"] = pack_merged(self._global(infos), self._count)
         return frame
+
+    def _global(self, infos: dict[str, Any]) -> dict[str, Any]:
+        """Infos whose ``env_id`` (EnvPool has one) counts over all shards."""
+        if not self._first:
+            return infos
+        return {
+            key: value + self._first
+            if key == "env_id" and isinstance(value, np.ndarray)
+            else self._global(value)
+            if isinstance(value, dict)
+            else value
+            for key, value in infos.items()
+        }
