@@ -23,7 +23,6 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 try:
@@ -35,17 +34,16 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 from meshrl.adapters.held import HeldVector
+from meshrl.adapters.sb3_vector import Resets, ended, groups_of, lease, only, reset_groups
 from meshrl.client.mesh import Mesh
 from meshrl.client.vector import RemoteVectorEnv
-from meshrl.errors import InvalidAction, MalformedMessage, NotAllowed, UnencodableValue, UnsupportedSpace, UsageError
+from meshrl.errors import InvalidAction, NotAllowed, UnencodableValue, UnsupportedSpace
 from meshrl.wire.batches import batching, form_of
-from meshrl.wire.infos import split_infos
 
 # As the types of stable_baselines3.common.vec_env.base_vec_env say.
 Indices = None | int | Iterable[int]
 Observations = NDArray[Any] | dict[str, NDArray[Any]] | tuple[NDArray[Any], ...]
 StepReturn = tuple[Observations, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]
-
 # Types of what get_attr finds and does not send, but which can be called from here.
 _METHODS = frozenset({"builtins.method", "builtins.function", "builtins.builtin_function_or_method"})
 
@@ -120,7 +118,9 @@ class MeshVecEnv(VecEnv):
         self._held = HeldVector(name, self._made_of["mesh"], functools.partial(_lease, name, dict(self._made_of)))
         try:
             remote = self._held.remote
+            self._ever_reset = False
             self._actions = batching(remote.single_action_space)
+            self._action_form = form_of(remote.single_action_space)
             super().__init__(remote.num_envs, remote.single_observation_space, remote.single_action_space)
         except BaseException:
             self._held.close()
@@ -168,9 +168,11 @@ class MeshVecEnv(VecEnv):
         """
         if self._held.inherited and not self._held.closed:
             self._held.lease_again()
+            self._ever_reset = False
         seeds = None if all(seed is None for seed in self._seeds) else list(self._seeds)
-        resets = self._held.do("reset", _reset, self._held.remote, seeds, self._groups())
-        return self._was_reset(resets)
+        groups = groups_of(self._options[: self.num_envs])
+        reset = functools.partial(reset_groups, self._held.remote, seeds, groups, first=not self._ever_reset)
+        return self._was_reset(self._held.do("reset", reset))
 
     def step_async(self, actions: Any) -> None:
         """Begin a step; :meth:`step_wait` gives its result.
@@ -210,10 +212,13 @@ class MeshVecEnv(VecEnv):
         op, value = self._held.settle()
         if op == "step":
             return self._stepped(value)
-        if op == "reset":
-            # Of several, one after another, some were never sent: they are begun again.
-            return self._was_reset(value if isinstance(value, list) else [(None, value)]) if self._is_plain else self.reset()
-        return value
+        if op != "reset":
+            return value
+        if isinstance(value, list):
+            return self._was_reset(value)
+        if len(groups_of(self._options)) > 1:
+            return self.reset()  # some of several, one after another, were never sent
+        return self._was_reset([(None, value)])
 
     def close(self) -> None:
         """Close all sub-environments and free their slots. Safe to call twice."""
@@ -323,19 +328,84 @@ class MeshVecEnv(VecEnv):
 
     # ---------------------------------------------------------------- what they carry
 
-    @property
-    def _is_plain(self) -> bool:
-        return len(self._groups()) == 1
+    def _was_reset(self, resets: Resets) -> Observations:
+        for mask, (_, told) in resets:
+            for i in range(self.num_envs) if mask is None else np.flatnonzero(mask).tolist():
+                self.reset_infos[i] = only(told[i])
+        self._ever_reset = True
+        self._reset_seeds()
+        self._reset_options()
+        return _observations(resets[-1][1][0])
 
-    def _groups(self) -> list[tuple[NDArray[np.bool_] | None, dict[str, Any] | None]]:
-        """Which sub-environments are reset with which options; None for all of them, and for none."""
-        # By their text at first, since options need not be hashable; equality decides.
-        groups: list[tuple[NDArray[np.bool_], dict[str, Any] | None]] = []
-        for i in range(self.num_envs):
-            options = self._options[i] or None
-            mask = next((mask for mask, known in groups if _equal(known, options)), None)
-            if mask is None:
-                mask = np.zeros(self.num_envs, np.bool_)
-                groups.append((mask, options))
-            mask[i] = True
-        return [(None, groups[0][1])] if len(groups) == 1 else list(groups)
+    def _batch(self, actions: Any) -> Any:
+        """A batch of its own, as Gymnasium has it, of what can be indexed by sub-environment."""
+        try:
+            if self._action_form == "array":
+                return np.array(actions)
+            return self._actions.stack([actions[i] for i in range(self.num_envs)])
+        except (ValueError, TypeError, KeyError, IndexError) as exc:
+            raise InvalidAction(
+                f"{self._name}: these are no actions for {self.num_envs} sub-environments: {type(exc).__name__}: {exc}",
+                action=repr(actions)[:200],
+            ) from exc
+
+    def _stepped(self, result: Any) -> StepReturn:
+        observations, rewards, terminations, truncations, told = result
+        dones = terminations | truncations
+        cut_off = truncations & ~terminations
+        infos: list[dict[str, Any]] = []
+        for i, (done, late) in enumerate(zip(dones.tolist(), cut_off.tolist(), strict=True)):
+            if not done:
+                info = only(told[i])
+                info["TimeLimit.truncated"] = False
+            else:
+                info, observation, self.reset_infos[i] = ended(told[i])
+                info["TimeLimit.truncated"] = late
+                info["terminal_observation"] = observation
+            infos.append(info)
+        return _observations(observations), rewards.astype(np.float32), dones, infos
+
+
+def _observations(batch: Any) -> Observations:
+    return OrderedDict(batch) if isinstance(batch, dict) else batch  # the type that DummyVecEnv has
+
+
+async def _lease(name: str, made_of: Mapping[str, Any], mesh: Mesh) -> RemoteVectorEnv:
+    request = {"kwargs" if key == "env_kwargs" else key: value for key, value in made_of.items() if key != "mesh"}
+    remote = await lease(mesh, name, **request)
+    try:
+        _check(remote)
+    except BaseException:
+        await remote.close()
+        raise
+    return remote
+
+
+def _check(remote: RemoteVectorEnv) -> None:
+    """Whether SB3 can have it.
+
+    Raises:
+        NotImplementedError, UnsupportedSpace: it cannot.
+    """
+    space = remote.single_observation_space
+    obs_space_info(space)  # refuses what is nested, in SB3's words
+    parts: Iterable[gymnasium.Space[Any]] = [space]
+    if isinstance(space, spaces.Dict):
+        parts = space.spaces.values()
+    elif isinstance(space, spaces.Tuple):
+        parts = space.spaces
+    for part in parts:
+        if form_of(part) != "array":
+            raise UnsupportedSpace(f"{remote.name}: SB3 takes observations that are arrays, not {type(part).__name__}")
+
+
+# What get_attr cannot fetch, and a client knows.
+_KNOWN_HERE: dict[str, Callable[[MeshVecEnv], Any]] = {
+    "observation_space": lambda venv: venv.observation_space,
+    "action_space": lambda venv: venv.action_space,
+    "spec": lambda venv: venv.remote_spec,
+}
+
+
+def _again(name: str, made_of: Mapping[str, Any]) -> MeshVecEnv:
+    return MeshVecEnv(name, **made_of)

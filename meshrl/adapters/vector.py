@@ -71,6 +71,7 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
         self._seeding = seeding
         self._was_reset = False
         self._sent_seed: Any = None
+        self.num_envs = num_envs
         self.render_mode = render_mode
         self.autoreset_mode = mode
         # What __init__ takes: that of which it is made again.
@@ -92,7 +93,6 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
             ),
         )
         remote = self._held.remote
-        self.num_envs = remote.num_envs
         self.single_observation_space = remote.single_observation_space
         self.single_action_space = remote.single_action_space
         self.observation_space = remote.observation_space
@@ -236,11 +236,10 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
         """Begin a step, so that several vectors step at once; :meth:`step_wait` gives its result, ``reset`` drops it.
 
         Args:
-            actions: as for :meth:`step`; they are copied.
+            actions: as for :meth:`step`; they are copied, and checked by then.
 
         Raises:
-            StepUnsettled: a call was interrupted and may have run; ``settle`` or ``reset`` comes first.
-            ConcurrentStep: a step is under way.
+            ConcurrentStep: another ``step_async`` is under way.
         """
         self._held.begin("step", self._held.remote.step, copy.deepcopy(actions))
 
@@ -353,7 +352,9 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
             return seed
         if isinstance(seed, (int, np.integer)):
             seed = [seed + i for i in range(self.num_envs)]
-        return seed and [one if chosen else None for one, chosen in zip(seed, mask, strict=False)]
+        if not isinstance(seed, (list, tuple, np.ndarray)):
+            return seed
+        return [one if chosen else None for one, chosen in zip(seed, mask, strict=False)]
 
     def _reset_ran(self) -> None:
         """A reset's seed is the envs' now."""

@@ -19,6 +19,7 @@ import nats.errors
 from meshrl.bus.awaited import Awaited, OnFail, OnReply
 from meshrl.bus.dialling import first_connection
 from meshrl.bus.events import Events
+from meshrl.bus.heap import keep_large_blocks
 from meshrl.bus.login import Credentials, Login, login
 from meshrl.bus.plain import PlainPath
 from meshrl.bus.splitting import Joining, Window, whole
@@ -395,6 +396,7 @@ async def dial(
     on_error: Callable[[Exception], None] | None = None,
 ) -> Connection:
     """The same as :func:`connect`, closed by the caller."""
+    keep_large_blocks()
     connection = Connection(login(url, credentials), name, on_error)
     await connection._open(timeout)  # noqa: SLF001
     return connection

@@ -1,6 +1,7 @@
-"""The keeper: renews the leases of one client from a thread and a connection of its own (R3).
+"""The keeper: renews leases from a thread and a connection of its own (R3).
 
-A trainer that blocks its event loop for a minute, in a PPO update say, keeps its envs.
+A trainer that blocks its event loop for a minute, in a PPO update say, keeps its envs. All clients of one process and
+login share a keeper (:mod:`meshrl.client.leases`), so that a thousand of them are one thread and one more connection.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from meshrl.bus.connection import Connection, connect
 from meshrl.bus.login import Credentials
@@ -24,11 +27,24 @@ log = logging.getLogger("meshrl.client")
 
 # Three renewals a lease: two may be lost.
 RENEWALS_A_LEASE = 3
+# As long as workers grant; without any lease, how often it looks for one.
+LEASE_S = 15.0
 STOP_S = 2.0
+# While there are leases, it looks this often whether one is new that its client has not renewed itself: well within the
+# two seconds for which a grant waits to be renewed.
+LOOK_S = 0.5
 # Between attempts to renew again after an error; leases are three times as long at the least.
 PAUSE_S = 1.0
 
 OnLost = Callable[[str, str], None]
+# (worker, session)
+Key = tuple[str, str]
+
+
+class _Lease(NamedTuple):
+    epoch: int
+    lease_s: float
+    on_lost: OnLost
 
 
 class Keeper:
@@ -38,7 +54,8 @@ class Keeper:
         url: of the server.
         credentials: of the login; the renewals carry its user.
         subjects: of the mesh.
-        on_lost: is told, on the keeper's thread, of a session (and why) that its worker does not hold any more.
+        on_lost: is told, on the keeper's thread, of a session (and why) that its worker does not hold any more, where
+            :meth:`hold` named nobody.
     """
 
     def __init__(
@@ -49,8 +66,11 @@ class Keeper:
         self._subjects = subjects
         self._on_lost = on_lost
         self._lock = threading.Lock()
-        self._leases: dict[tuple[str, str], tuple[int, float]] = {}  # (worker, session) -> epoch, lease in seconds
-        self._new: list[tuple[str, str]] = []
+        self._leases: dict[Key, _Lease] = {}
+        self._new: set[Key] = set()  # not renewed yet by anyone
+        self._shortest_s = math.inf  # of the leases, or shorter than that
+        self._all_now = False
+        self._sleeps_until = math.inf  # in monotonic seconds
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
@@ -58,20 +78,43 @@ class Keeper:
         self._ended = False
         self._on_end: Callable[[], object] | None = None
 
-    def hold(self, worker: str, session: str, epoch: int, lease_s: float) -> None:
-        """Renew this lease now and from now on; from any thread."""
+    def hold(self, worker: str, session: str, epoch: int, lease_s: float, on_lost: OnLost | None = None) -> None:
+        """Renew this lease soon and from now on; from any thread. Who holds it renews it at once, or lets it be done.
+
+        Args:
+            worker: which granted it.
+            session: whose lease it is.
+            epoch: of the session.
+            lease_s: the lease's length in seconds.
+            on_lost: is told, on the keeper's thread, that the session is gone.
+        """
+        key = (worker, session)
         with self._lock:
-            self._leases[worker, session] = (epoch, lease_s)
-            self._new.append((worker, session))
+            self._leases[key] = _Lease(epoch, lease_s, on_lost or self._on_lost)
+            self._new.add(key)
+            self._shortest_s = min(self._shortest_s, lease_s)
             if self._thread is None and not self._stopping.is_set():
                 self._thread = threading.Thread(target=self._run, name="meshrl-keeper", daemon=True)
                 self._thread.start()
-        self._rouse()
+            needed_at = time.monotonic() + min(LOOK_S, lease_s / RENEWALS_A_LEASE)
+            # Waking a thread costs more than all the rest of a hold, and it looks by itself soon enough.
+            rouse = self._sleeps_until > needed_at
+            if rouse:
+                self._sleeps_until = needed_at
+        if rouse:
+            self._rouse()
 
-    def release(self, worker: str, session: str) -> None:
-        """Renew it no more; from any thread."""
+    def renewed(self, keys: Collection[Key]) -> None:
+        """Who holds these has renewed them for the first time; from any thread."""
         with self._lock:
-            self._leases.pop((worker, session), None)
+            self._new.difference_update(keys)
+
+    def release(self, *keys: Key) -> None:
+        """Renew these, each a worker and a session, no more; from any thread."""
+        with self._lock:
+            for key in keys:
+                self._leases.pop(key, None)
+                self._new.discard(key)
 
     def end(self) -> None:
         """Renew nothing any more; the thread ends soon."""
@@ -138,37 +181,45 @@ class Keeper:
                     if ended:
                         raise ended[0]
                     now = time.monotonic()
-                    if now >= due:
-                        self._renew(connection, everything=True)
-                        due = now + self._period()
-                    else:
-                        self._renew(connection, everything=False)
-                    try:
-                        async with asyncio.timeout(max(0.0, due - time.monotonic())):
-                            await self._wake.wait()
-                    except TimeoutError:
-                        pass
-                    self._wake.clear()
-                    due = min(due, time.monotonic() + self._period())
+                    everything = now >= due or self._all_now
+                    self._renew(connection, everything=everything)
+                    period_s = self._period_s()
+                    due = min(math.inf if everything else due, now + period_s)
+                    await self._sleep(due)
         finally:
             self._loop = None
 
-    def _period(self) -> float:
+    async def _sleep(self, due: float) -> None:
+        assert self._wake is not None
         with self._lock:
-            return min((lease_s for _, lease_s in self._leases.values()), default=15.0) / RENEWALS_A_LEASE
+            until = min(due, time.monotonic() + LOOK_S) if self._leases else due
+            self._sleeps_until = until
+        try:
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
+
+    def _period_s(self) -> float:
+        with self._lock:
+            return min(self._shortest_s, LEASE_S) / RENEWALS_A_LEASE
 
     def _renew_all_soon(self) -> None:
-        with self._lock:
-            self._new = list(self._leases)
+        self._all_now = True
         self._rouse()
 
     def _renew(self, connection: Connection, *, everything: bool) -> None:
+        """Renew all leases, or those that nobody has renewed yet though their client had the time."""
         with self._lock:
-            keys = list(self._leases) if everything else [key for key in self._new if key in self._leases]
-            self._new = []
+            if everything:
+                self._all_now = False
+                self._shortest_s = min((lease.lease_s for lease in self._leases.values()), default=math.inf)
+            keys = list(self._leases) if everything else list(self._new)
+            self._new.clear()
             by_worker: dict[str, list[tuple[str, int]]] = defaultdict(list)
             for worker, session in keys:
-                by_worker[worker].append((session, self._leases[worker, session][0]))
+                by_worker[worker].append((session, self._leases[worker, session].epoch))
         for worker, sessions in by_worker.items():
             for at in range(0, len(sessions), MAX_BATCH):
                 self._send(connection, worker, sessions[at : at + MAX_BATCH])
@@ -187,8 +238,9 @@ class Keeper:
             for session, reason in lost:
                 with self._lock:
                     held = self._leases.pop((worker, session), None)
+                    self._new.discard((worker, session))
                 if held is not None:
-                    self._on_lost(session, reason)
+                    held.on_lost(session, reason)
 
         subject = self._subjects.worker(worker, "renew", connection.user)
         rid = connection.request(subject, Renew(sessions=sessions).to_wire(), answered)

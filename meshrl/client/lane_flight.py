@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from meshrl.client.flights import Entry, Flight, Flights
-from meshrl.errors import MeshError
-from meshrl.wire.frames import Indices
+from meshrl.errors import MeshError, MeshUnreachable
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.frames import Frame, Indices
+from meshrl.wire.messages import MAX_BATCH
 
 if TYPE_CHECKING:
     from meshrl.client.shards import ShardSession
@@ -29,7 +31,7 @@ class LaneFlight(Flight):
         seqs: int64, the sequence number on each.
     """
 
-    __slots__ = ("_body_of", "_lost", "_received", "_unanswered", "lanes", "op", "seqs", "session")
+    __slots__ = ("_asked", "_lost", "_received", "_some_of", "_unanswered", "lanes", "op", "seqs", "session")
 
     def __init__(
         self,
@@ -39,7 +41,8 @@ class LaneFlight(Flight):
         lanes: Indices,
         seqs: Indices,
         *,
-        body_of: Callable[[Indices], bytes],
+        fields: Frame,
+        some_of: Callable[[str, Frame, Indices], Frame],
         received: Callable[[LaneFlight, bytes], None],
         lost: Callable[[LaneFlight, MeshError], None],
         now: float,
@@ -52,23 +55,26 @@ class LaneFlight(Flight):
             op: ``step`` or ``reset``.
             lanes: of the shard.
             seqs: one a lane.
-            body_of: the request's body for some of the lanes, by their positions in ``lanes``.
+            fields: the request's own.
+            some_of: of an op, those of some of the lanes, by their positions in ``lanes``.
             received: gets each answer.
             lost: is told that no more come.
             now: the clock.
+
+        Raises:
+            UnencodableValue: the fields cannot travel.
         """
         grant = session.grant
-        everything = np.arange(len(lanes))
+        body = pack({"epoch": grant.epoch, "lanes": lanes, "seqs": seqs, **fields})
         entry = Entry(grant.session, grant.epoch, int(lanes[0]), int(seqs[0]))
-        super().__init__(
-            flights, grant.worker, entry, session.subject + op, body_of(everything), grant.step_deadline_s, now
-        )
+        super().__init__(flights, grant.worker, entry, session.subject + op, body, grant.step_deadline_s, now)
         self.session = session
         self.op = op
         self.lanes = lanes
         self.seqs = seqs
         self._unanswered = np.ones(len(lanes), np.bool_)
-        self._body_of = body_of
+        self._some_of = some_of
+        self._asked = 0
         self._received = received
         self._lost = lost
 
@@ -93,14 +99,27 @@ class LaneFlight(Flight):
             self._landed = exc
             self._lost(self, exc)
 
+    def relaunch(self) -> None:
+        """Send it again, after nothing was heard of it because this client was without a connection for too long."""
+        if isinstance(self._landed, MeshUnreachable):
+            rows = np.flatnonzero(self._unanswered)
+            self._landed = None
+            self.body = self.again()
+            self.lanes, self.seqs, self._unanswered = self.lanes[rows], self.seqs[rows], self._unanswered[rows]
+            self._flights.relaunch(self)
+
     def left(self) -> Indices:
         """The lanes that have no answer yet."""
         return self.lanes[self._unanswered]
 
     def awaited(self) -> list[Entry]:
-        """The requests in it that are not answered yet."""
+        """The requests in it that are not answered yet; of more than a probe may name, others each time."""
         session, epoch, _, _ = self.entry
-        pairs = zip(self.left().tolist(), self.seqs[self._unanswered].tolist(), strict=True)
+        rows = np.flatnonzero(self._unanswered)
+        if len(rows) > MAX_BATCH:
+            rows = np.roll(rows, -self._asked)[:MAX_BATCH]
+            self._asked += MAX_BATCH
+        pairs = zip(self.lanes[rows].tolist(), self.seqs[rows].tolist(), strict=True)
         return [Entry(session, epoch, lane, seq) for lane, seq in pairs]
 
     def told(self, states: list[str]) -> str:
@@ -110,5 +129,13 @@ class LaneFlight(Flight):
         return next((state for state in states if state in _SEND_AGAIN), "running")
 
     def again(self) -> bytes:
-        """The body of those that have no answer yet; for a lane that runs it changes nothing."""
-        return self._body_of(np.flatnonzero(self._unanswered))
+        """The body of those that have no answer yet; for a lane that runs it changes nothing.
+
+        It is made of what was sent first: the user may have changed his arrays since.
+        """
+        rows = np.flatnonzero(self._unanswered)
+        if len(rows) == len(self.lanes):
+            return self.body
+        frame = unpack(self.body)
+        some = self._some_of(self.op, frame, rows)
+        return pack({"epoch": frame["epoch"], "lanes": self.lanes[rows], "seqs": self.seqs[rows], **some})

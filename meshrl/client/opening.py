@@ -1,4 +1,4 @@
-"""Opening: find who serves a name, ask the least loaded, wait in turn where all are full (R4, R5)."""
+"""Opening: ask the least loaded of those who serve a name, wait in turn where all are full (R4, R5)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,12 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from meshrl.client.finding import ASK_AGAIN_S, Finding
 from meshrl.client.flights import Entry, Flight
-from meshrl.errors import (
-    MeshError,
-    MeshFull,
-    MeshUnreachable,
-    RequestTimeout,
-    SessionLost,
-    UnknownName,
-    UsageError,
-    WorkerDraining,
-    from_wire,
-)
-from meshrl.protocol.names import near
-from meshrl.protocol.placement import Choice, Shard, lacking
+from meshrl.errors import MeshError, MeshFull, SessionLost, UnknownName, WorkerDraining, from_wire
+from meshrl.protocol.placement import Choice, Shard
 from meshrl.wire.codec import unpack
-from meshrl.wire.messages import Ask, Close, Description, Full, Grant, Kind, Open, check
+from meshrl.wire.messages import Close, Full, Grant, Kind, Open, check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,15 +22,11 @@ if TYPE_CHECKING:
     from meshrl.client.context import Context
     from meshrl.protocol.directory import Entry as Served
 
-# A name that nobody serves is an error after this long when other workers are there, counted from when one last said
-# that it is making it; a mesh without any worker is waited for (it may be starting).
-UNKNOWN_S = 3.0
-ASK_AGAIN_S = 1.0
-# A description is asked for by the first advertisement; its answer may have been lost.
-DESCRIBE_AGAIN_S = 0.5
 # While parked, a change is a reason to look whether another worker has room. One that was full and is not any more may
 # have advertised the same all along.
 LOOK_AGAIN_S = 2.0
+# An open under way is looked after this often: whether it is parked, and whether its time is over.
+LOOK_S = 0.25
 # Workers answer full at the deadline; this is for their answer's way.
 LATE_S = 1.0
 # How often a worker that is busier than believed may send one open on. Four clients with stale directories that open
@@ -62,7 +48,7 @@ class Divided(Exception):
         self.plan = plan
 
 
-class Opening:
+class Opening(Finding):
     """One open, from the wish to the grant.
 
     Args:
@@ -88,18 +74,11 @@ class Opening:
         aim: str | None = None,
         divisible: bool = False,
     ) -> None:
-        self._context = context
-        self._registry = context.registry
-        self._kind: Kind = kind
-        self._asked = asked
-        self._wait = wait
-        self._where = dict(where or {})
-        self._request = request
+        super().__init__(context, kind, asked, wait=wait, where=where, request=request)
         self._aim = aim
         self._aimed = False
         self._divisible = divisible
         self._session = secrets.token_hex(8)
-        self._deadline = time.monotonic() + wait
         self._workers: set[str] = set()  # asked so far; those that do not serve in the end are told so
         self._bounces: Counter[str] = Counter()
         self._excluded: set[str] = set()
@@ -172,137 +151,6 @@ class Opening:
             if len(plan) > 1:
                 raise Divided(plan)
 
-    # ---------------------------------------------------------------- who
-
-    async def served(self) -> list[Served]:
-        """Who serves the name and could take the session; waits until somebody does.
-
-        Raises:
-            UnknownName: nobody serves it, or nobody with those capabilities.
-            UsageError: nobody who serves it offers such vectors (R6).
-            MeshUnreachable: the server is away.
-        """
-        registry, began, asked_at = self._registry, time.monotonic(), -ASK_AGAIN_S
-        while True:
-            now = time.monotonic()
-            name = registry.resolve(self._kind, self._asked)
-            if name is not None:
-                entries = self._able(registry.directory.candidates(self._kind, name, self._where))
-                if entries:
-                    return entries
-            refusal = registry.refusal(self._kind, self._asked)
-            if name is None and refusal is not None:
-                raise refusal
-            known = registry.directory.names(self._kind)
-            heard_of = max(began, registry.making(self._asked))
-            if now >= self._deadline or (name is None and known and now - heard_of > UNKNOWN_S):
-                raise self._unknown(name, known)
-            if now - asked_at >= ASK_AGAIN_S:
-                asked_at = now
-                registry.ask_for(self._kind, self._asked if name is None else name)
-            await self.changed(min(ASK_AGAIN_S, self._deadline - now))
-
-    def _able(self, entries: list[Served]) -> list[Served]:
-        """Those that offer vectors as asked for; of who is not described yet, nothing is known.
-
-        Raises:
-            UsageError: all are known, and none does.
-        """
-        form, mode = self._request.get("form", "single"), self._request.get("autoreset_mode", "NextStep")
-        seeding = self._request.get("seeding", "gymnasium")
-        if form == "single":
-            return entries
-        known = [(entry, entry.description) for entry in entries if entry.description is not None]
-        lacks = {entry.worker: lacking(said.vectors, form, mode, seeding) for entry, said in known}
-        if lacks and len(lacks) == len(entries) and all(lacks.values()):
-            shown = "; ".join(f"worker {worker} does not offer {text}" for worker, text in lacks.items())
-            raise UsageError(
-                f"nobody offers {entries[0].name} as asked for, a {form} with autoreset_mode {mode} and seeding "
-                f"{seeding}: {shown}; ask for what they have, or start a worker that offers it",
-                name=entries[0].name,
-                form=form,
-                autoreset_mode=mode,
-                seeding=seeding,
-                lacks=lacks,
-            )
-        return [entry for entry, _ in known if not lacks[entry.worker]]
-
-    async def described(self) -> Description:
-        """What one of those who serve the name says of it.
-
-        Raises:
-            UnknownName: nobody serves it.
-            RequestTimeout: nobody described it.
-            MeshUnreachable: the server is away.
-        """
-        while True:
-            entries = await self.served()
-            for entry in entries:
-                if entry.description is not None:
-                    return entry.description
-            name = entries[0].name
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise self._away() or RequestTimeout(
-                    f"{name}: its worker did not describe it within {self._wait:g} s", name=name, timeout_s=self._wait
-                )
-            if not await self.changed(min(DESCRIBE_AGAIN_S, left)):
-                self._registry.ask(Ask(kind=self._kind, name=name))
-
-    def _away(self) -> MeshUnreachable | None:
-        """The error of this moment if the server is away: then nobody can be heard, whoever is there."""
-        connection = self._context.connection
-        if connection.connected or connection.closed:
-            return None
-        return MeshUnreachable(
-            f"the server at {connection.url} is away, and {self._asked!r} cannot be asked for; this client reconnects "
-            "by itself: try again when it is back",
-            url=connection.url,
-            name=self._asked,
-        )
-
-    def _unknown(self, name: str | None, known: list[str]) -> MeshError:
-        away = self._away()
-        if away is not None:
-            return away
-        if name is not None:
-            able = [
-                f"{e.worker}: {dict(e.description.capabilities) if e.description else 'not yet described'}"
-                for e in self._registry.directory.entries(self._kind)
-                if e.name == name
-            ]
-            return UnknownName(
-                f"no worker that serves {name} can take the session where={self._where} ({'; '.join(able)}); change "
-                "where, or start a worker with those capabilities",
-                name=name,
-                where=self._where,
-            )
-        close = near(self._asked, known)
-        if time.monotonic() - self._registry.making(self._asked) <= UNKNOWN_S:
-            text = "a worker is making it, which takes longer than wait; ask again, or give more seconds as wait="
-        elif not known:
-            text = "no worker is on the mesh; start one (meshrl serve, meshrl up)"
-        elif close:
-            text = f"did you mean {', '.join(close)}?"
-        else:
-            text = f"served are: {', '.join(known[:20])}; list them with `meshrl ls`"
-        return UnknownName(
-            f"no {self._kind} {self._asked!r} is served at {self._context.connection.url}: {text}",
-            name=self._asked,
-            near=close,
-        )
-
-    async def changed(self, timeout: float) -> bool:
-        """Wait until the directory changes, or for ``timeout`` seconds; whether it changed."""
-        self._context.check_open()
-        changed = self._registry.changed
-        try:
-            async with asyncio.timeout(max(0.0, timeout)):
-                await changed.wait()
-        except TimeoutError:
-            return False
-        return True
-
     # ---------------------------------------------------------------- ask
 
     def _launch(self, worker: str, name: str, *, believed: int | None, park_s: float) -> Flight:
@@ -364,13 +212,32 @@ class Opening:
                 self._registry.placement.withdrawn(left.worker, self.num_envs)
 
     async def _landing(self, under_way: list[Flight]) -> None:
-        """Wait until one of them has landed, the directory has changed, or a moment has passed."""
-        changed: asyncio.Future[Any] = asyncio.ensure_future(self._registry.changed.wait())
-        futures: set[asyncio.Future[Any]] = {flight.future for flight in under_way}
+        """Wait until one of them has landed, or a moment has passed; while parked, also until the directory changes.
+
+        Thousands of openings wait at once, so none of them has a task for it, and those that are not parked (nearly
+        all of them, nearly always) are not woken by what concerns only who is.
+        """
+        loop = self._context.loop
+        woken: asyncio.Future[None] = loop.create_future()
+
+        def wake(_: object = None) -> None:
+            if not woken.done():
+                woken.set_result(None)
+
+        timer = loop.call_later(LOOK_S, wake)
+        for flight in under_way:
+            flight.future.add_done_callback(wake)
+        parked = any(flight.state == "parked" for flight in under_way)
+        if parked:
+            self._registry.on_change.add(wake)
         try:
-            await asyncio.wait({*futures, changed}, timeout=0.25, return_when=asyncio.FIRST_COMPLETED)
+            await woken
         finally:
-            changed.cancel()
+            timer.cancel()
+            for flight in under_way:
+                flight.future.remove_done_callback(wake)
+            if parked:
+                self._registry.on_change.discard(wake)
 
     def _elsewhere(self, parked_at: str, name: str) -> Flight | None:
         """While parked: ask a worker that has room, as many of the waiters as there is room for.

@@ -15,7 +15,7 @@ import operator
 import time
 import warnings
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex
@@ -35,6 +35,7 @@ from meshrl.errors import (
     ConcurrentStep,
     MalformedMessage,
     MeshError,
+    MeshUnreachable,
     NothingUnderWay,
     RequestTimeout,
     ResetNeeded,
@@ -43,13 +44,15 @@ from meshrl.errors import (
 )
 from meshrl.wire import spaces
 from meshrl.wire.batches import batching
-from meshrl.wire.codec import pack, unpack
+from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame, Indices, check_lanes
 from meshrl.wire.messages import Seeding
 
 if TYPE_CHECKING:
     from meshrl.client.flights import Flights
 
+# The fields of a request for some of its lanes, by their positions in what the user gave, and by env_id.
+_FieldsOf = Callable[[Indices, Indices], Frame]
 _NEW, _HELD, _UNDER_WAY, _READY = range(4)
 _PHASES = ("was never reset", "", "is under way", "has a result that was not received")
 
@@ -60,7 +63,8 @@ class RemotePool:
     An episode that ends is followed by the next at once: the step's row has the new episode's first observation, and
     ``infos["final_obs"]`` the last of the old one. Every call may raise ``SessionLost`` (a shard is gone: open a new
     pool), ``EnvError`` (a sub-environment's code raised; its shard's session has ended) and ``SessionClosed``; results
-    that are ready are handed out first.
+    that are ready are handed out first. ``MeshUnreachable`` says that the server has been away for too long; what was
+    under way still is, and the next ``recv`` or ``reset`` goes on waiting for it.
 
     Attributes:
         num_envs: how many sub-environments there are.
@@ -93,7 +97,9 @@ class RemotePool:
         self._phases: NDArray[np.int8] = np.full(self.num_envs, _NEW, np.int8)
         self._seqs: Indices = np.zeros(self.num_envs, np.int64)
         self._bounds = [(s.first_env_id, s.first_env_id + s.num_envs) for s in sessions]
+        self._rooted: NDArray[np.bool_] = np.zeros(self.num_envs, np.bool_)  # seeded with the root of derived seeding
         self._under_way: set[LaneFlight] = set()
+        self._stranded: list[LaneFlight] = []  # of those, what a server that was away for too long may not have got
         self._errors: deque[MeshError] = deque()
         self._wanted = 0  # results that recv waits for; 0 while it does not
         self._changed: asyncio.Future[None] | None = None
@@ -178,7 +184,7 @@ class RemotePool:
         """Begin episodes; their first observations are received like any other result, with ``first`` set.
 
         Waits for what is under way in the sub-environments that it resets, and drops their results. Cancelling it
-        before that has sent nothing.
+        sends nothing and drops nothing.
 
         Args:
             seed: env_id i gets ``seed + i``; a list has one for each of the pool's. With ``seeding="derived"``, the
@@ -188,20 +194,32 @@ class RemotePool:
 
         Raises:
             InvalidSeed: seeds of another kind or number.
+            UnencodableValue: the options cannot travel; nothing was sent.
+            ConcurrentStep: it has to wait, and a recv or another reset is waiting.
         """
         ids = self._ids(env_ids)
-        seeds = self._seeds.of_reset(seed)
         self._check_open()
         while (self._phases[ids] == _UNDER_WAY).any():
             await self._change(None)
             self._check_open()
-        self._results.drop(ids)
+        if not len(ids):
+            return
+        seeds = self._seeds.of_reset(seed)
+        rooted = self._rooted
+        if self.seeding == "derived":
+            if seeds is not None:
+                rooted = np.zeros(self.num_envs, np.bool_)
+            seeds = [None if known else self._seeds.root for known in rooted.tolist()]
         fields: Frame = {} if options is None else {"options": dict(options)}
 
-        def fields_of(which: Indices) -> Frame:
+        def fields_of(_: Indices, which: Indices) -> Frame:
             return fields if seeds is None else {**fields, "seeds": [seeds[i] for i in which.tolist()]}
 
-        self._launch("reset", ids, lambda _, which: fields_of(which))
+        flights = self._flights_of("reset", ids, fields_of)
+        self._results.drop(ids)
+        self._launch(flights)
+        self._rooted = rooted
+        self._rooted[ids] = True
 
     async def send(self, actions: Any, env_ids: Sequence[SupportsIndex] | Indices) -> None:
         """Give sub-environments their next actions. Nothing is waited for.
@@ -229,7 +247,7 @@ class RemotePool:
         def fields_of(rows: Indices, _: Indices) -> Frame:
             return {"actions": actions if len(rows) == len(ids) else pick(actions, rows)}
 
-        self._launch("step", ids, fields_of)
+        self._launch(self._flights_of("step", ids, fields_of))
 
     async def recv(self, min: int = 1, max: int | None = None, timeout: float | None = None) -> PoolBatch:  # noqa: A002
         """Results, as soon as ``min`` are ready.
@@ -251,6 +269,10 @@ class RemotePool:
         limit = self.num_envs if max is None else max
         if not 1 <= min <= limit:
             raise UsageError(f"recv takes from min=1 to max results, not min={min}, max={max}")
+        self._check_alone()
+        if timeout is not None and timeout <= 0 and self._results.count < min:
+            await asyncio.sleep(0)  # or who does nothing but poll would keep the answers from coming in
+            self._check_alone()
         end = None if timeout is None else time.monotonic() + timeout
         results = self._results
         while results.count < min and not self._errors and self._is_open():
@@ -265,8 +287,7 @@ class RemotePool:
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
                 break
-            self._wanted = min
-            await self._change(left)
+            await self._change(left, min)
         if results.count:
             batch = results.take(limit)
             self._phases[batch.env_ids] = _HELD
@@ -296,11 +317,11 @@ class RemotePool:
         for flight in list(self._under_way):
             self._flights.landed(flight)
         self._under_way.clear()
-        try:
-            for session in self._sessions:
-                await session.close()
-        finally:
-            self._wake()
+        self._stranded.clear()
+        self._phases[self._phases == _UNDER_WAY] = _NEW
+        for session in self._sessions:
+            asyncio.get_running_loop().call_soon(self._wake)  # as soon as the first is closed, who waits is told
+            await session.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -312,40 +333,48 @@ class RemotePool:
 
     # ---------------------------------------------------------------- requests
 
-    def _launch(self, op: str, ids: Indices, fields_of: Any) -> None:
-        """Send a request to each shard that has some of ``ids``.
+    def _flights_of(self, op: str, ids: Indices, fields_of: _FieldsOf) -> list[LaneFlight]:
+        """A request for each shard that has some of ``ids``; none of them is sent yet.
 
-        ``fields_of`` gives the request's own fields for some of them: their positions in ``ids``, and their env_ids.
+        Raises:
+            UnencodableValue: what is to be sent cannot travel.
         """
+        flights = []
         for session, (start, stop) in zip(self._sessions, self._bounds, strict=True):
             rows = np.flatnonzero((ids >= start) & (ids < stop))
             if len(rows):
-                self._launch_shard(session, op, ids[rows], rows, fields_of)
+                own = ids[rows]
+                flight = LaneFlight(
+                    self._flights,
+                    session,
+                    op,
+                    own - start,
+                    self._seqs[own] + 1,
+                    fields=fields_of(rows, own),
+                    some_of=self._some_of,
+                    received=self._received,
+                    lost=self._flight_lost,
+                    now=time.monotonic(),
+                )
+                flights.append(flight)
+        return flights
 
-    def _launch_shard(self, session: ShardSession, op: str, ids: Indices, rows: Indices, fields_of: Any) -> None:
-        lanes = ids - session.first_env_id
-        seqs = self._seqs[ids] + 1
-        epoch = session.grant.epoch
+    def _launch(self, flights: list[LaneFlight]) -> None:
+        for flight in flights:
+            self._flights.send(flight)
+            ids = flight.lanes + flight.session.first_env_id
+            self._under_way.add(flight)
+            self._seqs[ids] = flight.seqs
+            self._phases[ids] = _UNDER_WAY
 
-        def body_of(which: Indices) -> bytes:
-            named = {"epoch": epoch, "lanes": lanes[which], "seqs": seqs[which]}
-            return pack({**named, **fields_of(rows[which], ids[which])})
-
-        flight = LaneFlight(
-            self._flights,
-            session,
-            op,
-            lanes,
-            seqs,
-            body_of=body_of,
-            received=self._received,
-            lost=self._flight_lost,
-            now=time.monotonic(),
-        )
-        self._flights.send(flight)
-        self._under_way.add(flight)
-        self._seqs[ids] = seqs
-        self._phases[ids] = _UNDER_WAY
+    def _some_of(self, op: str, frame: Frame, rows: Indices) -> Frame:
+        """A request's own fields for some of its lanes, out of the request itself."""
+        if op == "step":
+            return {"actions": self._action_batches.pick(frame["actions"], rows)}
+        some: Frame = {name: frame[name] for name in ("seeds", "options") if name in frame}
+        if "seeds" in some:
+            some["seeds"] = [some["seeds"][row] for row in rows.tolist()]
+        return some
 
     def _received(self, flight: LaneFlight, data: bytes) -> None:
         session = flight.session
@@ -358,7 +387,7 @@ class RemotePool:
             else:
                 raise MalformedMessage("a pool's answer names no lanes")
         except MeshError as exc:
-            flight.failed(session.judge(exc))
+            flight.failed(exc)
             return
         ids = lanes + session.first_env_id
         # A second answer to the same request (it was sent again) or one that came late changes nothing.
@@ -372,18 +401,33 @@ class RemotePool:
             self._under_way.discard(flight)
         if "error" in frame:
             self._phases[ids] = _HELD if flight.op == "step" else _NEW
-            self._fail(session.judge(from_wire(frame["error"])))
+            self._fail_by(session, from_wire(frame["error"]))
+            return
+        try:
+            self._results.add(Ready(frame, len(lanes), rows, ids))
+        except MeshError as exc:
+            self._phases[ids] = _NEW
+            self._fail_by(session, exc)
             return
         self._phases[ids] = _READY
-        self._results.add(Ready(frame, len(lanes), rows, ids))
         if self._results.count >= self._wanted:
             self._wake()
 
     def _flight_lost(self, flight: LaneFlight, exc: MeshError) -> None:
         """No more answers come to it: its session is gone, or the server is."""
+        if isinstance(exc, MeshUnreachable):
+            if not self._stranded:  # it is the same for all of them
+                self._fail(exc)
+            self._stranded.append(flight)
+            return
         self._under_way.discard(flight)
         self._phases[flight.left() + flight.session.first_env_id] = _NEW
-        self._fail(flight.session.judge(exc))
+        self._fail_by(flight.session, exc)
+
+    def _fail_by(self, session: ShardSession, exc: MeshError) -> None:
+        if session.is_open:  # what comes after the error that ended it (steps that were cancelled) says nothing new
+            self._fail(session.judge(exc))
+        self._wake()
 
     def _fail(self, exc: MeshError) -> None:
         self._errors.append(exc)
@@ -394,11 +438,18 @@ class RemotePool:
 
     # ---------------------------------------------------------------- waiting
 
-    async def _change(self, timeout: float | None) -> None:
-        """Wait until something has changed, or for ``timeout`` seconds."""
-        if self._changed is not None and not self._changed.done():
+    def _check_alone(self) -> None:
+        if self._changed is not None:
             raise ConcurrentStep(f"{self.name}: another recv or reset of this pool is waiting; await it first")
+
+    async def _change(self, timeout: float | None, wanted: int = 0) -> None:
+        """Wait until ``wanted`` results are ready or something has gone wrong, or for ``timeout`` seconds."""
+        self._check_alone()
+        stranded, self._stranded = self._stranded, []
+        for flight in stranded:
+            flight.relaunch()
         loop = asyncio.get_running_loop()
+        self._wanted = wanted
         self._changed = loop.create_future()
         timer = None if timeout is None else loop.call_later(timeout, self._wake)
         try:

@@ -15,6 +15,15 @@ from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.infos import merge_infos, pick_infos
 
+# Of an answer, a value for each of its lanes.
+_COLUMNS = {
+    "rewards": np.dtype(np.float64),
+    "terminations": np.dtype(np.bool_),
+    "truncations": np.dtype(np.bool_),
+    "episodes": np.dtype(np.int64),
+    "steps": np.dtype(np.int64),
+}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PoolBatch:
@@ -84,7 +93,19 @@ class Results:
         self._ready: deque[Ready] = deque()
 
     def add(self, ready: Ready) -> None:
-        """Take an answer."""
+        """Take an answer.
+
+        Raises:
+            MalformedMessage: it is none, and was not taken.
+        """
+        # Here and not where it is handed out: there it would take others with it.
+        self._batches.check(_field(ready.frame, "obs"), ready.size, "obs", exact=True)
+        for field, dtype in _COLUMNS.items():
+            column = _field(ready.frame, field)
+            if not isinstance(column, np.ndarray) or column.shape != (ready.size,) or column.dtype != dtype:
+                raise MalformedMessage(f"a pool's {field} are not {ready.size} of {dtype}", field=field)
+        if type(_field(ready.frame, "first")) is not bool:
+            raise MalformedMessage("a pool's answer does not say whether it is a reset's", field="first")
         self._ready.append(ready)
         self.count += len(ready.rows)
 
@@ -102,11 +123,15 @@ class Results:
         """Hand out at most ``limit`` of them; there is at least one.
 
         Raises:
-            MalformedMessage: an answer is none.
+            MalformedMessage: their infos are none, or cannot be merged; nothing was handed out.
         """
         taken = self._take_fairly(limit) if self._fair and self.count > limit else self._take_first(limit)
-        self.count -= sum(len(part.rows) for part in taken)
-        batch = self._batch(taken)
+        try:
+            batch = self._batch(taken)
+        except BaseException:
+            self._ready.extendleft(reversed(taken))
+            raise
+        self.count -= len(batch)
         self._handed[batch.env_ids] += 1
         return batch
 
@@ -145,44 +170,46 @@ class Results:
         total = sum(sizes)
         observations, infos, at = [], [], 0
         for part, size in zip(taken, sizes, strict=True):
-            obs = self._batches.join([_field(part, "obs")], [part.size], "obs")
-            info = part.frame.get("infos")
+            obs, info = part.frame["obs"], part.frame.get("infos")
             if size < part.size:
                 obs = self._batches.pick(obs, part.rows)
                 info = None if info is None else pick_infos(info, part.rows, part.size)
             observations.append(obs)
             infos.append((info, at, size))
             at += size
-        first = [np.full(size, _field(part, "first") is True) for part, size in zip(taken, sizes, strict=True)]
+        first = [np.full(size, part.frame["first"]) for part, size in zip(taken, sizes, strict=True)]
         return PoolBatch(
             env_ids=_joined([part.env_ids for part in taken]),
-            observations=self._batches.join(observations, sizes, "obs"),
-            rewards=_column(taken, "rewards", np.dtype(np.float64)),
-            terminations=_column(taken, "terminations", np.dtype(np.bool_)),
-            truncations=_column(taken, "truncations", np.dtype(np.bool_)),
-            infos=merge_infos(infos, total) if any(info is not None for info, _, _ in infos) else {},
+            observations=self._batches.joined(observations, sizes),
+            infos=_merged(infos, total),
             first=_joined(first),
-            episodes=_column(taken, "episodes", np.dtype(np.int64)),
-            steps=_column(taken, "steps", np.dtype(np.int64)),
+            **{field: _column(taken, field) for field in _COLUMNS},
         )
 
 
-def _column(taken: list[Ready], field: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    columns = []
-    for part in taken:
-        column = _field(part, field)
-        if not isinstance(column, np.ndarray) or column.shape != (part.size,) or column.dtype != dtype:
-            raise MalformedMessage(f"a pool's {field} are not {part.size} of {dtype}", field=field)
-        columns.append(column if len(part.rows) == part.size else column[part.rows])
-    return _joined(columns)
+def _merged(infos: list[tuple[Any, int, int]], total: int) -> dict[str, Any]:
+    try:
+        return merge_infos(infos, total)
+    except MalformedMessage:
+        raise
+    except Exception as exc:
+        raise MalformedMessage(
+            f"the infos of {total} sub-environments cannot be merged: {exc}; receive them one at a time, with max=1",
+            field="infos",
+        ) from exc
+
+
+def _column(taken: list[Ready], field: str) -> NDArray[Any]:
+    columns = [part.frame[field] for part in taken]
+    return _joined([c if len(part.rows) == part.size else c[part.rows] for c, part in zip(columns, taken, strict=True)])
 
 
 def _joined(columns: list[NDArray[Any]]) -> NDArray[Any]:
     return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
 
-def _field(part: Ready, field: str) -> Any:
+def _field(frame: Frame, field: str) -> Any:
     try:
-        return part.frame[field]
+        return frame[field]
     except KeyError:
         raise MalformedMessage(f"a pool's answer has no {field}", field=field) from None

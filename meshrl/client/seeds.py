@@ -32,6 +32,11 @@ class Seeds:
         self._name = name
         self._root: int | None = None
 
+    @property
+    def root(self) -> int | None:
+        """Of derived seeding; None before the first reset."""
+        return self._root
+
     def of_reset(self, seed: int | Sequence[int | None] | None) -> list[int | None] | None:
         """A seed for each sub-environment, by env_id; None where each goes on by itself.
 
@@ -49,7 +54,11 @@ class Seeds:
         if isinstance(seed, (int, np.integer)):
             first = check_seed(seed)
             return [first + i for i in range(self._num_envs)]
-        seeds = [None if one is None else check_seed(one) for one in seed]
+        try:
+            given = list(seed)
+        except TypeError:
+            raise InvalidSeed(f"{self._name}: a seed is a number or a list of them, not {seed!r}") from None
+        seeds = [None if one is None else check_seed(one) for one in given]
         if len(seeds) != self._num_envs:
             raise InvalidSeed(
                 f"{self._name}: a list of seeds has one for each of {self._num_envs} sub-environments, not {len(seeds)}"

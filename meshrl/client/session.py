@@ -18,7 +18,7 @@ from meshrl.errors import (
     TransportError,
     WrongEpoch,
 )
-from meshrl.protocol.turn import Begin, Turn
+from meshrl.protocol.turn import Begin, Phase, Turn
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, check_reply
 from meshrl.wire.messages import Close, Grant
@@ -93,7 +93,7 @@ class RemoteSession:
         if self.may_begin(op) is Begin.AFTER_LAST:
             await self.discard()
             self.may_begin(op)  # closed while it waited
-        self.launch(op, fields)
+        self.launch(op, self.encoded(fields))
         return await self.landing()
 
     def may_begin(self, op: str) -> Begin:
@@ -105,13 +105,23 @@ class RemoteSession:
         self.check_open()
         return self._turn.may_begin(op)
 
-    def launch(self, op: str, fields: Frame) -> None:
+    @property
+    def under_way(self) -> bool:
+        """Whether somebody waits for a request."""
+        return self._turn.phase is Phase.WAITING
+
+    def encoded(self, fields: Frame) -> bytes:
+        """The next request's body; made before the turn is taken, since what cannot be encoded has not begun.
+
+        Raises:
+            UnencodableValue: something in it has no form on the wire.
+        """
+        return pack({"epoch": self.grant.epoch, "lane": 0, "seq": self._turn.seq + 1, **fields})
+
+    def launch(self, op: str, body: bytes) -> None:
         """Send the request that may begin; :meth:`landing` waits for its reply."""
         grant, turn = self.grant, self._turn
-        # Encoded before the turn is taken: what cannot be encoded has not begun.
-        seq = turn.seq + 1
-        body = pack({"epoch": grant.epoch, "lane": 0, "seq": seq, **fields})
-        turn.begin(op)
+        seq = turn.begin(op)
         entry = Entry(grant.session, grant.epoch, 0, seq)
         try:
             flight = self._flights.launch(grant.worker, entry, self._subject + op, body, grant.step_deadline_s)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from meshrl.client.opening import ASK_AGAIN_S, Divided, Opening
+from meshrl.client.finding import ASK_AGAIN_S
+from meshrl.client.opening import Divided, Opening
 from meshrl.client.session import RemoteSession
 from meshrl.client.shielded import shielded
 from meshrl.errors import MeshError, MeshFull, SessionLost
@@ -26,6 +28,10 @@ from meshrl.wire.messages import Grant
 
 if TYPE_CHECKING:
     from meshrl.client.context import Context
+
+
+def _nobody() -> None:
+    return None
 
 
 class ShardSession(RemoteSession):
@@ -40,20 +46,26 @@ class ShardSession(RemoteSession):
         super().__init__(context, grant)
         self.first_env_id = first_env_id
         self.num_envs = num_envs
-        self._waiting_for: Callable[[ShardSession], bool] | None = None
-        self._told: Callable[[MeshError], None] | None = None
+        self._waiting_for: Callable[[], Callable[[ShardSession], bool] | None] = _nobody
+        self._told: Callable[[], Callable[[MeshError], None] | None] = _nobody
 
     def watched_by(self, waiting_for: Callable[[ShardSession], bool], told: Callable[[MeshError], None]) -> None:
-        """Say who sends its requests: whether answers to some are under way, and who is told that it is lost."""
-        self._waiting_for = waiting_for
-        self._told = told
+        """Say who sends its requests: whether answers to some are under way, and who is told that it is lost.
+
+        Both are methods of one that holds this session. It is not held in turn: the mesh holds its sessions, so that
+        it could never be found abandoned.
+        """
+        self._waiting_for = weakref.WeakMethod(waiting_for)
+        self._told = weakref.WeakMethod(told)
 
     def _is_waiting(self) -> bool:
-        return super()._is_waiting() if self._waiting_for is None else self._waiting_for(self)
+        waiting_for = self._waiting_for()
+        return super()._is_waiting() if waiting_for is None else waiting_for(self)
 
     def _was_lost(self, exc: SessionLost) -> None:
-        if self._told is not None:
-            self._told(exc)
+        told = self._told()
+        if told is not None:
+            told(exc)
 
 
 async def open_shards(

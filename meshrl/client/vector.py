@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex
@@ -25,8 +25,10 @@ from meshrl.client.batched_actions import batched_checker
 from meshrl.client.seeds import Seeds
 from meshrl.client.shards import ShardSession
 from meshrl.errors import (
+    ConcurrentStep,
     MalformedMessage,
     MeshError,
+    MeshUnreachable,
     NothingUnsettled,
     ResetNeeded,
     StepUnsettled,
@@ -88,6 +90,8 @@ class RemoteVectorEnv:
         # The call under way or unsettled: its op, and what each shard answered, None for those still to come.
         self._round: tuple[str, list[Frame | MeshError | None]] | None = None
         self._mask: NDArray[np.bool_] | None = None  # of the newest reset
+        self._began = False  # whether a reset of all was sent
+        self._rooted = False  # whether all know the root of derived seeding
         # What is made of the shards' infos; faces other than Gymnasium's take those of each sub-environment instead.
         self._infos_of: Callable[[Sequence[tuple[Any, int, int]], int], Any] = merge_infos
 
@@ -145,6 +149,11 @@ class RemoteVectorEnv:
         return None if self._description.spec is None else EnvSpec.from_json(self._description.spec)
 
     @property
+    def root(self) -> int | None:
+        """With ``seeding="derived"``, the root of all seeds, given or drawn; None before the first reset."""
+        return self._seeds.root
+
+    @property
     def versions(self) -> dict[str, str]:
         """Versions of what the envs run on."""
         return dict(self._description.versions)
@@ -171,7 +180,21 @@ class RemoteVectorEnv:
             ResetNeeded: the first reset leaves some out.
         """
         mask, rest = self._options(options)
-        fields = self._reset_fields(self._seeds.of_reset(seed), rest, mask)
+        return await self._reset(seed, rest, mask)
+
+    async def _reset(
+        self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None, mask: NDArray[np.bool_] | None
+    ) -> tuple[Any, dict[str, Any]]:
+        if mask is not None and not self._began and not mask.all():
+            left_out = np.flatnonzero(~mask).tolist()
+            raise ResetNeeded(
+                f"{self.name}: a first reset leaves out sub-environments {left_out}; reset all of them first",
+                env_ids=left_out,
+            )
+        seeds = self._seeds.of_reset(seed)
+        if seeds is None and not self._rooted and self._seeds.root is not None:
+            seeds = [self._seeds.root] * self.num_envs  # it was drawn for a reset that came to nothing
+        fields = self._reset_fields(seeds, options, mask)
         return self._was_reset(await self._call("reset", fields, mask))
 
     async def step(self, actions: Any) -> VectorStep:
@@ -209,17 +232,14 @@ class RemoteVectorEnv:
 
         Raises:
             NothingUnsettled: no call was cancelled.
+            ConcurrentStep: a call is under way that nobody cancelled.
         """
+        if any(session.under_way for session in self._sessions):
+            raise ConcurrentStep(f"{self.name}: settle was called while another call is under way")
         if self._round is None or self._round[0] in READING:
             raise NothingUnsettled(f"{self.name}: nothing to settle: no step, reset, call or set_attr was cancelled")
         op, answers = self._round
-        for i, session in enumerate(self._sessions):
-            if answers[i] is None:
-                try:
-                    answers[i] = (await session.settle())[1]
-                except MeshError as exc:
-                    answers[i] = exc
-        self._round = None
+        await self._settle(answers)
         frames = _all_frames(answers)
         if op == "step":
             return self._stepped(frames)
@@ -310,27 +330,28 @@ class RemoteVectorEnv:
             MeshError: nothing was sent; or, when all have answered, the first error among the answers.
         """
         sessions = self._sessions
+        begins = [session.may_begin(op) for session in sessions]
         if self._round is not None and op not in READING and op != "reset" and self._round[0] not in READING:
             raise StepUnsettled(
                 f"{self.name}: a {self._round[0]} was cancelled and may have run; `await envs.settle()` gives its "
                 "result, or reset",
                 op=self._round[0],
             )
-        for session in sessions:
-            if session.may_begin(op) is Begin.AFTER_LAST:
-                await session.discard()
+        if Begin.AFTER_LAST in begins:
+            await self._discard(begins)
+            for session in sessions:  # closed or lost while it waited
+                session.may_begin(op)
+        bodies = [session.encoded(own) for session, own in zip(sessions, fields, strict=True)]
         answers: list[Frame | MeshError | None] = [None] * len(sessions)
         self._round, self._mask = (op, answers), mask
         launched = 0
         try:
-            for session, own in zip(sessions, fields, strict=True):
-                session.launch(op, own)
+            for session, body in zip(sessions, bodies, strict=True):
+                session.launch(op, body)
                 launched += 1
+            self._began = self._began or op == "reset"
             for i, session in enumerate(sessions):
-                try:
-                    answers[i] = await session.landing()
-                except MeshError as exc:
-                    answers[i] = exc
+                answers[i] = await _landed(session.landing())
         except BaseException:
             for i in range(launched):
                 if answers[i] is None:
@@ -340,6 +361,23 @@ class RemoteVectorEnv:
             raise
         self._round = None
         return _all_frames(answers)
+
+    async def _settle(self, answers: list[Frame | MeshError | None]) -> None:
+        """Wait for what the shards still have to answer; those that did are kept, should this be cancelled too."""
+        for i, session in enumerate(self._sessions):
+            if answers[i] is None:
+                answers[i] = await _landed(_frame_of(session.settle()))
+        self._round = None
+
+    async def _discard(self, begins: Sequence[Begin]) -> None:
+        """Wait for a cancelled call and drop its result."""
+        if self._round is not None and self._round[0] not in READING:
+            await self._settle(self._round[1])  # its result is there to be settled until all have answered
+            return
+        for session, begin in zip(self._sessions, begins, strict=True):
+            if begin is Begin.AFTER_LAST:
+                await session.discard()
+        self._round = None
 
     async def _of_some(self, op: str, env_ids: Sequence[SupportsIndex] | None, fields: Frame) -> tuple[Any, ...]:
         """Values of some sub-environments, in the order asked for."""
@@ -401,7 +439,9 @@ class RemoteVectorEnv:
         return fields
 
     def _was_reset(self, frames: list[Frame]) -> tuple[Any, dict[str, Any]]:
-        self._ended[slice(None) if self._mask is None else self._mask] = False
+        which = slice(None) if self._mask is None else self._mask
+        self._ended[which] = False
+        self._rooted = True
         return self._observations(frames), self._infos(frames)
 
     def _stepped(self, frames: list[Frame]) -> VectorStep:
@@ -453,6 +493,24 @@ def _all_frames(answers: Sequence[Frame | MeshError | None]) -> list[Frame]:
         assert answer is not None, "every shard has answered"
         frames.append(answer)
     return frames
+
+
+async def _landed(landing: Awaitable[Frame]) -> Frame | MeshError:
+    """One shard's answer, or its error, so that the others' are waited for all the same.
+
+    Raises:
+        MeshUnreachable: it may have run: the call is to be settled, like a cancelled one.
+    """
+    try:
+        return await landing
+    except MeshUnreachable:
+        raise
+    except MeshError as exc:
+        return exc
+
+
+async def _frame_of(settling: Awaitable[tuple[str, Frame]]) -> Frame:
+    return (await settling)[1]
 
 
 def _values_of(frames: list[Frame]) -> tuple[Any, ...]:

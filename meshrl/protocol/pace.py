@@ -55,18 +55,24 @@ class BatchPace:
         wide: step them on threads of their own; else one after another on one, as long as they are fast.
     """
 
-    __slots__ = ("_count", "_fast", "_messages", "inline", "wide")
+    __slots__ = ("_count", "_each_s", "_fast", "_messages", "inline", "wide")
 
     def __init__(self, count: int) -> None:
         self._count = count
         self.inline = False
         self.wide = False
         self._fast = 0
+        self._each_s = 0.0
         self._messages = 0
+
+    def inline_for(self, count: int) -> bool:
+        """Whether to step so many on the event loop; the last message may have been of fewer."""
+        return self._fast >= FAST_STEPS and self._each_s * count < SLOW_S
 
     def took(self, seconds: float, count: int = 0) -> None:
         """The ``count`` sub-environments of a message (0: all there are) took that long, summed over them."""
         count = count or self._count
+        self._each_s = seconds / count
         self._messages += 1
         if seconds < FAST_S * count:
             self._fast = min(self._fast + count, FAST_STEPS)

@@ -1,4 +1,4 @@
-"""Placement: which worker a client asks for slots, and how a vector is cut over several (R5).
+"""Placement: which worker a client asks for slots, and what of each it believes to be free (R5).
 
 The rules:
 
@@ -12,23 +12,25 @@ The rules:
   counting a grant twice for that long makes a worker look busier, counting it not at all would overfill it.
 - A worker's answer to an open carries its load. It left the worker together with that answer, so it holds
   exactly what was granted to this client before it, and it stands until a younger advertisement.
-- A vector is cut so that every worker with room takes part and all end equally loaded, by the fraction of their slots
-  that is taken. A shard is within the room of its worker where the workers have enough together, and always within
-  its slots: else it could never be opened.
+- How a vector is cut over several workers is said in :mod:`meshrl.protocol.cutting`.
+
+A client opens thousands of sessions at once, and each looks at what all others do: what is counted here is found
+without going through it one by one.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from meshrl.errors import UsageError
+from meshrl.protocol.cutting import Part, balanced, equal
 from meshrl.wire.messages import MAX_NUM_ENVS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable
 
     from meshrl.protocol.directory import Entry
     from meshrl.wire.messages import AutoresetName, Form, Load, Seeding, Vectors
@@ -70,48 +72,79 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class _Ask:
-    """An open under way: when it was sent, and for how many slots."""
-
-    at: float
-    slots: int
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """Slots this client took (above 0) or gave back (below); ``order`` tells what came before an answer's load."""
-
-    at: float
-    order: int
-    slots: int
-
-
-@dataclass(frozen=True)
 class _Answer:
     """The load that came with an answer."""
 
     at: float
-    order: int
     load: Load
 
 
 @dataclass
 class _Own:
-    """What this client did at one worker."""
+    """What this client did at one worker.
 
-    asks: list[_Ask] = field(default_factory=list)  # the oldest first
-    marks: list[_Mark] = field(default_factory=list)
+    Attributes:
+        asks: when opens were sent that are under way, the oldest first, by how many slots each is for.
+        answer: the newest.
+    """
+
+    asks: dict[int, list[float]] = field(default_factory=dict)
     answer: _Answer | None = None
+    # Slots that this client took (above 0) or gave back (below) since the newest answer, by when; the oldest first.
+    marked_at: list[float] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    _sums: list[int] | None = None  # of marks, each with all after it
 
-    def landed(self, slots: int) -> _Ask | None:
-        """Take out the oldest ask for that many slots."""
-        for at, ask in enumerate(self.asks):
-            if ask.slots == slots:
-                return self.asks.pop(at)
-        return None
+    def landed(self, slots: int) -> float | None:
+        """Take out the oldest ask for that many slots; gives when it was sent."""
+        times = self.asks.get(slots)
+        if times is None:
+            return None
+        at = times.pop(0)
+        if not times:
+            del self.asks[slots]
+        return at
+
+    def mark(self, at: float, slots: int) -> None:
+        """Slots were taken, or given back."""
+        index = bisect_right(self.marked_at, at)
+        self.marked_at.insert(index, at)
+        self.marks.insert(index, slots)
+        self._sums = None
+
+    def answered(self, at: float, load: Load) -> None:
+        """An answer came with the load of the worker. It holds every mark until now.
+
+        Nor will they be needed later: an advertisement that takes the place of the answer was heard so long after it,
+        and so after them, that it holds them as well.
+        """
+        self.answer = _Answer(at, load)
+        self.marked_at, self.marks, self._sums = [], [], None
+
+    def forget_marks(self, before: float) -> None:
+        """Marks of before that are needed no more."""
+        if self.marked_at and self.marked_at[0] < before:
+            index = bisect_left(self.marked_at, before)
+            del self.marked_at[:index], self.marks[:index]
+            self._sums = None
+
+    def marked(self, known_until: float | None, settle_s: float) -> int:
+        """Slots taken on the whole, within ``settle_s`` before ``known_until`` or after it; None is all of them."""
+        if self._sums is None:
+            self._sums = list(accumulate(reversed(self.marks), initial=0))[::-1]
+        return self._sums[0 if known_until is None else _young(self.marked_at, known_until, settle_s)]
+
+    def asked(self, known_until: float, settle_s: float) -> int:
+        """Slots of opens under way that were sent within ``settle_s`` before ``known_until``, or after it."""
+        return sum(slots * (len(times) - _young(times, known_until, settle_s)) for slots, times in self.asks.items())
 
 
-@dataclass(frozen=True)
+def _young(times: list[float], known_until: float, settle_s: float) -> int:
+    """The index of the first that is not older than ``known_until`` by ``settle_s``."""
+    return bisect_right(times, -settle_s, key=lambda at: at - known_until)
+
+
+@dataclass(slots=True)
 class _View:
     """A worker as believed now; ``room`` below 0 is demand of this client's that will have to queue."""
 
@@ -155,7 +188,6 @@ class Placement:
 
     def __init__(self) -> None:
         self._own: dict[str, _Own] = {}
-        self._order = itertools.count()
 
     # what happened
 
@@ -167,7 +199,7 @@ class Placement:
             now: when.
             slots: how many it is for; to be said again in what follows.
         """
-        self._at(worker).asks.append(_Ask(now, slots))
+        self._at(worker).asks.setdefault(slots, []).append(now)
 
     def granted(self, worker: str, now: float, load: Load | None = None, slots: int = 1) -> None:
         """An open was granted; ``load`` came with the grant, and holds it."""
@@ -175,23 +207,24 @@ class Placement:
         # The slots were taken between the ask and now. A slow constructor delays the answer by seconds, in
         # which advertisements hold the slots already: so the mark is as old as the ask. A parked ask is older
         # than its slots, but until then the worker said it was full.
-        ask = own.landed(slots)
-        own.marks.append(_Mark(now if ask is None else ask.at, next(self._order), slots))
-        if load is not None:
-            own.answer = _Answer(now, next(self._order), load)
+        asked_at = own.landed(slots)
+        if load is None:
+            own.mark(now if asked_at is None else asked_at, slots)
+        else:
+            own.answered(now, load)
 
     def released(self, worker: str, now: float, slots: int = 1) -> None:
         """A session of this client's ended, and its slots are free or soon will be."""
         own = self._own.get(worker)
         if own is not None:
-            own.marks.append(_Mark(now, next(self._order), -slots))
+            own.mark(now, -slots)
 
     def busier(self, worker: str, load: Load, now: float, slots: int = 1) -> None:
         """An open was answered with the worker's load and no grant: busier than believed, or full."""
         self.withdrawn(worker, slots)
         own = self._own.get(worker)
         if own is not None:
-            own.answer = _Answer(now, next(self._order), load)
+            own.answered(now, load)
 
     def withdrawn(self, worker: str, slots: int = 1) -> None:
         """An open came to nothing: the client gave it up, or it was answered with an error."""
@@ -287,8 +320,8 @@ class Placement:
             in_the_way = view.waiting - (view.worker == parked_at)
             room = 0 if in_the_way > 0 else min(view.free, view.largest)
             limit = room if within_room else view.largest
-            workers.append(_Worker(index, view.slots, view.slots - view.free, room, limit))
-        cut = _balanced(workers, num_envs) if shards is None else _equal(workers, num_envs, shards)
+            workers.append(Part(index, view.slots, view.slots - view.free, room, limit))
+        cut = balanced(workers, num_envs) if shards is None else equal(workers, num_envs, shards)
         return [Shard(views[index].worker, size) for index, size in cut]
 
     def should_move(self, entries: Iterable[Entry], parked_at: str, draw: float, num_envs: int = 1) -> str | None:
@@ -336,23 +369,19 @@ class Placement:
         if own is None:
             return _View(entry.worker, ad.slots, ad.free, ad.waiting, ad.draining)
         settle_s = REFLECTED_INTERVALS * ad.interval_s
-        forget_before = entry.heard_at - settle_s - _FORGOTTEN_INTERVALS * ad.interval_s
-        own.marks = [mark for mark in own.marks if mark.at >= forget_before]
+        own.forget_marks(entry.heard_at - settle_s - _FORGOTTEN_INTERVALS * ad.interval_s)
         answer = own.answer
         if answer is not None and entry.heard_at - answer.at < settle_s:
             # 1. The worker's own answer is younger. Opens under way are not in it, unless they have long been
             # parked.
             load = answer.load
             slots, free, waiting, draining = load.slots, load.free, load.waiting, load.draining
-            known_until = answer.at
-            marks = [mark for mark in own.marks if mark.order > answer.order]
+            known_until, marked = answer.at, own.marked(None, settle_s)
         else:
             # 2. The advertisement is; what is younger than it, or about as old, comes on top.
             slots, free, waiting, draining = ad.slots, ad.free, ad.waiting, ad.draining
-            known_until = entry.heard_at
-            marks = [mark for mark in own.marks if known_until - mark.at < settle_s]
-        asks = sum(ask.slots for ask in own.asks if known_until - ask.at < settle_s)
-        room = free - asks - sum(mark.slots for mark in marks)
+            known_until, marked = entry.heard_at, own.marked(entry.heard_at, settle_s)
+        room = free - own.asked(known_until, settle_s) - marked
         return _View(entry.worker, slots, room, waiting, draining or ad.draining)
 
 
@@ -364,67 +393,6 @@ def _drawn(views: list[_View], weights: list[int], draw: float) -> _View:
         if left < 0:
             return view
     return views[-1]  # a product just below the sum may round up to it
-
-
-@dataclass(frozen=True)
-class _Worker:
-    """A worker as far as a cut is concerned: by index; ``room`` is free at once, ``limit`` the most it may get."""
-
-    index: int
-    slots: int
-    taken: int
-    room: int
-    limit: int
-
-    def load(self, own: int) -> float:
-        """The fraction of its slots that is taken with ``own`` more; above 1 for what has to wait."""
-        return (self.taken + own) / self.slots
-
-
-def _balanced(workers: Sequence[_Worker], num_envs: int) -> list[tuple[int, int]]:
-    """Shards as (index, size), one for each worker that has room, with which all end equally loaded."""
-    if sum(worker.limit for worker in workers) < num_envs:
-        return []
-    with_room = sorted((worker for worker in workers if worker.room), key=lambda worker: worker.load(0))
-    sizes = {worker.index: 1 for worker in with_room[:num_envs]}
-    left = num_envs - len(sizes)
-    # First what there is room for, then what has to wait.
-    for most in ({w.index: w.room for w in workers}, {w.index: w.limit for w in workers}):
-        heap = [(w.load(sizes.get(w.index, 0) + 1), w.index) for w in workers if sizes.get(w.index, 0) < most[w.index]]
-        heapq.heapify(heap)
-        while left and heap:
-            index = heap[0][1]
-            size = sizes[index] = sizes.get(index, 0) + 1
-            left -= 1
-            if size < most[index]:
-                heapq.heapreplace(heap, (workers[index].load(size + 1), index))
-            else:
-                heapq.heappop(heap)
-    return sorted(sizes.items())
-
-
-def _equal(workers: Sequence[_Worker], num_envs: int, shards: int) -> list[tuple[int, int]]:
-    """Just so many shards as (index, size), the larger ones first, each where there is most for it."""
-    each, larger = divmod(num_envs, shards)
-    sizes = [each + (number < larger) for number in range(shards)]
-    own, held = [0] * len(workers), [0] * len(workers)
-    cut = []
-    for size in sizes:
-        fit = [worker for worker in workers if own[worker.index] + size <= worker.limit]
-        if not fit:
-            return []
-        chosen = min(
-            fit,
-            key=lambda worker: (
-                own[worker.index] + size > worker.room,
-                held[worker.index],
-                worker.load(own[worker.index] + size),
-            ),
-        )
-        own[chosen.index] += size
-        held[chosen.index] += 1
-        cut.append((chosen.index, size))
-    return cut
 
 
 def lacking(vectors: Vectors | None, form: Form, autoreset_mode: AutoresetName, seeding: Seeding) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class HostedPool:
         self._batches = batching(envs[0].action_space)
         self._threads = threads
         self._calls = Calls(threads)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
         return f"<HostedPool of {len(self._subs)} {self.name}>"
@@ -118,23 +119,25 @@ class HostedPool:
             done.clear()
             self._tell(op, lanes, fresh, told)
 
-        async def one(k: int, i: int, arguments: Any) -> None:
-            outcome: Any
+        async def one(i: int, arguments: Any) -> Any:
             try:
                 if op == "step":
-                    outcome = await self._subs.step_one_async(i, arguments)
-                else:
-                    outcome = await self._subs.reset_one_async(i, *arguments)
-            except (Exception, SystemExit, asyncio.CancelledError) as exc:  # noqa: BLE001  # its session ends with it
-                outcome = exc
+                    return await self._subs.step_one_async(i, arguments)
+                return await self._subs.reset_one_async(i, *arguments)
+            except (Exception, SystemExit) as exc:  # noqa: BLE001  # its session ends with it
+                return exc
+
+        def ended(k: int, task: asyncio.Task[Any]) -> None:
+            self._tasks.discard(task)
             if not done:
                 loop.call_soon(tell)
-            done.append((k, outcome))
+            # Here, because of a task that is cancelled before its first turn nothing runs.
+            done.append((k, asyncio.CancelledError("the step was cancelled") if task.cancelled() else task.result()))
 
         for k, (i, arguments) in enumerate(zip(lanes.tolist(), given, strict=True)):
-            task = loop.create_task(one(k, i, arguments))
+            task = loop.create_task(one(i, arguments))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(ended, k))
 
     def cancel(self) -> None:
         """The session is over: coroutines that still run are not waited for."""

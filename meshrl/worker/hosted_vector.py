@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ from meshrl.worker.threads import Threads
 
 # What can be spread over threads, a sub-environment each.
 SPREAD = frozenset({"reset", "step"})
+# Where methods that are coroutine functions leave what is to be awaited.
+AWAITABLE = frozenset({"frames", "values"})
+# What sub-environments may take to be cancelled when one of them has crashed.
+CANCEL_S = 5.0
 # What a spread gives in the end.
 Told = Callable[[Frame | BaseException], None]
 
@@ -104,13 +109,16 @@ class HostedVector:
         subs = self._subs
         if op == "step":
             actions = self._actions(body)
-            outcomes = await asyncio.gather(*(subs.step_one_async(i, action) for i, action in enumerate(actions)))
+            outcomes = await _together(subs.step_one_async(i, action) for i, action in enumerate(actions))
             return self._stepped(Outcomes.of(outcomes))
         if op == "reset":
             ids, seeds, options = self._reset_arguments(body)
-            outcomes = await asyncio.gather(*(subs.reset_one_async(i, seeds[i], options) for i in ids))
+            outcomes = await _together(subs.reset_one_async(i, seeds[i], options) for i in ids)
             return self._was_reset(ids, Outcomes.of(outcomes))
         frame: Frame = await self._calls(self.run, op, body)
+        for field in AWAITABLE & frame.keys():
+            told = zip(self._chosen(body), frame[field], strict=True)
+            frame[field] = await _together(subs.awaited(i, lambda value=value: value) for i, value in told)
         return frame
 
     async def close(self, seconds: float) -> None:
@@ -173,40 +181,43 @@ class HostedVector:
         return frame
 
     def _op_render(self, _body: Frame) -> Frame:
-        return {"frames": [env.render() for env in self._subs.envs]}
+        self._subs.check_began("render", range(len(self._subs)))
+        return {"frames": [self._subs.asked(i, methodcaller("render")) for i in range(len(self._subs))]}
 
     def _op_call(self, body: Frame) -> Frame:
-        return {"values": [self._attributes.call(env, body) for env in self._chosen(body)]}
+        chosen = self._chosen(body)
+        return {"values": [self._subs.asked(i, self._attributes.call, body) for i in chosen]}
 
     def _op_get_attr(self, body: Frame) -> Frame:
         name = self._attributes.public(body)
-        return {"values": [self._attributes.get(env, name) for env in self._chosen(body)]}
+        chosen = self._chosen(body)
+        return {"values": [self._subs.asked(i, self._attributes.get, name) for i in chosen]}
 
     def _op_set_attr(self, body: Frame) -> Frame:
         name = self._attributes.public(body)
         self._attributes.check_allowed("set", name)
-        envs, values = self._chosen(body), body.get("values")
-        if not isinstance(values, list) or len(values) != len(envs):
-            raise MalformedMessage(f"set_attr of {len(envs)} sub-environments needs a list of as many values")
-        for env, value in zip(envs, values, strict=True):
-            self._attributes.set(env, name, value)
+        chosen, values = self._chosen(body), body.get("values")
+        if not isinstance(values, list) or len(values) != len(chosen):
+            raise MalformedMessage(f"set_attr of {len(chosen)} sub-environments needs a list of as many values")
+        for i, value in zip(chosen, values, strict=True):
+            self._subs.asked(i, self._attributes.set, name, value)
         return {}
 
     def _op_is_wrapped(self, body: Frame) -> Frame:
         wrapper = body.get("wrapper")
         if not isinstance(wrapper, str):
             raise MalformedMessage("is_wrapped needs a wrapper's class, as module:Class")
-        return {"values": [is_wrapped(env, wrapper) for env in self._chosen(body)]}
+        return {"values": [is_wrapped(self._subs.envs[i], wrapper) for i in self._chosen(body)]}
 
-    def _chosen(self, body: Frame) -> list[Any]:
+    def _chosen(self, body: Frame) -> Sequence[int]:
         """The sub-environments that a request means: those it lists under ``ids``, or all."""
-        ids = body.get("ids")
-        envs = self._subs.envs
+        ids: Any = body.get("ids")
+        count = len(self._subs)
         if ids is None:
-            return envs
-        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < len(envs) for i in ids):
-            raise MalformedMessage(f"ids are a list of indices below {len(envs)}")
-        return [envs[i] for i in ids]
+            return range(count)
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < count for i in ids):
+            raise MalformedMessage(f"ids are a list of indices below {count}")
+        return ids
 
 
 class Gathered:
@@ -243,6 +254,18 @@ class Gathered:
         except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
             frame = exc
         self._told(frame)
+
+
+async def _together(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Run coroutines of several sub-environments at once; when one of them fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=CANCEL_S)
+        raise
 
 
 def has_coroutines(env: Any) -> bool:

@@ -80,7 +80,7 @@ class Pooling:
 
         if pool.coroutine:
             pool.start(op, lanes, given, told)
-        elif op == "step" and pool.pace.inline:
+        elif op == "step" and pool.pace.inline_for(len(lanes)):
             everything = np.arange(len(lanes))
             try:
                 frame = pool.run(op, lanes, given)

@@ -6,16 +6,17 @@ not need. What is the same for all of them (stacking observations, casting rewar
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from meshrl.errors import ResetNeeded
+from meshrl.errors import MeshError, ResetNeeded
 from meshrl.protocol.autoreset import RULES, Ended, OnEnd
 from meshrl.protocol.seeding import Seeding
 from meshrl.wire.batches import stacker
@@ -116,13 +117,7 @@ class SubEnvs:
         Raises:
             ResetNeeded: one was never reset, or has ended where nobody but the client resets it.
         """
-        if not all(self._was_reset):
-            new = [self.first + i for i in ids if not self._was_reset[i]]
-            if new:
-                raise ResetNeeded(
-                    f"{self.name}: step before the first reset of sub-environments {_some(new)}; call reset once",
-                    env_ids=new,
-                )
+        self.check_began("step", ids)
         if self._refuses_ended and any(self.ended):
             ended = [self.first + i for i in ids if self.ended[i]]
             if ended:
@@ -130,6 +125,20 @@ class SubEnvs:
                     f"{self.name}: the episodes of sub-environments {_some(ended)} have ended, and autoreset is "
                     'disabled; reset them with options={"reset_mask": ...}',
                     env_ids=ended,
+                )
+
+    def check_began(self, op: str, ids: Iterable[int]) -> None:
+        """Whether these were ever reset, as ``op`` needs.
+
+        Raises:
+            ResetNeeded: one was not.
+        """
+        if not all(self._was_reset):
+            new = [self.first + i for i in ids if not self._was_reset[i]]
+            if new:
+                raise ResetNeeded(
+                    f"{self.name}: {op} before the first reset of sub-environments {_some(new)}; call reset once",
+                    env_ids=new,
                 )
 
     def check_all_reset(self, also: Iterable[int]) -> None:
@@ -181,20 +190,20 @@ class SubEnvs:
 
     async def reset_one_async(self, i: int, seed: int | None, options: Info | None) -> Outcome:
         """The same of an env whose methods are coroutine functions."""
-        obs, info = await self._awaited(i, self.envs[i].reset, seed=self._seeding.reset(i, seed), options=options)
+        obs, info = await self.awaited(i, self.envs[i].reset, seed=self._seeding.reset(i, seed), options=options)
         return self._was_reset_now(i, obs, info)
 
     async def step_one_async(self, i: int, action: Any) -> Outcome:
         """The same of an env whose methods are coroutine functions."""
         if self.ended[i] and self._resets_ended:
-            obs, info = await self._awaited(i, self.envs[i].reset, **self._next_episode(i))
+            obs, info = await self.awaited(i, self.envs[i].reset, **self._next_episode(i))
             return self._was_reset_now(i, obs, info)
-        obs, reward, terminated, truncated, info = await self._awaited(i, self._steps[i], action)
+        obs, reward, terminated, truncated, info = await self.awaited(i, self._steps[i], action)
         if not (terminated or truncated) or not self._resets_at_once:
             self.ended[i] = bool(terminated or truncated)
             return Outcome(obs, reward, terminated, truncated, (info,) if info else ())
         final = {"final_obs": obs, "final_info": _as_now(info)}
-        obs, info = await self._awaited(i, self.envs[i].reset, **self._next_episode(i))
+        obs, info = await self.awaited(i, self.envs[i].reset, **self._next_episode(i))
         return Outcome(obs, reward, terminated, truncated, (final, info) if info else (final,))
 
     def _next_episode(self, i: int) -> dict[str, Any]:
@@ -213,11 +222,35 @@ class SubEnvs:
         except BaseException as exc:
             raise Crashed(self.first + i) from exc
 
-    async def _awaited(self, i: int, call: Any, *args: Any, **kwargs: Any) -> Any:
+    async def awaited(self, i: int, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a call of sub-environment ``i`` gives, awaited if that can be.
+
+        Raises:
+            Crashed: it raised, or cancelled itself.
+        """
         try:
             made = call(*args, **kwargs)
             return await made if inspect.isawaitable(made) else made
-        except Exception as exc:
+        except asyncio.CancelledError as exc:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # by whoever ends the session
+            raise Crashed(self.first + i) from exc
+        except (Exception, SystemExit) as exc:  # SystemExit would end the event loop
+            raise Crashed(self.first + i) from exc
+
+    def asked(self, i: int, ask: Callable[..., Any], *args: Any) -> Any:
+        """What ``ask`` gets from the env of sub-environment ``i``: ``ask(env, *args)``.
+
+        Raises:
+            MeshError: the request is refused.
+            Crashed: the env's own code raised.
+        """
+        try:
+            return ask(self.envs[i], *args)
+        except MeshError:
+            raise
+        except BaseException as exc:
             raise Crashed(self.first + i) from exc
 
     # ---------------------------------------------------------------- many, one after another

@@ -152,6 +152,7 @@ class HostedImplementation:
         if op == "reset":
             return self._reset(body)
         if op == "render":
+            self._need_reset("render")
             return {"frames": list(self.vector.render() or [])}
         raise NotAllowed(f"{self.name}: a vector implementation has no {op}; its sub-environments cannot be reached")
 
@@ -164,16 +165,19 @@ class HostedImplementation:
         await self._calls.close(self.vector.close, seconds)
 
     def _step(self, body: Frame) -> Frame:
-        if not self._was_reset:
-            raise ResetNeeded(f"{self.name}: step before the first reset; call reset once")
+        self._need_reset("step")
         actions = body.get("actions")
-        if not isinstance(actions, np.ndarray) or len(actions) != self._count:
+        if not isinstance(actions, np.ndarray) or not actions.ndim or len(actions) != self._count:
             raise MalformedMessage(f"the actions of {self._count} sub-environments are an array of as many")
         obs, rewards, terminations, truncations, infos = self.vector.step(actions)
         frame = {"obs": obs, "rewards": rewards, "terminations": terminations, "truncations": truncations}
         if infos:
             frame["infos"] = pack_merged(self._global(infos), self._count)
         return frame
+
+    def _need_reset(self, op: str) -> None:
+        if not self._was_reset:
+            raise ResetNeeded(f"{self.name}: {op} before the first reset; call reset once")
 
     def _reset(self, body: Frame) -> Frame:
         if body.get("mask") is not None:
