@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
 from meshrl.client.flights import Flights
-from meshrl.client.keeper import Keeper
+from meshrl.client.leases import Leases
 from meshrl.client.opening import Opening
 from meshrl.client.registry import Registry
 from meshrl.client.session import RemoteSession
@@ -57,7 +57,7 @@ class Context:
         self.timeout = timeout
         self.registry = Registry(connection, subjects)
         self.flights = Flights(connection, subjects, silence_s(timeout))
-        self._keeper = Keeper(url, credentials, subjects, self._lost_on_thread)
+        self._leases = Leases(connection, url, credentials, subjects, self._lost)
         self._sessions: dict[str, RemoteSession] = {}
         self._slots: dict[str, int] = {}  # of each session
         self._ended = False
@@ -87,7 +87,7 @@ class Context:
     def end(self) -> None:
         """Begin nothing more, and renew nothing more; whatever becomes of :meth:`close`, no lease is held for ever."""
         self._ended = True
-        self._keeper.end()
+        self._leases.end()
         self.registry.end()
 
     async def close(self) -> None:
@@ -97,7 +97,7 @@ class Context:
             await asyncio.gather(*(s.close() for s in list(self._sessions.values())), return_exceptions=True)
         finally:
             try:
-                await self._keeper.stop()
+                await self._leases.stop()
             finally:
                 self.flights.close()
                 await self.connection.close()
@@ -140,7 +140,7 @@ class Context:
         self._sessions[grant.session] = session
         try:
             self.check_open()  # closed while it was on its way, it would be closed by nobody
-            self._keeper.hold(grant.worker, grant.session, grant.epoch, grant.lease_s)
+            self._leases.hold(grant.worker, grant.session, grant.epoch, grant.lease_s)
         except BaseException:
             await shielded(session.close())
             raise
@@ -150,14 +150,8 @@ class Context:
         """The session is over: it is renewed no more, and its slots count as free."""
         grant = session.grant
         if self._sessions.pop(grant.session, None) is not None:
-            self._keeper.release(grant.worker, grant.session)
+            self._leases.release(grant.worker, grant.session)
             self.registry.released(grant.worker, self._slots.pop(grant.session))
-
-    def _lost_on_thread(self, session: str, reason: str) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self._lost, session, reason)
-        except RuntimeError:
-            return  # the loop has ended, and the session with it
 
     def _lost(self, session: str, reason: str) -> None:
         lost = self._sessions.get(session)

@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
-from meshrl.client.actions import checker
+from meshrl.client.actions import Check, checker
+from meshrl.client.readable import check_spaces
 from meshrl.client.session import RemoteSession, fields_of
 from meshrl.client.window import Shows, Window
 from meshrl.errors import MalformedMessage, StepUnsettled, UsageError
@@ -42,9 +43,12 @@ class RemoteEnv:
         self.render_mode = render_mode
         self._session = session
         self._description = description
-        self._observation_space = spaces.rebuild(description.observation_space)
-        self._action_space = spaces.rebuild(description.action_space)
-        self._check = checker(self._action_space, description.name, strict=check_actions == "strict")
+        check_spaces(description)
+        # Made when somebody looks: a session would cost twice the time and memory with spaces that nobody does.
+        self._observation_space: gymnasium.Space[Any] | None = None
+        self._action_space: gymnasium.Space[Any] | None = None
+        self._check: Check | None = None
+        self._strict = check_actions == "strict"
         self._window: Shows | None = Window(description.name) if render_mode == "human" else None
         # The op and the result of a step or a reset whose frame was not to be had, or not waited for.
         self._unshown: tuple[str, Any] | None = None
@@ -78,11 +82,15 @@ class RemoteEnv:
     @property
     def observation_space(self) -> gymnasium.Space[Any]:
         """Equal to the remote env's, dtypes and bounds included."""
+        if self._observation_space is None:
+            self._observation_space = spaces.rebuild(self._description.observation_space)
         return self._observation_space
 
     @property
     def action_space(self) -> gymnasium.Space[Any]:
         """Equal to the remote env's; its generator is this client's own."""
+        if self._action_space is None:
+            self._action_space = spaces.rebuild(self._description.action_space)
         return self._action_space
 
     @cached_property
@@ -134,7 +142,10 @@ class RemoteEnv:
             ConcurrentStep: another call is under way.
             StepUnsettled: a cancelled step has to be settled first.
         """
-        self._check(action)
+        check = self._check
+        if check is None:
+            check = self._check = checker(self.action_space, self.name, strict=self._strict)
+        check(action)
         if self._unshown is None and self._window is None:
             return _step_of(await self._session.request("step", {"action": action}))
         result = _step_of(await self._request("step", {"action": action}))

@@ -183,27 +183,22 @@ class Keeper:
                     now = time.monotonic()
                     everything = now >= due or self._all_now
                     self._renew(connection, everything=everything)
-                    period_s = self._period_s()
-                    due = min(math.inf if everything else due, now + period_s)
-                    await self._sleep(due)
+                    due = await self._sleep(math.inf if everything else due)
         finally:
             self._loop = None
 
-    async def _sleep(self, due: float) -> None:
+    async def _sleep(self, due: float) -> float:
+        """Wait until there may be something to do; gives when all leases are due, which is ``due`` or before."""
         assert self._wake is not None
-        with self._lock:
-            until = min(due, time.monotonic() + LOOK_S) if self._leases else due
-            self._sleeps_until = until
-        try:
-            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+        with self._lock:  # a lease that is held after this sees until when, and comes in time to be counted otherwise
+            now = time.monotonic()
+            due = min(due, now + min(self._shortest_s, LEASE_S) / RENEWALS_A_LEASE)
+            until = self._sleeps_until = min(due, now + LOOK_S) if self._leases else due
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, until - now)):
                 await self._wake.wait()
-        except TimeoutError:
-            pass
         self._wake.clear()
-
-    def _period_s(self) -> float:
-        with self._lock:
-            return min(self._shortest_s, LEASE_S) / RENEWALS_A_LEASE
+        return due
 
     def _renew_all_soon(self) -> None:
         self._all_now = True

@@ -13,8 +13,7 @@ from meshrl.client.finding import ASK_AGAIN_S, Finding
 from meshrl.client.flights import Entry, Flight
 from meshrl.errors import MeshError, MeshFull, SessionLost, UnknownName, WorkerDraining, from_wire
 from meshrl.protocol.placement import Choice, Shard
-from meshrl.wire.codec import unpack
-from meshrl.wire.messages import Close, Full, Grant, Kind, Open, check
+from meshrl.wire.messages import Close, Full, Grant, Kind, Open, check, parse_answer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -129,7 +128,7 @@ class Opening(Finding):
             Divided: none has room for it, and several have.
         """
         placement, num_envs = self._registry.placement, self.num_envs
-        aim = next((entry for entry in entries if entry.worker == self._aim), None)
+        aim = next((entry for entry in entries if entry.worker == self._aim), None) if self._aim else None
         if aim is not None and not self._aimed:
             self._aimed = True
             if placement.believed_free(aim) >= num_envs:
@@ -255,7 +254,7 @@ class Opening(Finding):
     def _landed(self, flight: Flight) -> Grant | None:
         placement, worker, now, slots = self._registry.placement, flight.worker, time.monotonic(), self.num_envs
         try:
-            body = unpack(flight.future.result())
+            body = parse_answer(flight.future.result())
             if isinstance(body, dict) and "error" in body:
                 raise from_wire(body["error"])
             if not isinstance(body, dict) or "load" not in body or "worker" in body:

@@ -200,8 +200,11 @@ class RemotePool:
         ids = self._ids(env_ids)
         self._check_open()
         while (self._phases[ids] == _UNDER_WAY).any():
+            self._take_up()
             await self._change(None)
             self._check_open()
+            if self._stranded and self._errors:
+                raise self._errors.popleft()
         if not len(ids):
             return
         seeds = self._seeds.of_reset(seed)
@@ -270,6 +273,7 @@ class RemotePool:
         if not 1 <= min <= limit:
             raise UsageError(f"recv takes from min=1 to max results, not min={min}, max={max}")
         self._check_alone()
+        self._take_up()
         if timeout is not None and timeout <= 0 and self._results.count < min:
             await asyncio.sleep(0)  # or who does nothing but poll would keep the answers from coming in
             self._check_alone()
@@ -438,6 +442,13 @@ class RemotePool:
 
     # ---------------------------------------------------------------- waiting
 
+    def _take_up(self) -> None:
+        """Send again what was given up because the server was away, once the user was told of it."""
+        if self._stranded and not self._errors:
+            stranded, self._stranded = self._stranded, []
+            for flight in stranded:
+                flight.relaunch()
+
     def _check_alone(self) -> None:
         if self._changed is not None:
             raise ConcurrentStep(f"{self.name}: another recv or reset of this pool is waiting; await it first")
@@ -445,9 +456,6 @@ class RemotePool:
     async def _change(self, timeout: float | None, wanted: int = 0) -> None:
         """Wait until ``wanted`` results are ready or something has gone wrong, or for ``timeout`` seconds."""
         self._check_alone()
-        stranded, self._stranded = self._stranded, []
-        for flight in stranded:
-            flight.relaunch()
         loop = asyncio.get_running_loop()
         self._wanted = wanted
         self._changed = loop.create_future()

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import lru_cache
 from typing import Any
 
 from meshrl.bus.connection import Connection
@@ -40,18 +41,19 @@ class Registry:
     Attributes:
         directory: who is there.
         placement: what this client did that the directory cannot know yet.
-        changed: set, and replaced by a new event, at every change.
+        on_change: is called at every change.
     """
 
     def __init__(self, connection: Connection, subjects: Subjects) -> None:
         self.directory = Directory(sweep_s=EXPIRE_S)
         self.placement = Placement()
-        self.changed = asyncio.Event()
+        self.on_change: set[Callable[[], None]] = set()
         self._connection = connection
         self._subjects = subjects
         self._changed_at = 0.0
         self._refusals: dict[tuple[str, str], Any] = {}  # as they came: a raised exception would pin its frames
         self._making: dict[str, float] = {}  # as asked for: when a worker last said that it makes it
+        self._resolved: dict[tuple[str, str], str | None] = {}  # as long as the same names are served
         self._watchers: set[Watcher] = set()
         self._asked_about: dict[tuple[str, str, str], float] = {}
         self._heard = asyncio.Event()
@@ -93,7 +95,11 @@ class Registry:
 
     def resolve(self, kind: Kind, asked: str) -> str | None:
         """The served name that ``asked`` means now."""
-        return resolve(asked, self.directory.names(kind))
+        if (kind, asked) not in self._resolved:
+            if len(self._resolved) >= MAX_REFUSALS:
+                self._resolved.clear()
+            self._resolved[kind, asked] = resolve(asked, self.directory.names(kind))
+        return self._resolved[kind, asked]
 
     def refusal(self, kind: Kind, name: str) -> MeshError | None:
         """Why a worker that serves on demand does not begin to serve ``name``; a new error each time."""
@@ -103,6 +109,26 @@ class Registry:
     def making(self, name: str) -> float:
         """When a worker last said that it is making ``name``, in monotonic seconds; long ago if none did."""
         return self._making.get(name, -math.inf)
+
+    async def change(self, timeout: float) -> bool:
+        """Wait until something changes, or for ``timeout`` seconds; whether it did. Safe to cancel."""
+        loop = asyncio.get_running_loop()
+        changed: asyncio.Future[bool] = loop.create_future()
+
+        def tell(what: bool) -> None:
+            if not changed.done():
+                changed.set_result(what)
+
+        def told() -> None:
+            tell(True)
+
+        timer = loop.call_later(max(0.0, timeout), tell, False)
+        self.on_change.add(told)
+        try:
+            return await changed
+        finally:
+            timer.cancel()
+            self.on_change.discard(told)
 
     def changed_since(self, when: float) -> bool:
         """Whether anything changed after ``when``, in monotonic seconds."""
@@ -146,7 +172,7 @@ class Registry:
 
     def _on_advertisement(self, subject: str, _reply: str, body: bytes) -> None:
         try:
-            said = parse(Advertisement, body)
+            said = _advertised(body)
         except MeshError as exc:
             log.debug("ignored what came on %s: %s", subject, exc)
             return
@@ -203,6 +229,8 @@ class Registry:
             return
         for event in events:
             worker = event.key[2]
+            if event.kind != "updated":
+                self._resolved.clear()
             if event.kind == "left" and not self.directory.has(worker):
                 self.placement.forget(worker)
             for watcher in self._watchers:
@@ -211,8 +239,8 @@ class Registry:
 
     def _notify(self) -> None:
         self._changed_at = time.monotonic()
-        self.changed.set()
-        self.changed = asyncio.Event()
+        for told in list(self.on_change):
+            told()
 
     def _expire_later(self) -> None:
         if not self._ended:
@@ -223,3 +251,13 @@ class Registry:
         now = time.monotonic()
         self._asked_about = {what: at for what, at in self._asked_about.items() if now - at < ASK_AGAIN_S}
         self._tell(self.directory.expire(now, connected=self._connection.connected))
+
+
+@lru_cache(maxsize=256)
+def _advertised(body: bytes) -> Advertisement:
+    """What an advertisement says; every client of this process hears the same, and none can change it.
+
+    Raises:
+        MeshError: it is none.
+    """
+    return parse(Advertisement, body)

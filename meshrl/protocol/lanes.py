@@ -26,13 +26,17 @@ class Answer:
     Attributes:
         packed: its bytes.
         held_by: how many lanes keep it.
+        lane: the first of them.
+        seq: of that lane.
     """
 
-    __slots__ = ("held_by", "packed")
+    __slots__ = ("held_by", "lane", "packed", "seq")
 
-    def __init__(self, packed: bytes, held_by: int) -> None:
+    def __init__(self, packed: bytes, held_by: int, lane: int, seq: int) -> None:
         self.packed = packed
         self.held_by = held_by
+        self.lane = lane
+        self.seq = seq
 
 
 class Received(NamedTuple):
@@ -126,7 +130,7 @@ class Lanes:
                 before.held_by -= count
                 if not before.held_by:
                     self.cached_bytes -= len(before.packed)
-        self._answers[lanes] = Answer(packed, len(lanes))
+        self._answers[lanes] = Answer(packed, len(lanes), int(lanes[0]), int(self.seqs[lanes[0]]))
         return set(self._reply_to[lanes].tolist())
 
     def refusal(self, refused: Iterable[tuple[int, Verdict]], lanes: Indices, seqs: Indices, session: str) -> MeshError:

@@ -19,7 +19,7 @@ from meshrl.wire.messages import Open
 from meshrl.worker.calls import Calls
 from meshrl.worker.hosted_vector import close_all, has_coroutines
 from meshrl.worker.spread import Finished, Spread
-from meshrl.worker.sub_envs import Outcome, Outcomes, SubEnvs, flags_of, rewards_of
+from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, rewards_of
 from meshrl.worker.threads import Threads
 
 # What some lanes of a request gave: their positions in it, and the reply's own fields or what was raised.
@@ -151,13 +151,22 @@ class HostedPool:
     def _tell(self, op: str, lanes: Indices, finished: list[tuple[int, Any]], told: Told) -> None:
         positions = np.array([number for number, _ in finished], np.int64)
         try:
-            crash = next((outcome for _, outcome in finished if isinstance(outcome, BaseException)), None)
+            crash = next((self._crash(lanes, *one) for one in finished if isinstance(one[1], BaseException)), None)
             outcomes = Outcomes.of(outcome for _, outcome in finished) if crash is None else None
-            answer = crash if outcomes is None else self._frame(op, lanes[positions], outcomes)
+            answer: Frame | BaseException | None = (
+                crash if outcomes is None else self._frame(op, lanes[positions], outcomes)
+            )
         except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
             answer = exc
         assert answer is not None
         told(positions, answer)
+
+    def _crash(self, lanes: Indices, number: int, raised: BaseException) -> Crashed:
+        if isinstance(raised, Crashed):
+            return raised
+        crash = Crashed(self._subs.first + int(lanes[number]))  # what it returned was nothing a step gives, say
+        crash.__cause__ = raised
+        return crash
 
     def _frame(self, op: str, lanes: Indices, out: Outcomes) -> Frame:
         terminations, truncations = flags_of(out.terminated), flags_of(out.truncated)

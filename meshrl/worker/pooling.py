@@ -51,7 +51,8 @@ class Pooling:
         self._table.used(session, now)
         received = session.lanes.receive(lanes, seqs, reply, now)
         for answer in received.repeat:
-            self._replies.send(reply, answer.packed, int(lanes[0]), int(seqs[0]))
+            # By its own mark: several large ones are several messages, and one that is still being sent is not sent twice.
+            self._replies.send(reply, answer.packed, answer.lane, answer.seq)
         if received.refused:
             which = np.array([at for at, _ in received.refused], np.int64)
             error = error_reply(session.lanes.refusal(received.refused, lanes, seqs, key[1]))

@@ -472,7 +472,7 @@ def test_doctor_finds_the_mesh_and_says_by_which_rule(cli: Cli, server: Embedded
         assert done.returncode == 0, done.stdout
         assert rule in rows["mesh"]["found"]
         assert rows["server"]["found"].startswith("nats-server 2.")
-        assert rows["max_payload"]["found"] == "1 MiB a message"
+        assert rows["max_payload"]["found"] == "4 MiB a message"
         assert rows["JetStream"]["found"] == "on"
         assert rows["workers"]["found"] == "1, serving CartPole-v1"
         assert rows["round trip"]["found"].endswith(" ms")

@@ -147,7 +147,7 @@ async def test_payload_limit_is_the_one_asked_for() -> None:
 
 async def test_payload_limit_is_nats_own_when_none_is_asked_for(server: EmbeddedServer) -> None:
     client = await connect(server.url)
-    assert client.max_payload == 1024 * 1024
+    assert client.max_payload == 4 * 1024 * 1024
     await client.close()
 
 
