@@ -80,15 +80,20 @@ class Hold:
         held: what has one lane; None in a pool.
         pool: what has many; None in any other session.
         vector: ``held``, where its sub-environments can be spread over threads.
+        paces: by op: what may run on the event loop, once it has shown itself fast there.
     """
 
-    __slots__ = ("codec", "held", "pool", "task", "vector")
+    __slots__ = ("codec", "held", "paces", "pool", "task", "vector")
 
     def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
         self.held = None if isinstance(held, HostedPool) else held
         self.pool = held if isinstance(held, HostedPool) else None
         self.vector = held if isinstance(held, HostedVector) else None
         self.codec = codec
+        # An env's resets are not as fast as its steps (levels are made, files read), so they earn the loop themselves.
+        self.paces: dict[str, Pace | BatchPace] = {"step": held.pace, "reset": Pace()}
+        if self.vector is not None:
+            self.paces["reset"] = self.vector.reset_pace
         self.task: asyncio.Task[None] | None = None
 
     def cancel(self) -> None:
@@ -176,12 +181,15 @@ class Execution:
             self._replies.refuse(reply, lane.refusal(verdict, seq, id_), seq)
 
     def _run(self, session: Session, lane: Lane, op: str, body: Frame, now: float) -> None:
-        held: Held = session.held.held
+        hold: Hold = session.held
+        held = hold.held
+        assert held is not None, "a session of one lane holds what has one"
+        pace = hold.paces.get(op)
         if held.coroutine:
             task = self._begin(self._run_coroutine(session, lane, op, body))
             task.add_done_callback(lambda task: self._ran(task, session, lane, op))
-            session.held.task = task
-        elif op == "step" and held.pace.inline:
+            hold.task = task
+        elif pace is not None and pace.inline:
             try:
                 frame = held.run(op, body)
             except MeshError as exc:
@@ -190,15 +198,15 @@ class Execution:
             except (Exception, SystemExit, asyncio.CancelledError) as exc:  # noqa: BLE001  # env code; its session ends
                 self._end_crashed(session, lane, op, exc)
                 return
-            held.pace.took(time.monotonic() - now)
+            pace.took(time.monotonic() - now)
             self._answer(session, lane, frame)
-        elif session.held.vector is not None and op in SPREAD:
+        elif hold.vector is not None and op in SPREAD:
             try:
-                session.held.vector.spread(op, body, lambda what: self._spread(session, lane, op, what))
+                hold.vector.spread(op, body, lambda what: self._spread(session, lane, op, what))
             except MeshError as exc:
                 self._answer(session, lane, error_reply(exc))
         else:
-            self._threads.submit(lambda: self._run_on_thread(session, lane, op, body))
+            self._threads.submit(lambda: self._run_on_thread(session, lane, op, body, pace))
 
     def _spread(self, session: Session, lane: Lane, op: str, what: Frame | BaseException) -> None:
         """What came of sub-environments on threads."""
@@ -209,7 +217,7 @@ class Execution:
         else:
             self._answer(session, lane, what)
 
-    def _run_on_thread(self, session: Session, lane: Lane, op: str, body: Frame) -> None:
+    def _run_on_thread(self, session: Session, lane: Lane, op: str, body: Frame, pace: Pace | BatchPace | None) -> None:
         held: Held = session.held.held
         began = time.monotonic()
         try:
@@ -219,8 +227,8 @@ class Execution:
         except BaseException as exc:  # noqa: BLE001  # as above
             self._threads.back(self._end_crashed, session, lane, op, exc)
         else:
-            if op == "step":
-                held.pace.took(time.monotonic() - began)
+            if pace is not None:
+                pace.took(time.monotonic() - began)
             self._threads.back(self._answer, session, lane, frame)
 
     async def _run_coroutine(self, session: Session, lane: Lane, op: str, body: Frame) -> None:

@@ -33,7 +33,7 @@ class HostedAgent:
         threads: where its ``close`` runs, and whatever is no coroutine function of an agent that has some.
 
     Attributes:
-        pace: of no concern here: only steps of envs run inline.
+        pace: of no concern here: an agent has no steps.
         coroutine: whether one of ``act``, ``reset`` and ``observe`` must be awaited.
     """
 

@@ -44,6 +44,7 @@ class HostedPool:
     def __init__(self, envs: Sequence[Any], open_: Open, *, threads: Threads) -> None:
         self.name = open_.name
         self.pace = BatchPace(len(envs))
+        self._reset_pace = BatchPace(len(envs))
         self.coroutine = has_coroutines(envs[0])
         self.episodes: NDArray[np.int64] = np.zeros(len(envs), np.int64)
         self.steps: NDArray[np.int64] = np.zeros(len(envs), np.int64)
@@ -103,11 +104,13 @@ class HostedPool:
         def job(k: int) -> Outcome:
             return step(ids[k], given[k]) if op == "step" else reset(ids[k], *given[k])
 
+        pace = self.pace if op == "step" else self._reset_pace
+
         def collect(finished: list[Finished]) -> None:
-            self.pace.took(sum(one.seconds for one in finished), len(finished))
+            pace.took(sum(one.seconds for one in finished), len(finished))
             self._tell(op, lanes, [(one.number, one.outcome) for one in finished], told)
 
-        Spread(self._threads, len(ids), job, collect, wide=self.pace.wide)
+        Spread(self._threads, len(ids), job, collect, wide=pace.wide)
 
     def start(self, op: str, lanes: Indices, given: list[Any], told: Told) -> None:
         """The same of envs with coroutine functions, which run concurrently."""

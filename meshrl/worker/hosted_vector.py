@@ -43,12 +43,14 @@ class HostedVector:
 
     Attributes:
         pace: where to step them.
+        reset_pace: where to reset them.
         coroutine: whether their ``reset`` or ``step`` must be awaited.
     """
 
     def __init__(self, envs: Sequence[Any], open_: Open, *, allow: Collection[str], threads: Threads) -> None:
         self.name = open_.name
         self.pace = BatchPace(len(envs))
+        self.reset_pace = BatchPace(len(envs))
         self.coroutine = has_coroutines(envs[0])
         self._subs = SubEnvs(envs, open_)
         self._batches = batching(envs[0].action_space)
@@ -92,7 +94,7 @@ class HostedVector:
         if op == "step":
             actions = self._actions(body)
             ids: Sequence[int] = range(len(self._subs))
-            Gathered(self, ids, lambda k: self._subs.step_one(k, actions[k]), self._stepped, told, self._threads)
+            Gathered(self.pace, ids, lambda k: self._subs.step_one(k, actions[k]), self._stepped, told, self._threads)
         else:
             ids, seeds, options = self._reset_arguments(body)
             if not ids:  # nothing to do for this shard, but to say what its observations are
@@ -102,7 +104,7 @@ class HostedVector:
             def reset(k: int) -> Outcome:
                 return self._subs.reset_one(ids[k], seeds[ids[k]], options)
 
-            Gathered(self, ids, reset, lambda out: self._was_reset(ids, out), told, self._threads)
+            Gathered(self.reset_pace, ids, reset, lambda out: self._was_reset(ids, out), told, self._threads)
 
     async def run_async(self, op: str, body: Frame) -> Frame:
         """The same for envs with coroutine functions, which run concurrently."""
@@ -225,14 +227,14 @@ class Gathered:
 
     def __init__(
         self,
-        vector: HostedVector,
+        pace: BatchPace,
         ids: Sequence[int],
         job: Callable[[int], Outcome],
         frame: Callable[[Outcomes], Frame],
         told: Told,
         threads: Threads,
     ) -> None:
-        self._pace = vector.pace
+        self._pace = pace
         self._outcomes: list[Any] = [None] * len(ids)
         self._left = len(ids)
         self._worked_s = 0.0

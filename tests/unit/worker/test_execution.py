@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
 from meshrl.errors import from_wire
+from meshrl.protocol.pace import FAST_STEPS, SLOW_S
 from meshrl.protocol.session import State
 from meshrl.worker import execution as execution_module
 from tests.mesh.envs import Breaks, Counter, Waits
@@ -70,6 +72,28 @@ async def test_an_env_that_is_stepped_inline_may_raise_anything(bare: Any, raise
     answer = await worker.replies.to(worker.ask("step", 3, action=1))
     assert answer["error"]["details"]["type"] == raised.__name__
     await worker.emptied()
+
+
+async def test_resets_that_are_fast_earn_the_loop_and_one_slow_one_loses_it(bare: Any) -> None:
+    threads = []
+
+    class Tells(Counter):
+        def reset(self, **kwargs: Any) -> Any:
+            threads.append(threading.get_ident())
+            return super().reset(**kwargs)
+
+    worker: Bare = bare(Tells)
+    session = await worker.opened()
+    paces = session.held.paces
+    await worker.replies.to(worker.ask("reset", 1))
+    for _ in range(FAST_STEPS):
+        paces["reset"].took(0.0)
+    await worker.replies.to(worker.ask("reset", 2))
+    paces["reset"].took(2 * SLOW_S)
+    await worker.replies.to(worker.ask("reset", 3))
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == [False, True, False]
+    assert not paces["step"].inline
 
 
 async def test_a_coroutine_cancelled_before_its_first_turn_is_closed_once(bare: Any) -> None:
