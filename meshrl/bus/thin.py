@@ -68,14 +68,14 @@ class _Reader(asyncio.StreamReader):
             self._chunks.clear()
         path = self._path
         path.reading = True
+        served = 0
         try:
-            self._scan(data)
+            served = self._scan(data)
         finally:
-            path.reading = False
-            path.write_out()
+            path.read(served)
 
-    def _scan(self, data: bytes) -> None:
-        """Dispatch every complete message of ``data``; keep an incomplete one for the next read."""
+    def _scan(self, data: bytes) -> int:
+        """Dispatch every complete message of ``data``, and say how many; keep an incomplete one for the next read."""
         handlers = self._path.handlers
         at, end = 0, len(data)
         served = 0
@@ -85,20 +85,20 @@ class _Reader(asyncio.StreamReader):
                 eol = data.find(_CRLF, at)
                 if eol < 0:
                     self._keep(data[at:], 1)
-                    return
+                    return served
                 super().feed_data(data[at : eol + 2])
                 at = eol + 2
                 continue
             eol = data.find(_CRLF, at)
             if eol < 0:
                 self._keep(data[at:], 1)
-                return
+                return served
             words = data[at + (4 if is_msg else 5) : eol].split()
             size = int(words[-1])
             stop = eol + 2 + size
             if stop + 2 > end:
                 self._keep(data[at:], stop + 2 - at)
-                return
+                return served
             handler = handlers.get(words[1])
             if handler is None:
                 super().feed_data(data[at : stop + 2])
@@ -118,6 +118,7 @@ class _Reader(asyncio.StreamReader):
                 if served % MESSAGES_A_WRITE == 0:
                     self._path.write_out()
             at = stop + 2
+        return served
 
     def _keep(self, rest: bytes, need: int) -> None:
         self._chunks = [rest]
@@ -212,6 +213,7 @@ class ThinPath:
         self._out: list[bytes] = []
         self._out_bytes = 0
         self._scheduled = False
+        self._at_once = True
         self.reading = False
         self._flushes = Flushes(self.client)
 
@@ -235,18 +237,37 @@ class ThinPath:
         self.handlers.pop(str(subscription._id).encode(), None)  # noqa: SLF001
 
     def publish(self, subject: str, reply: str, body: bytes) -> None:
-        """Send now if it is the first of this turn of the event loop, else at the turn's end.
+        """Send now if it is the first since a read that brought one message or none, else with others.
 
-        What is published while a read is dispatched leaves together at its end.
+        What is published while a read is dispatched leaves together at its end; what else, at the end of this turn of
+        the event loop.
         """
         head = f"PUB {subject} {reply} {len(body)}\r\n" if reply else f"PUB {subject} {len(body)}\r\n"
         self._out_bytes += len(body)
         self._out += (head.encode(), body, _CRLF)
-        if not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._turn_over)
-            if not self.reading:
-                self.write_out()
+        if self.reading or self._scheduled:
+            return
+        if self._at_once:
+            self._at_once = False
+            self.write_out()
+        else:
+            self._write_soon()
+
+    def read(self, served: int) -> None:
+        """A read was dispatched, with so many messages in it.
+
+        Where several came together, as many requests are likely to follow in this turn of the event loop, from the
+        tasks that were waiting: they leave together. A lone one leaves without a turn of its own for that.
+        """
+        self.reading = False
+        self.write_out()
+        self._at_once = served < 2
+        if not self._at_once and not self._scheduled:
+            self._write_soon()
+
+    def _write_soon(self) -> None:
+        self._scheduled = True
+        asyncio.get_running_loop().call_soon(self._turn_over)
 
     def _turn_over(self) -> None:
         self._scheduled = False
