@@ -34,7 +34,7 @@ RawHandler = Callable[[str, str, bytes, bytes], None]
 
 # One read of a stream may carry hundreds of messages; what they publish is written once this many have been served,
 # so that the first does not wait for the last.
-MESSAGES_A_WRITE = 8
+MESSAGES_A_WRITE = 16
 
 # What is published while there is no connection waits for one, up to this; requests are sent again anyway (R9).
 MAX_HELD_BYTES = 8 * 1024 * 1024
