@@ -181,7 +181,8 @@ def _array(text: object, shape: object, data: bytes) -> np.ndarray[Any, Any]:
     # Python's integers do not overflow; numpy itself refuses more dimensions than it has.
     if len(shape) > 64 or math.prod(shape) * dtype.itemsize != len(data):
         raise MalformedMessage(f"an array of shape {str(shape)[:60]} and type {text} with {len(data)} bytes")
-    _check_items(dtype, data)
+    if dtype.kind in "bU":
+        _check_items(dtype, data)
     try:
         return np.ndarray(shape, dtype, data).copy()
     except ValueError as exc:  # too many dimensions, or empty with one too long

@@ -42,10 +42,14 @@ _TEXT: frozenset[type] = frozenset({str})
 _LEAVES: frozenset[type] = SCALAR_TYPES | {type(None), bool, int, float, str, bytes, complex, np.ndarray}
 _SEQUENCES: frozenset[type] = frozenset({list, tuple, set, frozenset, GraphInstance})
 
+_ATOMS: frozenset[type] = frozenset({type(None), bool, int, float, str, bytes})
+
+_ARRAY_KEYS: frozenset[str] = frozenset({"nd", "type", "kind", "shape", "data"})
+
 _INT = re.compile(r"-?0x[0-9a-f]+", re.ASCII)
 _MAX_COMPLEX_TEXT = 64
-# Up to this a message is searched for the reserved keys' letters, at some nanoseconds a kilobyte.
-_SCANNED_BYTES = 4096
+# What is read without a hook at first may have to be read again: of a small message, that costs little.
+_SMALL_BYTES = 4096
 _MAX_DEPTH = 500  # msgpack's packer stops at 511
 
 # The packer's buffer never shrinks: after a message larger than this it is thrown away with its packer.
@@ -144,8 +148,10 @@ def unpack(data: bytes | memoryview) -> Any:
         MalformedMessage: it is anything else than one value of this codec.
     """
     try:
-        if len(data) <= _SCANNED_BYTES and type(data) is bytes:
-            return _unpack_small(data)
+        if len(data) <= _SMALL_BYTES:
+            body = msgpack.unpackb(data, ext_hook=_refuse_ext, max_ext_len=0)
+            if type(body) is dict and _revived(body):
+                return body
         return msgpack.unpackb(data, object_hook=_revive, ext_hook=_refuse_ext, max_ext_len=0)
     except MalformedMessage:
         raise
@@ -154,25 +160,25 @@ def unpack(data: bytes | memoryview) -> Any:
         raise MalformedMessage(f"not a message: {text[:200]}", size_bytes=_size(data)) from exc
 
 
-def _unpack_small(data: bytes) -> Any:
-    """The same for a small message, most of which have no form but one array, or none.
+def _revived(body: dict[Any, Any]) -> bool:
+    """Whether a map that was read without the hook is now as with it: it held nothing but plain values and arrays.
 
-    A hook is a Python call for every map, which on the step path is most of the reading. What has none of the
-    reserved keys' letters anywhere has no form; where ``nd`` stands once, it is looked for one level down.
+    A hook is a Python call for every map, and that is what most requests and replies of the step path hold.
     """
-    if b"py" in data or b"complex" in data:
-        return msgpack.unpackb(data, object_hook=_revive, ext_hook=_refuse_ext, max_ext_len=0)
-    forms = data.count(b"nd")
-    if forms == 0:
-        return msgpack.unpackb(data, ext_hook=_refuse_ext, max_ext_len=0)
-    if forms == 1:
-        body = msgpack.unpackb(data, ext_hook=_refuse_ext, max_ext_len=0)
-        if type(body) is dict:
-            for key, value in body.items():
-                if type(value) is dict and "nd" in value and type(key) is str:
-                    body[key] = from_map(value, "str")
-                    return body
-    return msgpack.unpackb(data, object_hook=_revive, ext_hook=_refuse_ext, max_ext_len=0)
+    if not _RESERVED.isdisjoint(body):
+        return False
+    for key, value in body.items():
+        kind = type(value)
+        if kind in _ATOMS or not value:
+            continue
+        if kind is dict:
+            if "nd" in value and _ARRAY_KEYS.issuperset(value):  # nothing in it that from_map does not look at
+                body[key] = from_map(value, "str")
+            elif not _revived(value):
+                return False
+        elif not _ATOMS.issuperset(map(type, value)):
+            return False
+    return True
 
 
 def _size(data: object) -> int:
@@ -186,7 +192,7 @@ def _refuse_ext(code: int, data: bytes) -> Any:
 # ------------------------------------------------------------------------- out
 
 
-def _is_native(value: Any) -> bool:
+def _is_native(value: Any, depth: int = 0) -> bool:
     """Whether packer and :func:`_form` write the value exactly; a few C calls a container, none a value."""
     kind = type(value)
     if kind is dict:
@@ -197,7 +203,10 @@ def _is_native(value: Any) -> bool:
         return kind in _LEAVES
     if _LEAVES.issuperset(map(type, value)):
         return True
-    return all(type(item) in _LEAVES or _is_native(item) for item in value)
+    for item in value:  # a generator costs as much as all the rest
+        if type(item) not in _LEAVES and (depth == _MAX_DEPTH or not _is_native(item, depth + 1)):
+            return False
+    return True
 
 
 def _form(key_style: KeyStyle, value: Any) -> Any:
