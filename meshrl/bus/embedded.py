@@ -49,6 +49,10 @@ WRITE_DEADLINE = "10s"
 # time that it takes in the four parts of nats-server's own limit (1 MiB), and parts below that are slower still. Its
 # authors advise against more than 8 MB.
 MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
+# On two cores, a Go program spends more on waking its second thread for a step's message than that thread does; and the
+# other core is an env's or a trainer's.
+FEW_CORES = 2
+GO_THREADS = "GOMAXPROCS"
 
 
 def find_nats_server() -> Path:
@@ -264,7 +268,8 @@ class EmbeddedServer:
         with _private_file(config) as file:
             # The format of nats-server's configuration contains JSON.
             json.dump(self._config(ports_directory), file, indent=2, ensure_ascii=False)
-        self._guarded = Guarded.spawn([str(program), "--config", str(config)], log=self.log, remove=self._home)
+        argv = [str(program), "--config", str(config)]
+        self._guarded = Guarded.spawn(argv, log=self.log, env=_environment(), remove=self._home)
         deadline = time.monotonic() + self._timeout_s
         while (ports := _read_ports(ports_directory)) is None:
             if (code := self._guarded.poll()) is not None:
@@ -319,6 +324,12 @@ def _reachable(host: str) -> str:
     if host in {"", "0.0.0.0", "::"}:  # noqa: S104  # compared with, not bound to
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
+
+
+def _environment() -> dict[str, str]:
+    """This process's, and on few cores one thread of Go for the server unless the user said how many."""
+    one = {GO_THREADS: "1"} if (os.cpu_count() or 1) <= FEW_CORES else {}
+    return one | os.environ
 
 
 def _private_file(path: Path) -> TextIO:
