@@ -86,7 +86,7 @@ class Codec:
         """
         try:
             # The packer takes some types for others without asking (bytearray for bytes) and cannot see that
-            # a dict has a reserved key; a look at each container's types, at C speed, finds those cases.
+            # a dict has a reserved key; a look at the types in each container finds those cases.
             if _is_native(obj):
                 body: bytes = self._packer.pack(obj)
             else:
@@ -193,15 +193,18 @@ def _refuse_ext(code: int, data: bytes) -> Any:
 
 
 def _is_native(value: Any, depth: int = 0) -> bool:
-    """Whether packer and :func:`_form` write the value exactly; a few C calls a container, none a value."""
+    """Whether packer and :func:`_form` write the value exactly."""
     kind = type(value)
     if kind is dict:
-        if not (_RESERVED.isdisjoint(value) and _TEXT.issuperset(map(type, value))):
-            return False
-        value = value.values()
-    elif kind not in _SEQUENCES:
+        for key, item in value.items():
+            if type(key) is not str or key in _RESERVED:
+                return False
+            if type(item) not in _LEAVES and (depth == _MAX_DEPTH or not _is_native(item, depth + 1)):
+                return False
+        return True
+    if kind not in _SEQUENCES:
         return kind in _LEAVES
-    if _LEAVES.issuperset(map(type, value)):
+    if _LEAVES.issuperset(map(type, value)):  # long lists of numbers at the speed of C
         return True
     for item in value:  # a generator costs as much as all the rest
         if type(item) not in _LEAVES and (depth == _MAX_DEPTH or not _is_native(item, depth + 1)):
