@@ -2,7 +2,7 @@
 
     MeshError
     ├── UsageError            you: the call breaks a rule that could be checked before anything was sent
-    │   ├── ConcurrentStep, StepUnsettled, NothingUnsettled, SessionClosed
+    │   ├── ConcurrentStep, StepUnsettled, NothingUnsettled, NothingUnderWay, SessionClosed
     │   ├── InvalidAction (ValueError), ResetNeeded (gymnasium.error.ResetNeeded)
     │   ├── UnencodableValue (TypeError), UnsupportedSpace (TypeError)
     │   ├── NotAllowed (PermissionError), KwargsNotAllowed (NotAllowed)

@@ -134,7 +134,7 @@ BAD: list[tuple[type[Message], dict[str, Any]]] = [
     ],
     *[(Open, {"session": "s", "name": bad}) for bad in ["", "x" * (MAX_NAME_CHARS + 1), 7, None]],
     *[(Open, {"session": "s", "name": "x", "epoch": bad}) for bad in [0, -1, 2**31, 1.0, True, "1", np.ones(1)]],
-    *[(Open, {"session": "s", "name": "x", "lanes": bad}) for bad in [0, 2, True, 1.0]],
+    *[(Open, {"session": "s", "name": "x", "num_envs": bad}) for bad in [0, 65_537, True, 1.0]],
     *[(Open, {"session": "s", "name": "x", "park_s": bad}) for bad in [-0.1, 3600.1, math.nan, math.inf, "1"]],
     *[(Open, {"session": "s", "name": "x", "believed_free": bad}) for bad in [-1, 2**31, 1.5, np.zeros(2)]],
     (Open, {"session": "s", "name": "x", "kwargs": [1]}),
