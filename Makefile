@@ -8,7 +8,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup check lint types layers bench lock schemas wheel clean
+.PHONY: help demo test soak setup check lint types layers bench lock schemas wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,9 @@ demo: $(VENV)/.demo ## four learners share a pool of CartPoles over a real nats-
 
 test: $(VENV)/.dev ## the whole suite, against a real nats-server
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev ## five minutes of sessions that come and go, which may leave no memory behind
+	MESHRL_SOAK_S=300 $(BIN)/pytest tests/mesh/test_memory.py --timeout=600 $(PYTEST_ARGS)
 
 setup: $(VENV)/.dev ## the environment alone, with the tools of the checks
 

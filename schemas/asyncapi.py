@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from meshrl.wire.subjects import ROOT, VERSION
-from schemas.frames import OPS
+from schemas.ops import OPS, forms_of
 
 CONTENT_TYPE = "application/vnd.msgpack"
 SCHEMA_FORMAT = "application/schema+json;version=2020-12"
@@ -69,7 +69,7 @@ CHANNELS: dict[str, Channel] = {
         "An act at whichever worker NATS picks (queue group act); never split.",
         ["act_anywhere.request"],
     ),
-    **{f"session_{op}": Channel(_IN_SESSION % op, OPS[op][0], [f"{op}.request"]) for op in OPS},
+    **{f"session_{op}": Channel(_IN_SESSION % op, OPS[op], [f"{name}.request" for name in forms_of(op)]) for op in OPS},
     "session_close": Channel(_IN_SESSION % "close", "Ends a session, or the wish for one. It has no seq.", ["close"]),
 }
 
@@ -84,15 +84,22 @@ OPERATIONS: dict[str, Operation] = {
     "renew": Operation("renew", "receive", "Renew what is held, say what is not.", ["renewed", "error"]),
     "act_at_worker": Operation("act_at_worker", "receive", "Act for one observation.", ["act_anywhere.reply", "error"]),
     "act_anywhere": Operation("act_anywhere", "receive", "Act for one observation.", ["act_anywhere.reply", "error"]),
-    **{f"session_{op}": Operation(f"session_{op}", "receive", OPS[op][0], [f"{op}.reply", "error"]) for op in OPS},
+    **{
+        f"session_{op}": Operation(
+            f"session_{op}", "receive", OPS[op], [*(f"{name}.reply" for name in forms_of(op)), "error"]
+        )
+        for op in OPS
+    },
     "session_close": Operation("session_close", "receive", "End the session and free its slot.", ["closed", "error"]),
 }
 
 INTRODUCTION = """\
 RL environments and policies as services on a NATS bus. Bodies are msgpack; the schemas describe what a plain msgpack
 decoder gives, with bins as base64 text. Any message over the server's payload limit may travel as several messages
-"part" on the directed subjects (worker.* and session.*), and so may replies. Fields are only added: ignore those you do
-not know. A message that says another v is refused. See ../README.md.
+"part" on the directed subjects (worker.* and session.*), and so may replies. What a session's subjects carry depends
+on the form of its open: step.request and step.reply for a single env, vector_step and pool_step for the others. One
+request of a pool may get several replies. Fields are only added: ignore those you do not know. A message that says
+another v is refused. See ../README.md.
 """
 
 

@@ -1,24 +1,20 @@
-"""The JSON Schemas that no pydantic model stands for: frames, values, arrays, spaces, errors and parts.
+"""The JSON Schemas that no pydantic model stands for: frames, values, arrays, spaces, infos, errors and parts.
 
-Written by hand, after :mod:`meshrl.wire.frames`, :mod:`meshrl.wire.codec`, :mod:`meshrl.wire.arrays`,
-:mod:`meshrl.wire.spaces` and :mod:`meshrl.wire.parts`. Each describes msgpack as a plain decoder gives it, before any
-form becomes a value; a bin is ``{"type": "string", "contentEncoding": "base64"}``, because JSON has no bytes.
+Written by hand, after :mod:`meshrl.wire.codec`, :mod:`meshrl.wire.arrays`, :mod:`meshrl.wire.spaces`,
+:mod:`meshrl.wire.infos` and :mod:`meshrl.wire.parts`; frames from the tables of :mod:`schemas.ops`. Each describes
+msgpack as a plain decoder gives it, before any form becomes a value; a bin is
+``{"type": "string", "contentEncoding": "base64"}``, because JSON has no bytes.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from meshrl.errors import MeshError
-
-Schema = dict[str, Any]
+from meshrl.wire.infos import MAX_GROUPS
+from schemas.ops import BY_LANE, FORMS, MAX_INTEGER, OFFERED, VALUE, Schema
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-MAX_INTEGER = (1 << 63) - 1
-
 BIN: Schema = {"type": "string", "contentEncoding": "base64"}
-VALUE: Schema = {"$ref": "value.json"}
 DTYPE = (
     r"^(\|b1|\|i1|\|u1|[<>][iu][248]|[<>]f[248]|[<>]c(8|16)|\|S[1-9][0-9]{0,5}|[<>]U[1-9][0-9]{0,5}"
     r"|[<>][Mm]8(\[([1-9][0-9]{0,5})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?)$"
@@ -26,74 +22,32 @@ DTYPE = (
 # Text scalars may be empty, and longer than the items of an array.
 SCALAR_DTYPE = DTYPE[:-2] + r"|\|S(0|[1-9][0-9]{0,8})|[<>]U(0|[1-9][0-9]{0,8}))$"
 
-_SEED: Schema = {
-    "description": "A whole number from 0; null, or no field at all, for none.",
-    "anyOf": [
-        {"type": ["integer", "null"], "minimum": 0},
-        {"$ref": "value.json#/$defs/int"},
-        {"$ref": "array.json#/$defs/scalar"},
-    ],
-}
-_NAME: Schema = {"type": "string", "minLength": 1, "description": "An identifier; one that begins with _ is refused."}
-_ARGS: Schema = {"anyOf": [{"type": "array", "items": VALUE}, {"$ref": "value.json#/$defs/tuple"}]}
-_OFFERED: Schema = {
-    "info": {**VALUE, "description": "The env's info; legal actions as action_mask in it."},
-    "deterministic": {"type": "boolean", "description": "The best action rather than a sample."},
-    "seed": {**VALUE, "description": "With env_id and step it makes a random policy's answer repeatable."},
-    "env_id": {**VALUE, "description": "Index of the sub-environment; 0 when absent."},
-    "step": {**VALUE, "description": "Number of the step in its episode; 0 when absent."},
-    "action_space": {
-        "anyOf": [{"$ref": "space.json"}, {"type": "null"}],
-        "description": "Told to agents that declare none.",
+_EPOCH: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER, "description": "Of the grant."}
+_LANE_HEAD: Schema = {
+    "epoch": _EPOCH,
+    "lane": {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": MAX_INTEGER,
+        "description": "0 where the session has one.",
+    },
+    "seq": {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": MAX_INTEGER,
+        "description": "1 for a lane's first request, then one more each, errors included. The same number "
+        "again runs nothing: it gets the same bytes.",
     },
 }
-_OUTCOME: Schema = {"reward": VALUE, "terminated": VALUE, "truncated": VALUE}
-
-# op: (what it is for, the request's own fields, which of them are needed, the reply's own fields, which of them)
-OPS: dict[str, tuple[str, Schema, list[str], Schema, list[str]]] = {
-    "reset": (
-        "Begin an episode. An agent's reply has neither obs nor info.",
-        {"seed": _SEED, "options": {"type": ["object", "null"]}},
-        [],
-        {"obs": VALUE, "info": VALUE},
-        [],
-    ),
-    "step": (
-        "One step of the env.",
-        {"action": VALUE},
-        ["action"],
-        {"obs": VALUE, **_OUTCOME, "info": VALUE},
-        ["obs", "reward", "terminated", "truncated", "info"],
-    ),
-    "render": ("A picture, in the render_mode that the open asked for.", {}, [], {"frame": VALUE}, ["frame"]),
-    "state": ("Where the session stands.", {}, [], {"state": {"$ref": "session_state.json"}}, ["state"]),
-    "call": (
-        "Call a method that the operator allows.",
-        {"name": _NAME, "args": _ARGS, "kwargs": {"type": "object"}},
-        ["name"],
-        {"value": VALUE},
-        ["value"],
-    ),
-    "get_attr": ("Read a public attribute.", {"name": _NAME}, ["name"], {"value": VALUE}, ["value"]),
-    "set_attr": (
-        "Set an attribute that the operator allows.",
-        {"name": _NAME, "value": VALUE},
-        ["name", "value"],
-        {},
-        [],
-    ),
-    "act": ("An action of a leased agent.", {"obs": VALUE, **_OFFERED}, ["obs"], {"action": VALUE}, ["action"]),
-    "observe": (
-        "Tell a leased agent what its action led to.",
-        {
-            "reward": {"anyOf": [{"type": "number"}, {"$ref": "array.json#/$defs/scalar"}]},
-            "terminated": {"anyOf": [{"type": "boolean"}, {"$ref": "array.json#/$defs/scalar"}]},
-            "truncated": {"anyOf": [{"type": "boolean"}, {"$ref": "array.json#/$defs/scalar"}]},
-        },
-        ["reward", "terminated", "truncated"],
-        {},
-        [],
-    ),
+_LANE_NAMED: Schema = {"seq": {"type": "integer", "minimum": 1, "description": "Of the request."}}
+_POOL_HEAD: Schema = {
+    "epoch": _EPOCH,
+    "lanes": {**BY_LANE, "description": "Indices of sub-environments within the shard, each once."},
+    "seqs": {**BY_LANE, "description": "A number for each lane, as seq is for the one of other sessions."},
+}
+_POOL_NAMED: Schema = {
+    "lanes": {**BY_LANE, "description": "The lanes whose results these are: those that finished together."},
+    "seqs": {**BY_LANE, "description": "Of the requests that they answer."},
 }
 
 
@@ -103,6 +57,7 @@ def frames() -> dict[str, Schema]:
         "value.json": _value(),
         "array.json": _array(),
         "space.json": _space(),
+        "infos.json": _infos(),
         "error.json": _error(),
         "part.json": _part(),
         "act_anywhere.request.json": _object(
@@ -110,32 +65,18 @@ def frames() -> dict[str, Schema]:
             {
                 "name": {"type": "string", "description": "Which agent; needed on worker.<worker>.act of several."},
                 "obs": VALUE,
-                **_OFFERED,
+                **OFFERED,
             },
             ["obs"],
         ),
         "act_anywhere.reply.json": _object("Its answer.", {"action": VALUE}, ["action"]),
     }
-    for op, (purpose, asked, needed, told, sure) in OPS.items():
-        lane: Schema = {
-            "epoch": {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER, "description": "Of the grant."},
-            "lane": {
-                "type": "integer",
-                "minimum": 0,
-                "maximum": MAX_INTEGER,
-                "description": "0 where the session has one.",
-            },
-            "seq": {
-                "type": "integer",
-                "minimum": 1,
-                "maximum": MAX_INTEGER,
-                "description": "1 for a lane's first request, then one more each, errors included. The same number "
-                "again runs nothing: it gets the same bytes.",
-            },
-        }
-        written[f"{op}.request.json"] = _object(purpose, {**lane, **asked}, ["epoch", "lane", "seq", *needed])
-        seq = {"seq": {"type": "integer", "minimum": 1, "description": "Of the request."}}
-        written[f"{op}.reply.json"] = _object(f"The answer to {op}.", {**seq, **told}, ["seq", *sure])
+    for form, table in FORMS.items():
+        head, named = (_POOL_HEAD, _POOL_NAMED) if form == "pool_" else (_LANE_HEAD, _LANE_NAMED)
+        for op, (purpose, asked, needed, told, sure) in table.items():
+            written[f"{form}{op}.request.json"] = _object(purpose, {**head, **asked}, [*head, *needed])
+            reply = _object(f"The answer to {op}.", {**named, **told}, [*named, *sure])
+            written[f"{form}{op}.reply.json"] = reply
     return {name: {"$schema": DIALECT, "title": name.removesuffix(".json"), **s} for name, s in written.items()}
 
 
@@ -286,6 +227,70 @@ def _space() -> Schema:
     }
 
 
+def _infos() -> Schema:
+    def pair(first: Schema, second: Schema) -> Schema:
+        return {"type": "array", "prefixItems": [first, second], "minItems": 2, "maxItems": 2}
+
+    whole: Schema = {
+        "$ref": "array.json#/$defs/array",
+        "properties": {"type": {"pattern": "^(\\|[iu]1|[<>][iu][248])$"}},
+    }
+    arrays: Schema = {"$ref": "array.json#/$defs/array"}
+    objects: Schema = {"type": "array", "items": VALUE}
+
+    def columns(inner: str, **kinds: Schema) -> Schema:
+        """Columns by key, of these kinds and of maps."""
+        every = {**kinds, "map": {"$ref": f"#/$defs/{inner}"}}
+        return {
+            "type": "object",
+            "additionalProperties": {"oneOf": [pair({"const": kind}, values) for kind, values in every.items()]},
+        }
+
+    by_key = columns("group", scalar=arrays, numpy=arrays, array=arrays, object=objects)
+    return {
+        "description": "The infos of a vector's or a pool's sub-environments, in one of three forms. Indices are those "
+        "within the shard; in a pool's answer, within its lanes.",
+        "oneOf": [
+            _object(
+                "entries: [index, info], in the order in which they are to be merged.",
+                {"entries": {"type": "array", "items": pair({"type": "integer", "minimum": 0}, {"type": "object"})}},
+                ["entries"],
+            ),
+            _object(
+                "columns: the same on its side, infos of the same keys and types in one group.",
+                {
+                    "columns": {
+                        "type": "array",
+                        "items": {"$ref": "#/$defs/group"},
+                        "minItems": 1,
+                        "maxItems": MAX_GROUPS,
+                    },
+                    "at": {**whole, "description": "The index of each entry; without it, one entry for each in order."},
+                    "group": {**whole, "description": "The number of each entry's group; without it, there is one."},
+                },
+                ["columns"],
+            ),
+            _object(
+                "merged: what a vector implementation merged itself, masks included.",
+                {"merged": {"$ref": "#/$defs/merged"}},
+                ["merged"],
+            ),
+        ],
+        "$defs": {
+            "group": {
+                **by_key,
+                "propertyNames": {"pattern": "^[^_]|^$"},
+                "description": "A column by key; each has a value of each entry of the group.",
+            },
+            "merged": {
+                **columns("merged", array=arrays, object=objects, value=VALUE),
+                "description": "A column by key; each has a value of each sub-environment, but for the kind value: "
+                "that is one of the whole shard.",
+            },
+        },
+    }
+
+
 def _error() -> Schema:
     known = [{"const": code, "description": text} for code, text in sorted(_codes().items())]
     error: Schema = {
@@ -298,7 +303,12 @@ def _error() -> Schema:
         },
         "required": ["code", "message"],
     }
-    properties: Schema = {"error": error, "seq": {"type": "integer", "description": "Of the request, if it had one."}}
+    properties: Schema = {
+        "error": error,
+        "seq": {"type": "integer", "description": "Of the request, if it had one."},
+        "lanes": {**BY_LANE, "description": "Of a pool: the lanes that it concerns; without it, the whole request."},
+        "seqs": {**BY_LANE, "description": "Of the requests on these lanes."},
+    }
     return _object("What any request may be answered with in place of its own reply.", properties, ["error"])
 
 

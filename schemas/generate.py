@@ -15,10 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from meshrl.wire import messages
 from meshrl.wire.subjects import VERSION
 from schemas.asyncapi import asyncapi
-from schemas.frames import DIALECT, Schema, frames
+from schemas.frames import DIALECT, frames
+from schemas.ops import Schema
 
 V1 = Path(__file__).parent / "v1"
 
@@ -38,12 +41,8 @@ def models() -> dict[str, type[messages.Message]]:
 def control(name: str, model: type[messages.Message]) -> Schema:
     """The schema of one control message, its docstring's attributes beside its fields."""
     raw = model.model_json_schema()
-    text, _, attributes = inspect.cleandoc(model.__doc__ or "").partition("Attributes:\n")
-    told = {field: " ".join(words.split()) for field, words in _ATTRIBUTE.findall(attributes)}
-    properties = {
-        field: {**_tidy(schema), **({"description": told[field]} if field in told else {})}
-        for field, schema in raw["properties"].items()
-    }
+    described = _described(model)
+    properties = described["properties"]
     properties["v"] = {
         "type": "integer",
         "const": VERSION,
@@ -53,14 +52,19 @@ def control(name: str, model: type[messages.Message]) -> Schema:
     for field in ("observation_space", "action_space"):
         if field in properties:
             properties[field] |= {"anyOf": [{"$ref": "space.json"}, {"type": "null"}]}
-    made: Schema = {
-        "$schema": DIALECT,
-        "title": name,
-        "description": text.strip(),
-        "type": "object",
-        "properties": properties,
-    }
+    made: Schema = {"$schema": DIALECT, "title": name, **described}
     return {**made, "required": raw["required"]} if "required" in raw else made
+
+
+def _described(model: type[BaseModel]) -> Schema:
+    """A model's docstring and fields, without what is needed of them."""
+    text, _, attributes = inspect.cleandoc(model.__doc__ or "").partition("Attributes:\n")
+    told = {field: " ".join(words.split()) for field, words in _ATTRIBUTE.findall(attributes)}
+    properties = {
+        field: {**_tidy(schema), **({"description": told[field]} if field in told else {})}
+        for field, schema in model.model_json_schema()["properties"].items()
+    }
+    return {"description": text.strip(), "type": "object", "properties": properties}
 
 
 def _tidy(node: Any) -> Any:
@@ -69,6 +73,8 @@ def _tidy(node: Any) -> Any:
         node = {key: _tidy(value) for key, value in node.items() if key != "title"}
         if "$ref" in node:
             cls = getattr(messages, str(node["$ref"]).rpartition("/")[2])
+            if not issubclass(cls, messages.Message):  # a part of a message, which has no file
+                return _described(cls)
             node["$ref"] = next(name for name, model in models().items() if model is cls) + ".json"
         return node
     return [_tidy(item) for item in node] if isinstance(node, list) else node

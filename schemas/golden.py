@@ -25,6 +25,7 @@ from meshrl.wire import spaces
 from meshrl.wire.arrays import KeyStyle
 from meshrl.wire.codec import Codec
 from meshrl.wire.frames import error_reply
+from meshrl.wire.infos import pack_infos, pack_merged
 from meshrl.wire.parts import split
 from schemas.notation import Notation, note
 
@@ -105,10 +106,69 @@ def frames() -> Iterator[tuple[str, Any]]:
     yield "act request", {"obs": obs, "seed": 1, "step": 3, "action_space": spaces.describe(Discrete(2))}
     yield "act reply", {"action": np.int64(0)}
     yield "error reply", error_reply(SequenceGap("request 9 skips some", seq=9, last_seq=4), 9)
+    yield from vector_frames()
+    yield from pool_frames()
+
+
+def vector_frames() -> Iterator[tuple[str, Any]]:
+    """Requests and replies of a shard of sub-environments in lockstep."""
+    lane = {"epoch": 1, "lane": 0}
+    obs = np.arange(8, dtype=np.float32).reshape(2, 4)
+    flags = np.array([False, True])
+    yield "vector_reset request", {**lane, "seq": 1, "seeds": [7, 8]}
+    yield "vector_reset reply", {"obs": obs, "seq": 1}
+    some = {"seeds": [None, 9], "options": {"low": -0.1}, "mask": flags}
+    yield "vector_reset request of some", {**lane, "seq": 2, **some}
+    yield "vector_step request", {**lane, "seq": 3, "actions": np.array([1, 0], np.int64)}
+    nested = {"gear": np.array([1, 0], np.int64), "say": (("go", "stop"), np.zeros((2, 3), np.float32))}
+    yield "vector_step request of a Dict", {**lane, "seq": 3, "actions": nested}
+    none = np.zeros(2, np.bool_)
+    step = {"obs": obs, "rewards": np.array([1.0, 0.5]), "terminations": flags, "truncations": none}
+    yield "vector_step reply", {**step, "seq": 3}
+    final = {"final_obs": obs[0], "final_info": {"lives": 0}}
+    entries = pack_infos([(1, final), (1, {"lives": 3})], 2)
+    yield "vector_step reply with infos as entries", {**step, "infos": entries, "seq": 3}
+    infos = [{"lives": 3, "at": obs[0], "who": "a", "of": {"x": np.float32(0.5)}} for _ in range(4)]
+    columns = pack_infos([*enumerate(infos), (4, {"late": 1.5}), (5, {"late": 2.5})], 7)
+    yield "vector_step reply with infos as columns", {**step, "infos": columns, "seq": 3}
+    merged = pack_merged({"lives": np.array([3, 2]), "_lives": np.array([True, True]), "level": "one"}, 2)
+    yield "vector_step reply with merged infos", {**step, "infos": merged, "seq": 3}
+    yield "vector_render request", {**lane, "seq": 4}
+    yield "vector_render reply", {"frames": [np.zeros((1, 2, 3), np.uint8)] * 2, "seq": 4}
+    yield "vector_call request", {**lane, "seq": 5, "name": "jump", "args": [1], "kwargs": {"far": True}, "ids": [1, 0]}
+    yield "vector_call reply", {"values": [(1, 2), None], "seq": 5}
+    yield "vector_get_attr request", {**lane, "seq": 6, "name": "gravity"}
+    yield "vector_get_attr reply", {"values": [9.8, 9.8], "seq": 6}
+    yield "vector_set_attr request", {**lane, "seq": 7, "name": "gravity", "values": [9.0], "ids": [1]}
+    yield "vector_set_attr reply", {"seq": 7}
+    yield "vector_is_wrapped request", {**lane, "seq": 8, "wrapper": "gymnasium.wrappers.common:TimeLimit"}
+    yield "vector_is_wrapped reply", {"values": [True, True], "seq": 8}
+
+
+def pool_frames() -> Iterator[tuple[str, Any]]:
+    """Requests and replies of a shard whose sub-environments are a lane each."""
+
+    def of(lanes: list[int], seqs: list[int]) -> dict[str, Any]:
+        return {"lanes": np.array(lanes, np.int64), "seqs": np.array(seqs, np.int64)}
+
+    obs = np.arange(8, dtype=np.float32).reshape(2, 4)
+    none = np.zeros(2, np.bool_)
+    yield "pool_reset request", {"epoch": 1, **of([0, 1, 2], [1, 1, 1]), "seeds": [7, 8, 9], "options": {}}
+    began = {"obs": obs, "rewards": np.zeros(2), "terminations": none, "truncations": none, "first": True}
+    began |= {"episodes": np.array([1, 1], np.int64), "steps": np.array([0, 0], np.int64)}
+    yield "pool_reset reply", {**of([2, 0], [1, 1]), **began}
+    yield "pool_step request", {"epoch": 1, **of([2, 0], [2, 2]), "actions": np.array([1, 0], np.int64)}
+    ended = np.array([True, False])
+    step = {"obs": obs, "rewards": np.ones(2), "terminations": ended, "truncations": none, "first": False}
+    step |= {"episodes": np.array([1, 1], np.int64), "steps": np.array([1, 1], np.int64)}
+    infos = pack_infos([(0, {"final_obs": obs[1], "final_info": {}})], 2)
+    yield "pool_step reply", {**of([2, 0], [2, 2]), **step, "infos": infos}
+    gap = SequenceGap("lane 1 of session s1: request 9 skips some", seq=9, last_seq=1, lanes=[1])
+    yield "error reply of some lanes", {**error_reply(gap), **of([1], [9])}
 
 
 def control() -> Iterator[tuple[str, m.Message]]:
-    """One of each control message, with every field."""
+    """Each control message, with every field; those of vectors and pools beside the others."""
     load = m.Load(slots=4, free=3, waiting=1, draining=True)
     ad = m.Advertisement(kind="env", name="CartPole-v1", worker="e1", slots=4, free=3, description="ab12")
     description = m.Description(
@@ -124,10 +184,23 @@ def control() -> Iterator[tuple[str, m.Message]]:
     )
     yield "Advertisement", ad
     yield "Description", description
+    can = m.Vectors(
+        implementation="gymnasium",
+        autoreset_modes=["NextStep"],
+        seedings=["implementation"],
+        reset_mask=False,
+        attributes=False,
+        pool=False,
+    )
+    yield "Description with vectors", description.model_copy(update={"vectors": can})
     yield "Ask", m.Ask(kind="env", name="CartPole-v1")
     yield "Known", m.Known(advertisements=[ad], descriptions=[description])
     yield "Load", load
     yield "Open", m.Open(session="s1", name="CartPole-v1", kwargs={"gravity": 9.8}, believed_free=3, park_s=5.0)
+    shard = {"num_envs": 4, "first_env_id": 8, "seeding": "derived"}
+    vector = {"session": "s1", "name": "CartPole-v1", "form": "vector", "autoreset_mode": "SameStep", **shard}
+    yield "Open of a vector", m.Open.model_validate(vector)
+    yield "Open of a pool", m.Open.model_validate({"session": "s1", "name": "CartPole-v1", "form": "pool", **shard})
     yield (
         "Grant",
         m.Grant(
@@ -166,7 +239,8 @@ def vectors() -> dict[str, list[Notation]]:
                 made[file].append({"name": name, "key_style": style, "value": note(value), "hex": hexed})
     for name, message in control():
         fields = {"v": message.v, **message.model_dump(exclude_defaults=True)}
-        made["control"].append({"name": name, "message": name, "value": note(fields), "hex": message.to_wire().hex()})
+        entry = {"name": name, "message": type(message).__name__, "value": note(fields), "hex": message.to_wire().hex()}
+        made["control"].append(entry)
     body = bytes(i % 251 for i in range(2100))
     cut = {"max_payload": 1024, "lane": 0, "seq": 5, "attempt": 1}
     parts = [part.hex() for part in split(body, 1024, lane=0, seq=5, attempt=1)]

@@ -19,6 +19,7 @@ from typing import Any
 import msgpack
 
 from schemas.entry import ACCEPTED, ARRAY, IGNORED, LANE, MALFORMED, VERSION, Entry
+from schemas.hostile_vectors import lane_heads, pools, vectors
 from schemas.noise import mutants, noise
 
 HOSTILE = Path(__file__).parent / "v1" / "hostile"
@@ -177,7 +178,11 @@ CONTROL: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
             "kwargs": [None, [], "gravity", {"py": "map", "v": [[1, 2]]}, ARRAY],
             "render_mode": [1, "a" * 65, b"rgb_array"],
             "key_style": [None, "text", 0],
-            "num_envs": [0, -1, 1 << 40, "1", True, LONG],
+            "form": [None, "", "many", 1, ["vector"]],
+            "num_envs": [None, 0, -1, 65_537, 1 << 40, "1", 1.0, True, LONG, ARRAY],
+            "first_env_id": [None, -1, 1 << 31, "1", 1.0, False, LONG],
+            "autoreset_mode": [None, "NEXT_STEP", "nextstep", 0, {}],
+            "seeding": [None, "random", 1, ["derived"]],
             "believed_free": [-1, 1 << 31, "1", False, 1.0, LONG],
             "park_s": [-1, 3601, float("nan"), float("inf"), "1", True, LONG, ARRAY],
             "ticket": [1, "a" * 65, b"t"],
@@ -266,6 +271,7 @@ def requests() -> Iterator[Entry]:
         ("a tuple", {"py": "tuple", "v": []}),
     ):
         yield _one(f"request that is {name}", "request", body, MALFORMED)
+    yield from lane_heads()
     operations: tuple[tuple[str, dict[str, Any], str], ...] = (
         ("reset", {"seed": -1}, "invalid_seed"),
         ("reset", {"seed": "7"}, "invalid_seed"),
@@ -372,7 +378,7 @@ def replies() -> Iterator[Entry]:
 
 def corpus() -> dict[str, list[Entry]]:
     """Every entry by the file that it stands in."""
-    sources = (values, parts, control, requests, acts, replies, noise, mutants)
+    sources = (values, parts, control, requests, vectors, pools, acts, replies, noise, mutants)
     return {source.__name__: list(source()) for source in sources}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import nats.errors
 
 from meshrl.bus.awaited import Awaited, OnFail, OnReply
-from meshrl.bus.dialling import first_connection
+from meshrl.bus.dialling import few_at_once, first_connection
 from meshrl.bus.events import Events
 from meshrl.bus.heap import keep_large_blocks
 from meshrl.bus.login import Credentials, Login, login
@@ -101,15 +101,16 @@ class Connection:
             raise
 
     async def _dial(self, timeout: float) -> None:
-        deadline = asyncio.get_running_loop().time() + timeout
-        await first_connection(self._client, self._login, self._events, self._name, timeout)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self.subscribe(f"{self._awaited.inbox}.*", self._awaited.answered)
-        except TimeoutError as exc:
-            raise MeshUnreachable(
-                f"the server at {self.url} took the login and then fell silent", url=self.url
-            ) from exc
+        async with few_at_once():
+            deadline = asyncio.get_running_loop().time() + timeout
+            await first_connection(self._client, self._login, self._events, self._name, timeout)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self.subscribe(f"{self._awaited.inbox}.*", self._awaited.answered)
+            except TimeoutError as exc:
+                raise MeshUnreachable(
+                    f"the server at {self.url} took the login and then fell silent", url=self.url
+                ) from exc
 
     async def close(self) -> None:
         """Send what is still held, then close. Awaited replies fail at once.
@@ -135,7 +136,8 @@ class Connection:
                         for raw in self._subscriptions:
                             await self.path.unsubscribe(raw)
                         await self.path.flush(CLOSE_S)
-                        await self.path.flush(CLOSE_S)
+                        if not isinstance(self.path, ThinPath):  # there, the first only gets it all written
+                            await self.path.flush(CLOSE_S)
         finally:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(CLOSE_S):

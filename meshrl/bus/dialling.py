@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import weakref
 from typing import Any
 
 from meshrl.bus.events import Events
@@ -15,6 +16,20 @@ from meshrl.errors import MeshUnreachable
 RECONNECT_WAIT_S = (0.1, 0.5)
 # A server that froze is noticed in two missed pings.
 PING_INTERVAL_S = 10
+# A server gives a login two seconds, and callers have a deadline of their own. A loop that dials thousands at once must
+# not use them up by being busy with the others: so many are under way, and the rest have not begun.
+AT_ONCE = 64
+
+_DIALLING: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+
+
+def few_at_once() -> asyncio.Semaphore:
+    """To be entered for the length of a dial: one of ``AT_ONCE`` of the running loop."""
+    loop = asyncio.get_running_loop()
+    gate = _DIALLING.get(loop)
+    if gate is None:
+        gate = _DIALLING[loop] = asyncio.Semaphore(AT_ONCE)
+    return gate
 
 
 async def first_connection(client: Any, login: Login, events: Events, name: str, timeout: float) -> None:

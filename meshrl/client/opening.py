@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 LOOK_AGAIN_S = 2.0
 # An open under way is looked after this often: whether it is parked, and whether its time is over.
 LOOK_S = 0.25
+# Ever more rarely, up to this: thousands may be under way.
+LOOK_MAX_S = 1.0
 # Workers answer full at the deadline; this is for their answer's way.
 LATE_S = 1.0
 # How often a worker that is busier than believed may send one open on. Four clients with stale directories that open
@@ -111,7 +113,7 @@ class Opening(Finding):
                     self._excluded.clear()
                     await self.changed(min(ASK_AGAIN_S, self._deadline - time.monotonic()))
                     continue
-                grant = await self._ask(choice, entries[0].name)
+                grant = await self._ask(choice, entries[0].name, alone=len(entries) == 1)
                 if grant is not None:
                     served = grant.worker
                     return grant
@@ -170,20 +172,24 @@ class Opening(Finding):
         self._registry.placement.asked(worker, time.monotonic(), self.num_envs)
         return flight
 
-    async def _ask(self, choice: Choice, name: str) -> Grant | None:
-        """Ask one worker, and while parked there another that has room; None when another choice has to be made."""
+    async def _ask(self, choice: Choice, name: str, *, alone: bool) -> Grant | None:
+        """Ask one worker, and while parked there another that has room; None when another choice has to be made.
+
+        ``alone``: there is no other worker, so it makes no difference how busy this one is.
+        """
         began = time.monotonic()
         if began >= self._deadline:
             raise self.full()
-        unsure = choice.believed_free > 0 and self._bounces[choice.worker] < MAX_BOUNCES
+        unsure = not alone and choice.believed_free > 0 and self._bounces[choice.worker] < MAX_BOUNCES
         believed = choice.believed_free if unsure else None
         flight = self._launch(choice.worker, name, believed=believed, park_s=self._deadline - began)
         trial: Flight | None = None
         under_way = [flight]
-        looked_at = began
+        looked_at, look_s = began, LOOK_S
         try:
             while True:
-                await self._landing(under_way)
+                await self._landing(under_way, min(look_s, max(LOOK_S, self._deadline + LATE_S - time.monotonic())))
+                look_s = min(2 * look_s, LOOK_MAX_S)
                 for landed in [each for each in under_way if each.future.done()]:
                     # The other one goes on: a worker that has room may be at the env's constructor at the deadline.
                     under_way.remove(landed)
@@ -210,8 +216,8 @@ class Opening(Finding):
                 left.future.cancel()
                 self._registry.placement.withdrawn(left.worker, self.num_envs)
 
-    async def _landing(self, under_way: list[Flight]) -> None:
-        """Wait until one of them has landed, or a moment has passed; while parked, also until the directory changes.
+    async def _landing(self, under_way: list[Flight], look_s: float) -> None:
+        """Wait until one of them has landed, or ``look_s`` have passed; while parked, also until the directory changes.
 
         Thousands of openings wait at once, so none of them has a task for it, and those that are not parked (nearly
         all of them, nearly always) are not woken by what concerns only who is.
@@ -223,7 +229,7 @@ class Opening(Finding):
             if not woken.done():
                 woken.set_result(None)
 
-        timer = loop.call_later(LOOK_S, wake)
+        timer = loop.call_later(look_s, wake)
         for flight in under_way:
             flight.future.add_done_callback(wake)
         parked = any(flight.state == "parked" for flight in under_way)

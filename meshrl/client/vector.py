@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex
@@ -22,19 +22,14 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from meshrl.client.batched_actions import batched_checker
+from meshrl.client.lockstep import Lockstep
 from meshrl.client.seeds import Seeds
 from meshrl.client.shards import ShardSession
 from meshrl.errors import (
-    ConcurrentStep,
     MalformedMessage,
-    MeshError,
-    MeshUnreachable,
-    NothingUnsettled,
     ResetNeeded,
-    StepUnsettled,
     UsageError,
 )
-from meshrl.protocol.turn import READING, Begin
 from meshrl.wire import spaces
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame
@@ -87,10 +82,7 @@ class RemoteVectorEnv:
         self._action_batches = batching(self._single_action_space)
         self._seeds = Seeds(seeding, self.num_envs, description.name)
         self._ended: NDArray[np.bool_] = np.zeros(self.num_envs, np.bool_)  # where nobody but the caller resets them
-        # The call under way or unsettled: its op, and what each shard answered, None for those still to come.
-        self._round: tuple[str, list[Frame | MeshError | None]] | None = None
-        self._mask: NDArray[np.bool_] | None = None  # of the newest reset
-        self._began = False  # whether a reset of all was sent
+        self._lockstep = Lockstep(self._sessions, description.name)
         self._rooted = False  # whether all know the root of derived seeding
         # What is made of the shards' infos; faces other than Gymnasium's take those of each sub-environment instead.
         self._infos_of: Callable[[Sequence[tuple[Any, int, int]], int], Any] = merge_infos
@@ -185,7 +177,7 @@ class RemoteVectorEnv:
     async def _reset(
         self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None, mask: NDArray[np.bool_] | None
     ) -> tuple[Any, dict[str, Any]]:
-        if mask is not None and not self._began and not mask.all():
+        if mask is not None and not self._lockstep.began and not mask.all():
             left_out = np.flatnonzero(~mask).tolist()
             raise ResetNeeded(
                 f"{self.name}: a first reset leaves out sub-environments {left_out}; reset all of them first",
@@ -195,7 +187,7 @@ class RemoteVectorEnv:
         if seeds is None and not self._rooted and self._seeds.root is not None:
             seeds = [self._seeds.root] * self.num_envs  # it was drawn for a reset that came to nothing
         fields = self._reset_fields(seeds, options, mask)
-        return self._was_reset(await self._call("reset", fields, mask))
+        return self._was_reset(await self._lockstep.call("reset", fields, mask), mask)
 
     async def step(self, actions: Any) -> VectorStep:
         """Take one step in each: ``gymnasium.vector.VectorEnv.step``.
@@ -225,7 +217,7 @@ class RemoteVectorEnv:
             fields = [{"actions": actions}]
         else:
             fields = [{"actions": self._action_batches.cut(actions, *at)} for at in self._bounds()]
-        return self._stepped(await self._call("step", fields))
+        return self._stepped(await self._lockstep.call("step", fields))
 
     async def settle(self) -> Any:
         """The result of the call whose waiting was cancelled: for a step, its tuple.
@@ -234,24 +226,18 @@ class RemoteVectorEnv:
             NothingUnsettled: no call was cancelled.
             ConcurrentStep: a call is under way that nobody cancelled.
         """
-        if any(session.under_way for session in self._sessions):
-            raise ConcurrentStep(f"{self.name}: settle was called while another call is under way")
-        if self._round is None or self._round[0] in READING:
-            raise NothingUnsettled(f"{self.name}: nothing to settle: no step, reset, call or set_attr was cancelled")
-        op, answers = self._round
-        await self._settle(answers)
-        frames = _all_frames(answers)
+        op, frames, mask = await self._lockstep.settle()
         if op == "step":
             return self._stepped(frames)
         if op == "reset":
-            return self._was_reset(frames)
+            return self._was_reset(frames, mask)
         return _values_of(frames)
 
     async def render(self) -> tuple[Any, ...] | None:
         """A frame of each sub-environment, in the order of env_ids: ``gymnasium.vector.VectorEnv.render``."""
         if self.render_mode is None:
             raise UsageError(f"{self.name}: it was leased without a render_mode; pass one to m.vector(...)")
-        frames = await self._call("render", [{}] * len(self._sessions))
+        frames = await self._lockstep.call("render", [{}] * len(self._sessions))
         return tuple(image for frame in frames for image in _list_of(frame, "frames"))
 
     async def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -300,7 +286,7 @@ class RemoteVectorEnv:
         for start, stop in self._bounds():
             mine = [k for k, i in enumerate(ids) if start <= i < stop]
             fields.append({"name": name, "ids": [ids[k] - start for k in mine], "values": [each[k] for k in mine]})
-        await self._call("set_attr", fields)
+        await self._lockstep.call("set_attr", fields)
 
     async def is_wrapped(
         self, wrapper: type[gymnasium.Wrapper[Any, Any, Any, Any]], env_ids: Sequence[SupportsIndex] | None = None
@@ -323,69 +309,13 @@ class RemoteVectorEnv:
 
     # ---------------------------------------------------------------- requests
 
-    async def _call(self, op: str, fields: Sequence[Frame], mask: NDArray[np.bool_] | None = None) -> list[Frame]:
-        """One request a shard, all under way at once; gives their replies in the order of env_ids.
-
-        Raises:
-            MeshError: nothing was sent; or, when all have answered, the first error among the answers.
-        """
-        sessions = self._sessions
-        begins = [session.may_begin(op) for session in sessions]
-        if self._round is not None and op not in READING and op != "reset" and self._round[0] not in READING:
-            raise StepUnsettled(
-                f"{self.name}: a {self._round[0]} was cancelled and may have run; `await envs.settle()` gives its "
-                "result, or reset",
-                op=self._round[0],
-            )
-        if Begin.AFTER_LAST in begins:
-            await self._discard(begins)
-            for session in sessions:  # closed or lost while it waited
-                session.may_begin(op)
-        bodies = [session.encoded(own) for session, own in zip(sessions, fields, strict=True)]
-        answers: list[Frame | MeshError | None] = [None] * len(sessions)
-        self._round, self._mask = (op, answers), mask
-        launched = 0
-        try:
-            for session, body in zip(sessions, bodies, strict=True):
-                session.launch(op, body)
-                launched += 1
-            self._began = self._began or op == "reset"
-            for i, session in enumerate(sessions):
-                answers[i] = await _landed(session.landing())
-        except BaseException:
-            for i in range(launched):
-                if answers[i] is None:
-                    sessions[i].leave()
-            if not launched:
-                self._round = None
-            raise
-        self._round = None
-        return _all_frames(answers)
-
-    async def _settle(self, answers: list[Frame | MeshError | None]) -> None:
-        """Wait for what the shards still have to answer; those that did are kept, should this be cancelled too."""
-        for i, session in enumerate(self._sessions):
-            if answers[i] is None:
-                answers[i] = await _landed(_frame_of(session.settle()))
-        self._round = None
-
-    async def _discard(self, begins: Sequence[Begin]) -> None:
-        """Wait for a cancelled call and drop its result."""
-        if self._round is not None and self._round[0] not in READING:
-            await self._settle(self._round[1])  # its result is there to be settled until all have answered
-            return
-        for session, begin in zip(self._sessions, begins, strict=True):
-            if begin is Begin.AFTER_LAST:
-                await session.discard()
-        self._round = None
-
     async def _of_some(self, op: str, env_ids: Sequence[SupportsIndex] | None, fields: Frame) -> tuple[Any, ...]:
         """Values of some sub-environments, in the order asked for."""
         if env_ids is None:
-            return _values_of(await self._call(op, [fields] * len(self._sessions)))
+            return _values_of(await self._lockstep.call(op, [fields] * len(self._sessions)))
         ids = self._ids(env_ids)
         own = [{**fields, "ids": [i - start for i in ids if start <= i < stop]} for start, stop in self._bounds()]
-        by_shard = [iter(_list_of(frame, "values")) for frame in await self._call(op, own)]
+        by_shard = [iter(_list_of(frame, "values")) for frame in await self._lockstep.call(op, own)]
         starts = [session.first_env_id for session in self._sessions]
         try:
             return tuple(next(by_shard[int(np.searchsorted(starts, i, "right")) - 1]) for i in ids)
@@ -438,9 +368,8 @@ class RemoteVectorEnv:
             fields.append(own)
         return fields
 
-    def _was_reset(self, frames: list[Frame]) -> tuple[Any, dict[str, Any]]:
-        which = slice(None) if self._mask is None else self._mask
-        self._ended[which] = False
+    def _was_reset(self, frames: list[Frame], mask: NDArray[np.bool_] | None) -> tuple[Any, dict[str, Any]]:
+        self._ended[slice(None) if mask is None else mask] = False
         self._rooted = True
         return self._observations(frames), self._infos(frames)
 
@@ -478,39 +407,6 @@ class RemoteVectorEnv:
             if "infos" in frame
         ]
         return self._infos_of(parts, self.num_envs)
-
-
-def _all_frames(answers: Sequence[Frame | MeshError | None]) -> list[Frame]:
-    """The answers, if none of them is an error.
-
-    Raises:
-        MeshError: the first that is.
-    """
-    frames: list[Frame] = []
-    for answer in answers:
-        if isinstance(answer, MeshError):
-            raise answer
-        assert answer is not None, "every shard has answered"
-        frames.append(answer)
-    return frames
-
-
-async def _landed(landing: Awaitable[Frame]) -> Frame | MeshError:
-    """One shard's answer, or its error, so that the others' are waited for all the same.
-
-    Raises:
-        MeshUnreachable: it may have run: the call is to be settled, like a cancelled one.
-    """
-    try:
-        return await landing
-    except MeshUnreachable:
-        raise
-    except MeshError as exc:
-        return exc
-
-
-async def _frame_of(settling: Awaitable[tuple[str, Frame]]) -> Frame:
-    return (await settling)[1]
 
 
 def _values_of(frames: list[Frame]) -> tuple[Any, ...]:

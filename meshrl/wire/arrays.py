@@ -150,8 +150,8 @@ def from_map(form: Mapping[Any, Any], key_style: KeyStyle) -> np.ndarray[Any, An
         key_style: how the map's keys are written.
 
     Returns:
-        a scalar, or an array that owns its memory, writable, C-contiguous and aligned: one copy of the data,
-        which was itself copied once, out of the message.
+        a scalar, or an array that owns its memory, writable, C-contiguous and aligned: one copy of the data, which was
+        itself copied once, out of the message (or not: a view of one, see :mod:`meshrl.wire.large`).
 
     Raises:
         MalformedMessage: a field is missing or of a wrong type, the dtype is not in the allow-list, or shape
@@ -163,14 +163,14 @@ def from_map(form: Mapping[Any, Any], key_style: KeyStyle) -> np.ndarray[Any, An
     else:
         nd, text, kind = form["nd"], form.get("type"), form.get("kind")
         shape, data = form.get("shape"), form.get("data")
-    if type(nd) is not bool or type(data) is not bytes:
+    if type(nd) is not bool or (type(data) is not bytes and type(data) is not memoryview):
         raise MalformedMessage("an array without its nd flag or its data")
     if kind:  # "V": structured; "O": a pickle
         raise MalformedMessage("an array of a kind that never travels")
-    return _array(text, shape, data) if nd else _scalar(text, data)
+    return _array(text, shape, data) if nd else _scalar(text, bytes(data))
 
 
-def _array(text: object, shape: object, data: bytes) -> np.ndarray[Any, Any]:
+def _array(text: object, shape: object, data: bytes | memoryview) -> np.ndarray[Any, Any]:
     dtype = dtype_of(text)
     if type(shape) is not list:
         raise MalformedMessage("an array without a shape")
@@ -214,7 +214,7 @@ def _text_scalar(text: str, data: bytes) -> np.generic:
         raise MalformedMessage("a text scalar with what is not a code point") from exc
 
 
-def _check_items(dtype: np.dtype[Any], data: bytes) -> None:
+def _check_items(dtype: np.dtype[Any], data: bytes | memoryview) -> None:
     """Refuse bytes that numpy would take but no array of this dtype holds."""
     if not data:
         return

@@ -33,6 +33,7 @@ from gymnasium.spaces import GraphInstance
 
 from meshrl.errors import MalformedMessage, UnencodableValue
 from meshrl.wire.arrays import SCALAR_TYPES, KeyStyle, array_map, from_map, scalar_map
+from meshrl.wire.large import LARGE_BYTES, large_array, pack_ending, unpack_ending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -100,6 +101,19 @@ class Codec:
             self._packer = self._new_packer()
         return body
 
+    def pack_batch(self, frame: dict[str, Any]) -> bytes:
+        """The same for a map with a batch of observations under ``obs``, which goes to its end if it is large."""
+        obs = large_array(frame.get("obs"))
+        if obs is None or self.key_style != "str":
+            return self.pack(frame)
+        rest = {key: value for key, value in frame.items() if key != "obs"}
+        if not _is_native(rest):
+            return self.pack(frame)
+        try:
+            return pack_ending(self._packer.pack, rest, "obs", obs)
+        except (UnencodableValue, _NotNative, ValueError, OverflowError, RecursionError, RuntimeError):
+            return self.pack(frame)  # as there: something needs the slow way, or has none
+
     def _pack_lowered(self, obj: Any) -> bytes:
         try:
             body: bytes = self._packer.pack(_lower(obj, self.key_style, "", 0))
@@ -151,6 +165,10 @@ def unpack(data: bytes | memoryview) -> Any:
         if len(data) <= _SMALL_BYTES:
             body = msgpack.unpackb(data, ext_hook=_refuse_ext, max_ext_len=0)
             if type(body) is dict and _revived(body):
+                return body
+        elif len(data) >= LARGE_BYTES and type(data) is bytes:
+            is_one, body = unpack_ending(data, _revive, ext_hook=_refuse_ext, max_ext_len=0)
+            if is_one:
                 return body
         return msgpack.unpackb(data, object_hook=_revive, ext_hook=_refuse_ext, max_ext_len=0)
     except MalformedMessage:

@@ -182,6 +182,10 @@ class Description(Message):
     versions: dict[str, str] = Field(default_factory=dict)
     vectors: Vectors | None = None
 
+    def packed(self) -> bytes:
+        """It as a part of another message, as msgpack."""
+        return pack(self.model_dump(exclude_defaults=True))
+
     def digest(self) -> str:
         """A hash of all but the worker: 128 bits of BLAKE2b over the sorted JSON, as hexadecimal text."""
         body = self.model_dump(exclude={"worker"})
@@ -278,6 +282,16 @@ class Grant(Message):
     render_mode: str | None = None
     description: Description
     load: Load
+
+    def to_wire_with(self, described: bytes) -> bytes:
+        """The same as :meth:`to_wire`, where :meth:`Description.packed` of its description is known already."""
+        rest = pack({"v": self.v, **self.model_dump(exclude_defaults=True, exclude={"description"})})
+        # A map of fewer than 15 entries says how many in its first byte; this is one more.
+        assert 0x80 <= rest[0] < 0x8F, "a grant has few fields"
+        return bytes((rest[0] + 1,)) + rest[1:] + _DESCRIPTION + described
+
+
+_DESCRIPTION = pack("description")
 
 
 # Each description is a kilobyte, and a few hundred bytes of model for every entry: what is told in the same bytes again

@@ -32,6 +32,9 @@ from meshrl.worker.threads import Threads
 
 # How often parked opens are looked at whose time is over.
 PARKED_S = 0.1
+# A worker that has room is not called busier than believed for less than this part of its slots: a thousand clients
+# that open at once would all be sent round three times, and be no better off.
+SAME_LOAD = 128
 
 Construct = Callable[[Open, Description], tuple[Held | HostedPool, Description]]
 
@@ -71,6 +74,7 @@ class Admission:
         self._parked: dict[Key, tuple[Open, str]] = {}
         self._after_end: dict[Key, tuple[Open, str]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._packed: dict[str, tuple[Description, bytes]] = {}  # of what is served, by name
         self._codecs = {"str": Codec("str"), "bytes": Codec("bytes")}
 
     # ---------------------------------------------------------------- open
@@ -91,7 +95,8 @@ class Admission:
                 raise self._draining()
             # 1. Busier than the client believed: it may find better elsewhere, and asks without belief in the end.
             free = 0 if self._parked else self._table.free  # for a newcomer
-            if open_.believed_free is not None and free < open_.believed_free and key not in self._parked:
+            slack = self._table.slots // SAME_LOAD if free >= open_.num_envs else 0
+            if open_.believed_free is not None and free < open_.believed_free - slack and key not in self._parked:
                 self._replies.send(reply, Full(load=self.load(), bounced=True).to_wire())
                 return
             # 2. Others wait already: nobody overtakes them.
@@ -201,7 +206,17 @@ class Admission:
             description=description,
             load=self.load(),
         )
-        self._replies.send(self._table.granted(session, grant.to_wire(), time.monotonic()), session.grant)
+        packed = grant.to_wire_with(self._described(description))
+        self._replies.send(self._table.granted(session, packed, time.monotonic()), session.grant)
+
+    def _described(self, description: Description) -> bytes:
+        """The description, packed: once for all sessions that have it as it is served."""
+        if self.served.get(description.name) is not description:
+            return description.packed()
+        kept = self._packed.get(description.name)
+        if kept is None or kept[0] is not description:
+            kept = self._packed[description.name] = (description, description.packed())
+        return kept[1]
 
     def _not_constructed(self, session: Session, exc: MeshError) -> None:
         self._table.ending(session, "not_constructed")

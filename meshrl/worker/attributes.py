@@ -33,6 +33,11 @@ class Attributes:
         method, args, kwargs = self.method(env, body)
         return method(*args, **kwargs)
 
+    def call_or_get(self, env: Any, body: Frame) -> Any:
+        """The same, but what is no method is read, as Gymnasium's vector envs do."""
+        value = self.get(env, self.public(body))
+        return self.call(env, body) if callable(value) else value
+
     def method(self, env: Any, body: Frame) -> tuple[Any, list[Any] | tuple[Any, ...], dict[str, Any]]:
         """The same, without calling it."""
         name = self.public(body)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine
@@ -142,6 +143,8 @@ class Execution:
         self._take_back = parked
         self._freed = freed
         self._tasks: set[asyncio.Task[None]] = set()
+        # One at a time: pygame, with which most envs draw, draws into others' frames from two threads at once.
+        self._rendering = threading.Lock()
         self._pooling = Pooling(self, table, replies)
         self.cut = 0  # where <user>.<session>.<op> begins in a session subject
 
@@ -221,7 +224,11 @@ class Execution:
         held: Held = session.held.held
         began = time.monotonic()
         try:
-            frame = held.run(op, body)
+            if op == "render":
+                with self._rendering:
+                    frame = held.run(op, body)
+            else:
+                frame = held.run(op, body)
         except MeshError as exc:
             self._threads.back(self._answer, session, lane, error_reply(exc))
         except BaseException as exc:  # noqa: BLE001  # as above
@@ -260,8 +267,9 @@ class Execution:
 
     def _answer(self, session: Session, lane: Lane, frame: Frame) -> None:
         frame["seq"] = lane.seq
+        hold: Hold = session.held
         try:
-            packed = session.held.codec.pack(frame)
+            packed = hold.codec.pack(frame) if hold.vector is None else hold.codec.pack_batch(frame)
         except UnencodableValue as exc:
             packed = pack(error_reply(exc, lane.seq))
         if len(packed) > MAX_MESSAGE_BYTES:

@@ -188,7 +188,7 @@ class HostedVector:
 
     def _op_call(self, body: Frame) -> Frame:
         chosen = self._chosen(body)
-        return {"values": [self._subs.asked(i, self._attributes.call, body) for i in chosen]}
+        return {"values": [self._subs.asked(i, self._attributes.call_or_get, body) for i in chosen]}
 
     def _op_get_attr(self, body: Frame) -> Frame:
         name = self._attributes.public(body)

@@ -51,7 +51,7 @@ class Pooling:
         self._table.used(session, now)
         received = session.lanes.receive(lanes, seqs, reply, now)
         for answer in received.repeat:
-            # By its own mark: several large ones are several messages, and one that is still being sent is not sent twice.
+            # By its own mark: several large ones are several messages, and one under way is not sent a second time.
             self._replies.send(reply, answer.packed, answer.lane, answer.seq)
         if received.refused:
             which = np.array([at for at, _ in received.refused], np.int64)
@@ -98,7 +98,7 @@ class Pooling:
         seqs = session.lanes.seqs[lanes]
         named: dict[str, Any] = {"lanes": lanes, "seqs": seqs}
         try:
-            packed = session.held.codec.pack({**named, **frame})
+            packed = session.held.codec.pack_batch({**named, **frame})
         except UnencodableValue as exc:
             packed = pack({**named, **error_reply(exc)})
         if len(packed) > MAX_MESSAGE_BYTES:

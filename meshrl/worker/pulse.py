@@ -116,6 +116,7 @@ class Pulse:
         self._service: MicroService | None = None
         self._threads = Threads(f"provide-{worker.id}")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._digests: dict[str, tuple[Description, str]] = {}  # by served name
         self._making: dict[str, set[str]] = {}  # by name as it was asked for: the reply subjects of those who did
 
     def start(self) -> None:
@@ -247,8 +248,15 @@ class Pulse:
             draining_s=draining_s,
             left=left,
             interval_s=ADVERTISE_S,
-            description=description.digest(),
+            description=self._digest(description),
         )
+
+    def _digest(self, description: Description) -> str:
+        """Its hash, worked out once: it is in every advertisement, and every answer to an ask."""
+        kept = self._digests.get(description.name)
+        if kept is None or kept[0] is not description:
+            kept = self._digests[description.name] = (description, description.digest())
+        return kept[1]
 
     def _advertise(self, connection: Connection, *, left: bool = False) -> None:
         if connection.closed or not connection.connected:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -35,6 +36,8 @@ class Threads:
         self._name = name
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._results: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
+        self._told = False  # the loop knows that there are results
         self._idle = 0
         self._waiting = 0
         self.count = 0
@@ -69,6 +72,9 @@ class Threads:
                 outcome = call(), None
             except BaseException as exc:  # noqa: BLE001  # raised where the future is awaited
                 outcome = None, exc
+            if loop is self.loop:
+                self.back(told, outcome)
+                return
             with contextlib.suppress(RuntimeError):  # the loop has ended, and whoever waited
                 loop.call_soon_threadsafe(told, outcome)
 
@@ -83,10 +89,23 @@ class Threads:
         return value  # type: ignore[return-value]  # without an exception it is what the call gave
 
     def back(self, call: Callable[..., object], *args: object) -> None:
-        """Call on the event loop, from any thread; a loop that has ended needs nothing any more."""
+        """Call on the event loop, from any thread and in this order; a loop that has ended needs nothing any more."""
         assert self.loop is not None, "the loop is set before the first job"
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(call, *args)
+        self._results.append((call, args))
+        if not self._told:  # waking a loop is a system call, of which one will do for all that come until it wakes
+            self._told = True
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._come_back)
+
+    def _come_back(self) -> None:
+        assert self.loop is not None
+        self._told = False  # before looking: what is brought from here on tells the loop again
+        for _ in range(len(self._results)):
+            call, args = self._results.popleft()
+            try:
+                call(*args)
+            except Exception as exc:  # noqa: BLE001  # as of any callback of the loop: it keeps no other from its turn
+                self.loop.call_exception_handler({"message": f"{call} failed", "exception": exc})
 
     def _work(self) -> None:
         while True:

@@ -4,9 +4,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import logging
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +11,23 @@ import msgpack
 import numpy as np
 import pytest
 
-from meshrl import errors
 from meshrl.bus.connection import Connection, connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.mesh import Mesh
 from meshrl.errors import MalformedMessage, MeshError
 from meshrl.wire import messages, spaces
 from meshrl.wire.codec import pack, unpack
-from meshrl.wire.frames import OPS, check_reply, check_request
+from meshrl.wire.frames import OPS, check_lanes, check_reply, check_request, is_of_lanes
 from meshrl.wire.parts import Assembler, is_part
 from meshrl.wire.subjects import Subjects
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.env_worker import EnvWorker
 from schemas import hostile
-from tests.contract.reading import V1, asyncapi, corpus, fault, titles
+from tests.contract.asking import ANSWER_S, CODES, Entry, answer, bodies, code_of, is_reply
+from tests.contract.reading import V1, corpus, fault, titles
 
-Entry = dict[str, Any]
-
-FILES = ["values", "parts", "control", "requests", "acts", "replies", "noise", "mutants"]
+FILES = ["values", "parts", "control", "requests", "vectors", "pools", "acts", "replies", "noise", "mutants"]
 CORPUS = [entry for file in FILES for entry in corpus("hostile", file)]
-ANSWER_S = 20.0
-
-
-def bodies(entry: Entry) -> list[bytes]:
-    return [bytes.fromhex(message) for message in entry["messages"]]
 
 
 def test_the_corpus_is_what_its_program_writes() -> None:
@@ -54,7 +44,8 @@ def decode(decoder: str, data: bytes) -> object:
     if decoder == "value":
         return unpack(data)
     if decoder == "request" or ":" in decoder:
-        return check_request(unpack(data))
+        body: Any = unpack(data)
+        return check_lanes(body, messages.MAX_NUM_ENVS) if is_of_lanes(body) else check_request(body)
     if decoder == "act":
         return unpack(data)
     if decoder == "reply":
@@ -171,28 +162,22 @@ class Counting:
         return self.acts
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[EmbeddedServer]:
-    with EmbeddedServer.start() as running:
-        yield running
-
-
-@pytest.fixture
-def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Afterwards no pickle has run here, and no worker or client had anything to report."""
-    monkeypatch.chdir(tmp_path)
-    with caplog.at_level(logging.WARNING, logger="meshrl"):
-        yield
-    assert list(tmp_path.iterdir()) == []
-    assert [record.getMessage() for record in caplog.records if record.name.startswith("meshrl")] == []
-
-
 def env_worker(server: EmbeddedServer) -> EnvWorker:
     return EnvWorker({"cartpole": "CartPole-v1"}, url=server.url)
 
 
 def agent_worker(server: EmbeddedServer) -> AgentWorker:
     return AgentWorker({"still": still, "still too": still, "counting": Counting}, url=server.url)
+
+
+async def take_every_slot(worker: EnvWorker, connection: Connection) -> None:
+    """Open a vector over all of a worker's slots, and close it: granted when none of them is taken any more."""
+    everything = {"session": "everything", "name": "cartpole", "form": "vector", "num_envs": worker.table.slots}
+    body = messages.Open.model_validate({**everything, "park_s": ANSWER_S}).to_wire()
+    grant = await answer(connection, Subjects().worker(worker.id, "open", connection.user), [body])
+    assert messages.parse(messages.Grant, grant).load.free == 0
+    close = Subjects().session(worker.id, connection.user, "everything", "close")
+    assert unpack(await answer(connection, close, [messages.Close(epoch=1).to_wire()]))["existed"]
 
 
 def listened_to(env: EnvWorker, agent: AgentWorker, user: str) -> dict[str, list[str]]:
@@ -228,34 +213,6 @@ DECODER_OF = {
 QUEUED = {"open_anywhere", "act_anywhere"}
 
 
-async def answer(connection: Connection, subject: str, sent: list[bytes]) -> Any:
-    """What is answered to the last of several messages with one reply subject."""
-    future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-
-    def answered(data: bytes | None) -> None:
-        if not future.done():
-            future.set_result(data)
-
-    rid = connection.request(subject, sent[0], answered)
-    for body in sent[1:]:
-        connection.again(rid, subject, body)
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            data = await future
-    except TimeoutError:
-        raise AssertionError(f"no answer on {subject} to {sent[-1][:60].hex()}") from None
-    finally:
-        connection.forget(rid)
-    assert data is not None, f"nobody listens on {subject}"
-    return data
-
-
-def code_of(data: bytes) -> str:
-    body = unpack(data)
-    assert isinstance(body, dict)
-    return body["error"]["code"] if "error" in body else "accepted"
-
-
 def expected(operation: str, entry: Entry) -> str | None:
     """The code that the corpus tells for an entry on a subject; None where it does not tell."""
     if entry["expect"] == "any":
@@ -286,15 +243,6 @@ def check_answer(operation: str, data: bytes, entry: Entry, codes: set[str]) -> 
     assert is_reply(operation, data), f"{operation}: {entry['name']}: {data[:200]!r}"
 
 
-@cache
-def is_reply(operation: str, data: bytes) -> bool:
-    """Whether the AsyncAPI document has such a reply to that operation."""
-    replies = asyncapi()["operations"][operation]["reply"]["messages"]
-    return "" in {fault(reply["$ref"].rpartition("/")[2], data) for reply in replies}
-
-
-# Every code of the contract.
-CODES = {cls.code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, MeshError)}
 # What a refusal may be where an entry meets a subject that it was not made for.
 REFUSALS = {"malformed_message", "unsupported_version", "session_unknown", "unknown_name"}
 
@@ -321,7 +269,10 @@ async def test_every_hostile_message_on_every_subject_is_answered_by_an_error_an
         Mesh(server.url) as mesh,
     ):
         held = await mesh.env("cartpole")
+        vector, pool = await mesh.vector("cartpole", 3), await mesh.pool("cartpole", 3)
         await held.reset(seed=1)
+        await vector.reset(seed=1)
+        await pool.reset(seed=1)
         silent = 0
         for operation, subjects in listened_to(env, agent, connection.user).items():
             for subject in subjects:
@@ -336,7 +287,12 @@ async def test_every_hostile_message_on_every_subject_is_answered_by_an_error_an
         assert silent > 0
         await use_normally(mesh)
         await held.step(np.int64(0))
-        await held.close()
+        await vector.step(np.array([0, 1, 0]))
+        await pool.send(np.array([1, 0, 1]), (await pool.recv(min=3)).env_ids)
+        assert not (await pool.recv(min=3)).first.any()
+        for session in (held, vector, pool):
+            await session.close()
+        await take_every_slot(env, connection)
 
 
 @pytest.mark.usefixtures("nothing_runs")

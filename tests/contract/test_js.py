@@ -71,7 +71,7 @@ def test_a_client_in_javascript_discovers_opens_steps_an_episode_and_closes(mesh
     environment = {**os.environ, "MESHRL_URL": mesh_url}
     ran = subprocess.run(command, cwd=JS, env=environment, capture_output=True, text=True, timeout=90, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "# pass 4" in ran.stdout
+    assert "# pass 7" in ran.stdout
     assert "# fail 0" in ran.stdout
 
 

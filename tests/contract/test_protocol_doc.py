@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,42 +23,10 @@ from meshrl.wire.codec import unpack
 from meshrl.wire.messages import Message
 from meshrl.wire.subjects import Subjects
 from meshrl.worker.env_worker import EnvWorker
-from schemas.frames import OPS
+from schemas.ops import FORMS, POOL_OPS, SINGLE_OPS, VECTOR_OPS, Op
+from tests.contract.document import TEXT, Row, coded, section, table
 
-TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text("utf-8")
 UNITS = {"s": 1.0, "MiB": float(1 << 20), "GiB": float(1 << 30), "": 1.0}
-Row = dict[str, str]
-
-
-def section(title: str) -> str:
-    """The text under a heading of the second level."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
-    assert found is not None, f"no section {title}"
-    return found[1]
-
-
-def tables(text: str) -> list[list[Row]]:
-    """Every table of a text, each row by the head of its columns."""
-    found: list[list[Row]] = []
-    for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
-        lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]
-        head, rule, *rows = lines
-        assert set("".join(rule)) <= set("-"), f"a table without a head: {head}"
-        assert all(len(row) == len(head) for row in rows), f"a row of another length: {head}"
-        found.append([dict(zip(head, row, strict=True)) for row in rows])
-    return found
-
-
-def table(title: str, first: str) -> list[Row]:
-    """The rows of the tables of a section whose first column has that head."""
-    rows = [row for rows in tables(section(title)) for row in rows if next(iter(row)) == first]
-    assert rows, f"no table {first} in {title}"
-    return rows
-
-
-def coded(cell: str) -> list[str]:
-    """What stands in backquotes."""
-    return re.findall(r"`([^`]+)`", cell)
 
 
 # --------------------------------------------------------------------------- subjects
@@ -206,12 +173,20 @@ def test_the_client_table_has_every_phase_and_the_ops_that_change_nothing() -> N
 
 
 def test_the_ops_and_their_fields_are_those_of_the_schemas_and_the_code() -> None:
-    rows = {coded(row["op"])[0]: row for row in table("Ops", "op")}
-    assert set(rows) == frames.OPS == set(OPS)
+    assert {op for ops in FORMS.values() for op in ops} == frames.OPS
+    _check_ops("Ops", SINGLE_OPS)
+    _check_ops("Vectors", VECTOR_OPS)
+    _check_ops("Pools", POOL_OPS)
+
+
+def _check_ops(title: str, ops: dict[str, Op]) -> None:
+    rows = {coded(row["op"])[0]: row for row in table(title, "op")}
+    assert set(rows) == set(ops)
     for op, row in rows.items():
-        _, asked, needed, told, _ = OPS[op]
+        _, asked, needed, told, sure = ops[op]
         assert set(coded(row["request's own fields"])) == {f if f in needed else f"{f}?" for f in asked}, op
-        assert set(coded(row["reply's own fields"])) == set(told), op
+        may = {f if f in sure or title == "Ops" else f"{f}?" for f in told}
+        assert set(coded(row["reply's own fields"])) == may, op
 
 
 # --------------------------------------------------------------------------- errors
@@ -295,11 +270,16 @@ def test_every_constant_of_doubt_is_told_of() -> None:
 
 
 def exchange() -> list[tuple[str, bytes, bytes]]:
-    """Subject, body and answer of each message of the example."""
+    """Subject, body and answer of each message of the example; no answer stands for one as above."""
     found = re.findall(
-        r"^> (\S+)\n((?:  [0-9a-f]+\n)+)<\n((?:  [0-9a-f]+\n)+)", section("A worked example"), re.MULTILINE
+        r"^> (\S+)\n((?:  [0-9a-f]+\n)+)<\n((?:  [0-9a-f]+\n)+|  a grant, as above\n)",
+        section("A worked example"),
+        re.MULTILINE,
     )
-    return [(subject, bytes.fromhex(body), bytes.fromhex(answer)) for subject, body, answer in found]
+    return [
+        (subject, bytes.fromhex(body), b"" if "grant" in answer else bytes.fromhex(answer))
+        for subject, body, answer in found
+    ]
 
 
 def _shape(value: Any) -> Any:
@@ -319,7 +299,7 @@ def server() -> Iterator[EmbeddedServer]:
 
 async def test_the_worked_example_is_what_a_worker_answers(server: EmbeddedServer) -> None:
     told = exchange()
-    assert [subject.rpartition("anon")[0].split(".")[3] for subject, _, _ in told].count("session") == 6
+    assert [subject.rpartition("anon")[0].split(".")[3] for subject, _, _ in told].count("session") == 13
     (recorded,) = {subject.split(".")[4] for subject, _, _ in told}
     async with (
         EnvWorker({"cartpole": "CartPole-v1"}, server.url, slots=2) as worker,
@@ -329,6 +309,10 @@ async def test_the_worked_example_is_what_a_worker_answers(server: EmbeddedServe
         for subject, body, answer in told:
             came = await connection.ask(subject.replace(recorded, worker.id), body, 10.0)
             assert came is not None
+            if not answer:  # a grant, as above
+                grant = messages.parse(messages.Grant, came)
+                assert (grant.session, grant.load.free) == (unpack(body)["session"], 0)
+                continue
             wanted = answer.replace(recorded.encode(), worker.id.encode())
             assert _shape(unpack(came)) == _shape(unpack(wanted)), subject
             for field, value in unpack(answer).items():

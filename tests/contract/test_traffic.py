@@ -2,19 +2,25 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 
 from meshrl.bus.connection import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.mesh import Mesh
 from meshrl.errors import MeshError
-from meshrl.wire.codec import unpack
+from meshrl.wire import messages
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.parts import Assembler, is_part
+from meshrl.wire.subjects import Subjects
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.env_worker import EnvWorker
 from meshrl.worker.policies import random_policy
+from schemas.ops import FORMS
+from tests.contract.asking import answer, answers_of_lanes, code_of
 from tests.contract.reading import asyncapi, fault
 
 # No client of this package sends these: act_at_worker is for observations over the payload limit, the other for clients
@@ -37,12 +43,6 @@ class Remembering:
         self.at += int(reward)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[EmbeddedServer]:
-    with EmbeddedServer.start() as running:
-        yield running
-
-
 def _patterns() -> dict[str, re.Pattern[str]]:
     return {
         name: re.compile(re.sub(r"\\{\w+\\}", "[^.]+", re.escape(channel["address"])) + r"\Z")
@@ -53,7 +53,7 @@ def _patterns() -> dict[str, re.Pattern[str]]:
 
 async def _use_everything(server: EmbeddedServer) -> None:
     envs = EnvWorker(
-        {"cartpole": "CartPole-v1"}, url=server.url, allow=("gravity",), allow_kwargs=("sutton_barto_reward",)
+        {"cartpole": "CartPole-v1"}, url=server.url, allow=("gravity",), allow_kwargs=("sutton_barto_reward",), slots=16
     )
     agents = AgentWorker({"random": random_policy, "remembering": Remembering}, url=server.url, slots=1)
     async with envs, agents, Mesh(server.url) as mesh:
@@ -75,6 +75,60 @@ async def _use_everything(server: EmbeddedServer) -> None:
         with pytest.raises(MeshError):
             await mesh.agent("remembering", stateful=True, wait=0.3)
         await env.close()
+        await _use_vectors(mesh)
+        await _use_pools(mesh)
+        await _break_rules(server, envs)
+
+
+async def _use_vectors(mesh: Mesh) -> None:
+    """Every op of a vector, of two shards; episodes end, so that there are infos."""
+    vector = await mesh.vector("cartpole", 4, shards=2, render_mode="rgb_array", autoreset_mode="SameStep")
+    await vector.reset(seed=1)
+    await vector.reset(
+        seed=[1, None, 3, None], options={"reset_mask": np.array([True, False, False, True]), "low": 0.0}
+    )
+    while "final_obs" not in (await vector.step(np.ones(4, np.int64)))[4]:
+        pass
+    await vector.render()
+    await vector.get_attr("gravity")
+    await vector.get_attr("gravity", [3, 0])
+    await vector.set_attr("gravity", [9.0, 9.5], [1, 2])
+    await vector.is_wrapped(gymnasium.wrappers.TimeLimit)
+    for refused in (vector.call("close"), vector.get_attr("_private"), mesh.vector("cartpole", 1000, wait=0.3)):
+        with pytest.raises(MeshError):
+            await refused
+    await vector.close()
+
+
+async def _use_pools(mesh: Mesh) -> None:
+    """A pool of two shards; episodes end."""
+    pool = await mesh.pool("cartpole", 4, shards=2, seeding="derived")
+    await pool.reset(seed=1, options={"low": 0.0, "high": 0.01})
+    ended = False
+    while not ended:
+        batch = await pool.recv(min=2)
+        ended = "final_obs" in batch.infos
+        await pool.send(np.ones(len(batch.env_ids), np.int64), batch.env_ids)
+    await pool.reset(env_ids=[2])
+    await pool.close()
+
+
+async def _break_rules(server: EmbeddedServer, worker: EnvWorker) -> None:
+    """What no client of this package does: one that skips a number on some lanes, and names others in vain."""
+    async with connect(server.url) as connection:
+        at = Subjects()
+        asked = {"session": "rough", "name": "cartpole", "form": "pool", "num_envs": 3}
+        await answer(connection, at.worker(worker.id, "open", connection.user), [pack(asked)])
+        reset = at.session(worker.id, connection.user, "rough", "reset")
+        lanes, seqs = np.arange(3), np.array([1, 2, 1])
+        told = await answers_of_lanes(connection, reset, pack({"epoch": 1, "lanes": lanes, "seqs": seqs}))
+        (error,) = [frame for frame in told if "error" in frame]
+        assert (error["error"]["code"], error["lanes"].tolist(), error["seqs"].tolist()) == ("sequence_gap", [1], [2])
+        assert sorted(lane for frame in told if "obs" in frame for lane in frame["lanes"].tolist()) == [0, 2]
+        beyond = {"epoch": 1, "lanes": np.array([3]), "seqs": np.array([1])}
+        assert code_of(await answer(connection, reset, [pack(beyond)])) == "malformed_message"
+        close = at.session(worker.id, connection.user, "rough", "close")
+        await answer(connection, close, [messages.Close(epoch=1).to_wire()])
 
 
 async def test_everything_that_the_code_sends_is_on_a_channel_and_valid(server: EmbeddedServer) -> None:
@@ -85,29 +139,53 @@ async def test_everything_that_the_code_sends_is_on_a_channel_and_valid(server: 
         await connection.flush()
     patterns, document = _patterns(), asyncapi()
     operations = {op["channel"]["$ref"].rpartition("/")[2]: (name, op) for name, op in document["operations"].items()}
-    asked: dict[str, str] = {}
+    asked: dict[str, tuple[str, str]] = {}  # reply subject: its channel, and the form of its session
+    forms: dict[str, str] = {}  # of sessions
     seen: Counter[str] = Counter()
-    for subject, reply, body in heard:
+    joining = Assembler()
+    for subject, reply, data in heard:
+        body = data
+        if is_part(data):
+            assert fault("part", data) == ""
+            whole = joining.feed(f"{subject} {reply}", data, 0.0)
+            if whole is None:
+                continue
+            body = whole
         if subject.startswith(("$", "meshrl.describe.")) or (subject.startswith("_INBOX.") and subject not in asked):
             continue  # JetStream's, micro services'
         if subject in asked:
             if not body:
                 continue  # the server's own word that nobody listens
-            _, operation = operations[asked[subject]]
+            channel, form = asked[subject]
+            _, operation = operations[channel]
             names = [ref["$ref"].rpartition("/")[2] for ref in operation["reply"]["messages"]]
-            candidates = ["error"] if "error" in unpack(body) else [name for name in names if name != "error"]
+            candidates = ["error"] if "error" in unpack(body) else _of_form(names, form)
             faults = [fault(name, body) for name in candidates]
-            assert "" in faults, f"{asked[subject]}: {faults}"
-            seen[f"answer to {asked[subject]}"] += 1
+            assert "" in faults, f"{channel}: {faults}"
+            seen[f"answer to {form}{channel}"] += 1
             continue
         found = [name for name, pattern in patterns.items() if pattern.match(subject)]
         assert len(found) == 1, f"{subject} is on {found}"
         (channel,) = found
-        (message,) = document["channels"][channel]["messages"]
+        if channel == "open":
+            opened = unpack(body)
+            assert isinstance(opened, dict)
+            forms[opened["session"]] = {"single": ""}.get(opened.get("form", "single"), f"{opened.get('form')}_")
+        form = forms[subject.split(".")[6]] if channel.startswith("session_") else ""
+        (message,) = _of_form(list(document["channels"][channel]["messages"]), form)
         assert fault(message, body) == "", f"{subject}: {fault(message, body)}"
-        seen[channel] += 1
+        seen[f"{form}{channel}"] += 1
         if reply:
-            asked[reply] = channel
-    channels = set(patterns) - ELSEWHERE
+            asked[reply] = channel, form
+    told = {f"{form}session_{op}" for form, table in FORMS.items() for op in table}
+    channels = {name for name in patterns if not name.startswith("session_")} | {"session_close"} | told
+    channels -= ELSEWHERE
     answered = {f"answer to {name}" for name in channels - {"advertisement"}}
-    assert set(seen) >= channels | answered
+    assert set(seen) >= channels | answered, (channels | answered) - set(seen)
+
+
+def _of_form(names: list[str], form: str) -> list[str]:
+    """The messages of a channel that sessions of that form have: ``vector_`` and the like stand before the others."""
+    if form and any(name.startswith(form) for name in names):
+        return [name for name in names if name.startswith(form)]
+    return [name for name in names if not name.startswith(("vector_", "pool_", "error"))]

@@ -9,11 +9,14 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+
+from tests.mesh.gymnasium_ids import TAXI
 
 
 class Counter(gymnasium.Env[Any, Any]):
@@ -213,6 +216,34 @@ class Rewards(gymnasium.Env[Any, Any]):
         return 0, self.rewards.pop(0), False, False, {}
 
 
+class Hooked(Counter):
+    """Calls ``hook`` with what it is about to do, ``reset`` or ``step``, and the action; renders its ``tag``."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, hook: Callable[[str, int], None] = lambda *_: None, render_mode: str | None = None) -> None:
+        super().__init__(render_mode=render_mode)
+        self.hook = hook
+        self.tag = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        self.hook("reset", 0)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        self.hook("step", int(action))
+        return super().step(action)
+
+    def render(self) -> Any:
+        return np.full((2, 4, 3), self.tag, np.uint8)
+
+
+# Gymnasium's own, of episodes that end often.
+short_acrobot = partial(gymnasium.make, "Acrobot-v1", max_episode_steps=40)
+short_pendulum = partial(gymnasium.make, "Pendulum-v1", max_episode_steps=30)
+short_taxi = partial(gymnasium.make, TAXI, max_episode_steps=30)
+
+
 class Sampled(gymnasium.Env[Any, Any]):
     """Samples what it tells from its spaces, and everything else from its own generator: an env of any spaces.
 
@@ -247,7 +278,7 @@ class Sampled(gymnasium.Env[Any, Any]):
         super().reset(seed=seed)
         self.observation_space.seed(int(self.np_random.integers(2**31)))
         self.steps = 0 if options is None else int(options.get("steps", -1))
-        return self.observation_space.sample(), self._infos(self.np_random)
+        return self.observe(), self._infos(self.np_random)
 
     def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         self.steps += 1
@@ -255,7 +286,10 @@ class Sampled(gymnasium.Env[Any, Any]):
         reward = np.float32(self.np_random.random() + seen + float(self.wind))
         ends, late = self.np_random.random(2) < (self._ends, 0.5)
         terminated, truncated = bool(ends and not late), np.bool_(ends and late)
-        return self.observation_space.sample(), reward, terminated, truncated, self._infos(self.np_random)
+        return self.observe(), reward, terminated, truncated, self._infos(self.np_random)
+
+    def observe(self) -> Any:
+        return self.observation_space.sample()
 
     def render(self) -> str:
         return f"after {self.steps} steps, wind {self.wind}"
@@ -287,8 +321,14 @@ class Nested(Sampled):
         pair = spaces.Tuple((spaces.MultiBinary(3), spaces.Box(0, 255, (4, 4, 1), np.uint8)))
         observations = spaces.Dict({"pair": pair, "inner": inner, "said": spaces.Text(5)})
         actions = spaces.Dict({"turn": spaces.Discrete(5), "push": spaces.Box(-1, 1, (2,), np.float32), "pair": pair})
-        super().__init__(observations, actions, self._told, ends=0.08, render_mode=render_mode)
+        super().__init__(observations, actions, self._told, ends=0.03, render_mode=render_mode)
         self._info: dict[str, Any] = {"seen": np.zeros(2, np.int16), "sums": {"all": 0, "deep": {"mean": 0.0}}}
+
+    def observe(self) -> Any:
+        chance = self.np_random  # the spaces' own ways take ten times as long
+        inner = {"mode": chance.integers(-1, 2), "at": chance.random((2, 3), np.float32)}
+        pair = (chance.integers(0, 2, 3, np.int8), chance.integers(0, 256, (4, 4, 1), np.uint8))
+        return {"inner": inner, "pair": pair, "said": "abcde"[: chance.integers(6)]}
 
     def _told(self, chance: np.random.Generator) -> dict[str, Any]:
         info = self._info

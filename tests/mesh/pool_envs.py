@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import gymnasium
+import pytest
 from gymnasium import spaces
 
 from meshrl import EnvWorker, Mesh
 from meshrl.client.pool import RemotePool
+from meshrl.client.ready import PoolBatch
 from meshrl.wire.codec import pack, unpack
+from tests.mesh.envs import Nested
 
 RAISES, ENDS = 13, 14
 
@@ -178,3 +181,31 @@ async def pooled(
             finally:
                 made.open()
                 await pool.close()
+
+
+LOCAL: dict[str, Callable[[], gymnasium.Env[Any, Any]]] = {
+    "cartpole": lambda: gymnasium.make("CartPole-v1"),
+    "lake": lambda: gymnasium.make("FrozenLake-v1"),
+    "nested": Nested,
+}
+
+
+@asynccontextmanager
+async def workers(url: str, count: int, **options: Any) -> AsyncIterator[list[EnvWorker]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(EnvWorker(LOCAL, url, **options)) for _ in range(count)]
+
+
+async def soon(receiving: Any) -> PoolBatch:
+    """A batch that comes, or the test has failed."""
+    async with asyncio.timeout(30.0):
+        batch = await receiving
+    assert isinstance(batch, PoolBatch)
+    return batch
+
+
+def ids(batch: PoolBatch) -> list[int]:
+    return sorted(batch.env_ids.tolist())
+
+
+BOTH = pytest.mark.parametrize("make", [Gated, GatedCoroutine], ids=["threads", "coroutines"])

@@ -417,7 +417,7 @@ async def test_workers_that_come_and_go_leave_nothing_in_a_client_that_stays(url
             registry.placement.asked(worker, 0.0)
             registry.placement.granted(worker, 0.0)
             registry._on_advertisement(subject, "", said.model_copy(update={"left": True}).to_wire())
-            registry.released(worker)
+            registry.released(worker, 1)
         assert len(registry.directory) == 0
         assert registry.placement._own == {}
         await until(lambda: not registry._asked_about, "what was asked about is forgotten")
@@ -428,7 +428,7 @@ async def test_a_session_that_outlives_its_workers_advertisement_leaves_nothing_
     async with connect(url) as own:
         registry = Registry(own, Subjects())
         registry.placement.granted("w1", 0.0)  # of a worker whose goodbye came first
-        registry.released("w1")
+        registry.released("w1", 1)
         assert registry.placement._own == {}
 
 

@@ -18,13 +18,14 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from meshrl import Mesh
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.vector import RemoteVectorEnv
-from tests.mesh.envs import Nested
-from tests.mesh.gymnasium_ids import TAXI
+from meshrl.errors import InvalidSeed, UnencodableValue
+from meshrl.protocol.seeds import derive
+from meshrl.worker.factories import as_factory
 from tests.mesh.worker_process import WorkerProcess
 
 STEPS = 2000
-NUM_ENVS = 7
-RENDERS = 6  # of one script: most envs draw with pygame, which takes longer than a hundred steps
+NUM_ENVS = 5
+RENDERS = 2  # of one script: most envs draw with pygame, which takes longer than a hundred steps
 
 
 class Played(NamedTuple):
@@ -37,15 +38,23 @@ class Played(NamedTuple):
 
 
 PLAYED = {
-    "CartPole-v1": Played("rgb_array", ("state", "gravity"), ("gravity", (9.8, 5.0, 20)), {"low": -0.1, "high": 0.1}),
-    "Acrobot-v1": Played("rgb_array", ("state", "dt"), ("torque_noise_max", (0.0, 0.5)), {"low": -0.2, "high": 0.2}),
-    "FrozenLake-v1": Played("ansi", ("s", "lastaction", "nrow"), ("s", (0, 3, 14)), {"unknown": [1]}),
-    "Pendulum-v1": Played("rgb_array", ("state", "g"), ("g", (10.0, 9.0)), {"x_init": 1.0, "y_init": 0.5}),
-    TAXI: Played("ansi", ("s", "num_rows"), ("s", (0, 17, 499)), {}),
-    "Blackjack-v1": Played("rgb_array", ("player", "dealer"), ("player", ([1, 10], [2, 3])), {}),
+    "cartpole": Played("rgb_array", ("state", "gravity"), ("gravity", (9.8, 5.0, 20)), {"low": -0.1, "high": 0.1}),
+    "acrobot": Played("rgb_array", ("state", "dt"), ("torque_noise_max", (0.0, 0.5)), {"low": -0.2, "high": 0.2}),
+    "frozenlake": Played("ansi", ("s", "lastaction"), ("s", (0, 3, 14)), {"unknown": [1]}),
+    "pendulum": Played("rgb_array", ("state", "g"), ("g", (10.0, 9.0)), {"x_init": 1.0, "y_init": 0.5}),
+    "taxi": Played("ansi", ("s", "lastaction"), ("s", (0, 17, 499)), {}),
+    "blackjack": Played("rgb_array", ("player", "dealer"), ("natural", (True, False)), {}),
     "nested": Played("ansi", ("steps", "wind"), ("wind", (1.5, np.float32(0.25), 3)), {"steps": 7}),
 }
-FACTORIES = {name: name for name in PLAYED} | {"nested": "tests.mesh.envs:Nested"}
+FACTORIES = {
+    "cartpole": "CartPole-v1",
+    "acrobot": "tests.mesh.envs:short_acrobot",
+    "frozenlake": "FrozenLake-v1",
+    "pendulum": "tests.mesh.envs:short_pendulum",
+    "taxi": "tests.mesh.envs:short_taxi",
+    "blackjack": "Blackjack-v1",
+    "nested": "tests.mesh.envs:Nested",
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +101,34 @@ def different(a: Any, b: Any, at: str = "") -> str:
     return next((found for where, x, y in pairs if (found := different(x, y, where))), "")
 
 
-def local_env(name: str, render_mode: str) -> gymnasium.Env[Any, Any]:
-    return Nested(render_mode) if name == "nested" else gymnasium.make(name, render_mode=render_mode)
-
-
 class Script:
     """Plays the same on a local vector and on remote ones, and compares what each gives.
+
+    Args:
+        local: a new one.
+        remotes: new ones.
+        played: what to do to them.
+        seed: of the script, and of the actions.
+        often: the probability of something between a step that ended an episode and the next one.
 
     Attributes:
         ended: where an episode has ended and was not begun anew.
     """
 
-    def __init__(self, local: SyncVectorEnv, remotes: Sequence[RemoteVectorEnv], played: Played, seed: int) -> None:
+    def __init__(
+        self,
+        local: SyncVectorEnv,
+        remotes: Sequence[RemoteVectorEnv],
+        played: Played,
+        seed: int,
+        *,
+        often: float = 0.15,
+    ) -> None:
         self.local = local
         self.remotes = remotes
         self.played = played
         self.chance = np.random.default_rng(seed)
+        self.often = often
         self.renders = RENDERS
         self.ended = np.zeros(local.num_envs, np.bool_)
         self.ends = 0  # episodes
@@ -140,13 +161,13 @@ class Script:
         if self.renders and self.chance.random() < 0.1:
             self.renders -= 1
             await self.same("render", self.local.render(), lambda remote: remote.render())
-        for name in self.played.reads:
-            await self.same(name, self.local.get_attr(name), lambda remote, name=name: remote.get_attr(name))
+        name = self.played.reads[int(self.chance.integers(2))]
+        await self.same(name, self.local.get_attr(name), lambda remote: remote.get_attr(name))
 
     async def change(self) -> None:
         name, values = self.played.sets
         picked = [values[i] for i in self.chance.integers(len(values), size=self.local.num_envs)]
-        told = picked if self.chance.random() < 0.7 or isinstance(picked[0], list) else picked[0]
+        told = picked if self.chance.random() < 0.7 else picked[0]
         self.local.set_attr(name, told)
         await self.same("set_attr", None, lambda remote: remote.set_attr(name, told))
 
@@ -160,8 +181,8 @@ class Script:
             options["reset_mask"] = mask
         await self.reset(seed, **options)
 
-    async def between(self, *, must: bool) -> None:
-        """Operations between two steps; ``must``: every one that has ended is reset in the end."""
+    async def between(self) -> None:
+        """Operations between two steps."""
         chance = self.chance
         for _ in range(int(chance.integers(1, 4))):
             self.looked += bool(self.ended.any())
@@ -175,16 +196,15 @@ class Script:
                 await self.begin_some(mask if mask.any() else None)
             else:
                 await self.begin_some(None)
-        if must and self.ended.any():
-            await self.begin_some(self.ended.copy() if chance.random() < 0.9 else None)
 
     async def play(self, steps: int) -> None:
         await self.reset(int(self.chance.integers(2**31)))
         for _ in range(steps):
             await self.step()
-            disabled = self.local.metadata["autoreset_mode"] is AutoresetMode.DISABLED and bool(self.ended.any())
-            if disabled or self.chance.random() < (0.15 if self.ended.any() else 0.01):
-                await self.between(must=disabled)
+            if self.chance.random() < (self.often if self.ended.any() else self.often / 15):
+                await self.between()
+            if self.local.metadata["autoreset_mode"] is AutoresetMode.DISABLED and self.ended.any():
+                await self.begin_some(self.ended.copy() if self.chance.random() < 0.9 else None)
 
 
 def facts(envs: Any) -> list[Any]:
@@ -206,7 +226,8 @@ async def test_two_thousand_steps_on_one_shard_and_on_three_are_the_local_vector
     url: str, name: str, mode: AutoresetMode
 ) -> None:
     played = PLAYED[name]
-    local = SyncVectorEnv([lambda: local_env(name, played.render_mode)] * NUM_ENVS, autoreset_mode=mode)
+    factory = as_factory(FACTORIES[name])
+    local = SyncVectorEnv([lambda: factory.make({}, played.render_mode)] * NUM_ENVS, autoreset_mode=mode)
     async with Mesh(url) as m:
         # The workers are not equally loaded.
         others = [await m.env(name, where={"number": number}) for number in (0, 0, 1)]
@@ -215,13 +236,129 @@ async def test_two_thousand_steps_on_one_shard_and_on_three_are_the_local_vector
             for shards in (1, 3)
         ]
         assert [len(one.shards), len({worker for worker, _ in three.shards})] == [1, 3]
-        assert sorted(size for _, size in three.shards) == [2, 2, 3]
+        assert sorted(size for _, size in three.shards) == [1, 2, 2]
         for remote in (one, three):
             assert facts(remote) == facts(local)
         script = Script(local, (one, three), played, seed=sum(map(ord, name + mode.value)))
         await script.play(STEPS)
-        assert script.ends > 30
-        assert script.looked > 20
-        for env in (one, three, *others):
+        assert script.ends > 100
+        assert script.looked > 10
+        for envs in (one, three):
+            await envs.close()
+        for env in others:
             await env.close()
+
     local.close()
+
+
+# ---------------------------------------------------------------- derived seeding
+
+
+class Episode:
+    """What was told of one: the first observation, then (action, observation, reward, terminated, truncated)."""
+
+    def __init__(self, first: Any) -> None:
+        self.first = first
+        self.steps: list[tuple[Any, ...]] = []
+
+
+def recorded(obs: Any, begun: Any, into: list[list[Episode]]) -> None:
+    for i in np.flatnonzero(begun):
+        into[i].append(Episode(obs[i].copy()))
+
+
+async def play_derived(envs: RemoteVectorEnv, seed: int | None, steps: int, chance: np.random.Generator) -> Any:
+    """Play, with resets of some in between; gives each sub-environment's episodes."""
+    n = envs.num_envs
+    episodes: list[list[Episode]] = [[] for _ in range(n)]
+    recorded((await envs.reset(seed=seed))[0], np.ones(n, np.bool_), episodes)
+    ended = np.zeros(n, np.bool_)
+    for _ in range(steps):
+        mask = chance.random(n) < 0.03
+        if envs.autoreset_mode is AutoresetMode.DISABLED:
+            mask |= ended
+        if mask.any():
+            recorded((await envs.reset(options={"reset_mask": mask}))[0], mask, episodes)
+            ended &= ~mask
+        actions = chance.integers(2, size=n)
+        obs, rewards, terminations, truncations, infos = await envs.step(actions)
+        begins = ended if envs.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros(n, np.bool_)
+        ended = terminations | truncations
+        for i in np.flatnonzero(~begins):
+            last = infos["final_obs"][i] if "final_obs" in infos and ended[i] else obs[i].copy()
+            episodes[i][-1].steps.append((actions[i], last, rewards[i], terminations[i], truncations[i]))
+        recorded(obs, ended if envs.autoreset_mode is AutoresetMode.SAME_STEP else begins, episodes)
+    return episodes
+
+
+@pytest.mark.parametrize("mode", AutoresetMode, ids=lambda mode: mode.value)
+async def test_with_derived_seeding_each_episode_is_reproduced_alone(url: str, mode: AutoresetMode) -> None:
+    told = []
+    async with Mesh(url) as m:
+        for shards in (1, 3):
+            async with await m.vector(
+                "cartpole", NUM_ENVS, autoreset_mode=mode, seeding="derived", shards=shards
+            ) as envs:
+                told.append(await play_derived(envs, 77, 200, np.random.default_rng(3)))
+                seeds = await envs.get_attr("np_random_seed")
+                assert seeds == tuple(derive(77, i, len(told[-1][i]) - 1) for i in range(NUM_ENVS))
+    assert not different([[vars(e) for e in one] for one in told[0]], [[vars(e) for e in one] for one in told[1]])
+    alone = gymnasium.make("CartPole-v1")
+    assert sum(map(len, told[0])) > 30
+    for i, episodes in enumerate(told[0]):
+        for number, episode in enumerate(episodes):
+            assert not different(alone.reset(seed=derive(77, i, number))[0], episode.first)
+            for action, *expected in episode.steps:
+                obs, reward, terminated, truncated, _ = alone.step(action)
+                got = [obs, np.float64(reward), np.bool_(terminated), np.bool_(truncated)]
+                assert not different(got, expected)
+    alone.close()
+
+
+async def test_derived_seeds_are_those_of_the_root_whatever_the_mode_and_the_shards(url: str) -> None:
+    async with Mesh(url) as m:
+        for mode, shards in (("NextStep", 1), ("SameStep", 3), ("Disabled", 2)):
+            envs = await m.vector("cartpole", 4, autoreset_mode=mode, seeding="derived", shards=shards)
+            for root in (5, 6):
+                await envs.reset(seed=root)
+                assert await envs.get_attr("np_random_seed") == tuple(derive(root, i, 0) for i in range(4))
+                await envs.reset()
+                assert await envs.get_attr("np_random_seed") == tuple(derive(root, i, 1) for i in range(4))
+                await envs.reset(options={"reset_mask": np.array([False, True, True, False])})
+                expected = tuple(derive(root, i, 1 + (i in {1, 2})) for i in range(4))
+                assert await envs.get_attr("np_random_seed") == expected
+            with pytest.raises(InvalidSeed, match="one seed"):
+                await envs.reset(seed=[1, 2, 3, 4])
+            await envs.close()
+
+
+async def test_a_first_derived_reset_without_a_seed_draws_one_root_for_all_and_keeps_it(url: str) -> None:
+    async with Mesh(url) as m:
+        roots = set()
+        for shards in (1, 3):
+            envs = await m.vector("cartpole", 3, seeding="derived", shards=shards)
+            with pytest.raises(UnencodableValue):
+                await envs.reset(options={"low": object()})  # nothing was sent, and no root is half told
+            await envs.reset()
+            root = envs.root
+            assert root is not None
+            roots.add(root)
+            for number in range(3):
+                assert await envs.get_attr("np_random_seed") == tuple(derive(root, i, number) for i in range(3))
+                await envs.reset()
+            await envs.close()
+        assert len(roots) == 2
+
+
+async def test_a_first_reset_without_a_seed_draws_seeds_that_give_the_same_again(url: str) -> None:
+    async with Mesh(url) as m:
+        envs = await m.vector("cartpole", 3, shards=3)
+        local = SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 3)
+        first = await envs.reset()
+        seeds = list(await envs.get_attr("np_random_seed"))
+        assert len(set(seeds)) == 3
+        assert all(0 <= seed < 2**31 for seed in seeds)
+        assert not different(first, local.reset(seed=seeds))
+        assert not different(await envs.reset(), local.reset())
+        await envs.close()
+        local.close()

@@ -7,7 +7,7 @@ import assert from "node:assert/strict";
 import { randomBytes } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { connect } from "@nats-io/transport-node";
+import { connect, createInbox } from "@nats-io/transport-node";
 import { decode, encode } from "@msgpack/msgpack";
 
 // ---------------------------------------------------------------- values
@@ -47,6 +47,37 @@ function revive(value) {
   if (value.py === "tuple") return value.v.map(revive);
   if ("py" in value || "complex" in value) throw new Error(`no need for ${value.py ?? "complex"} here`);
   return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, revive(item)]));
+}
+
+// An array of whole numbers as it is written: lanes and sequence numbers of pools, and actions of discrete spaces.
+function int64s(numbers) {
+  const data = new Uint8Array(BigInt64Array.from(numbers, BigInt).buffer);
+  return { nd: true, type: "<i8", kind: "", shape: [numbers.length], data };
+}
+
+// The items of an array of whole numbers, which are small here.
+const numbersOf = (array) => Array.from(array.items, Number);
+
+// One row of a batch of a box: the value of sub-environment i.
+function rowOf({ dtype, shape, items }, i) {
+  const size = items.length / shape[0];
+  return { dtype, shape: shape.slice(1), items: items.slice(i * size, (i + 1) * size) };
+}
+
+// Infos of a vector or a pool as [index, info], whichever of its forms a worker chose (a vector implementation's is left
+// out here: it has arrays by key already).
+function entriesOf(infos, count) {
+  if (infos?.columns === undefined) return infos?.entries ?? [];
+  const at = infos.at ? numbersOf(infos.at) : Array.from({ length: count }, (_, i) => i);
+  const group = infos.group ? numbersOf(infos.group) : at.map(() => 0);
+  const rows = infos.columns.map(() => 0); // of each group, how many were read
+  return at.map((index, entry) => [index, infoOf(infos.columns[group[entry]], rows[group[entry]]++)]);
+}
+
+function infoOf(columns, row) {
+  const read = { map: infoOf, array: rowOf, object: (values) => values[row] };
+  const value = ([kind, values]) => (read[kind] ?? ((array) => array.items[row]))(values, row);
+  return Object.fromEntries(Object.entries(columns).map(([key, column]) => [key, value(column)]));
 }
 
 // ---------------------------------------------------------------- the mesh
@@ -98,13 +129,14 @@ class Mesh {
   }
 
   // Open a session at one worker. The client chooses the session's id, so that asking again is safe.
-  async open(description, { kwargs = {} } = {}) {
+  // asked: more fields, such as form and num_envs.
+  async open(description, { kwargs = {}, ...asked } = {}) {
     const { name, worker } = description;
     const session = randomBytes(8).toString("hex");
-    const open = { v: 1, session, name, kwargs, park_s: 5.0 };
+    const open = { v: 1, session, name, kwargs, park_s: 5.0, ...asked };
     const answer = checked(await this.ask(`worker.${worker}.open.${this.user}`, open));
     if (answer.session === undefined) throw new Error(`worker ${worker} is full: ${JSON.stringify(answer.load)}`);
-    const env = new Session(this, answer);
+    const env = asked.form === "pool" ? new Pool(this, answer, asked.num_envs) : new Session(this, answer);
     await env.renew(); // at once: a grant that is neither renewed nor used lapses after grant_s
     env.renewing = setInterval(() => env.renew(), (answer.lease_s / 3) * 1000);
     return env;
@@ -145,6 +177,59 @@ class Session {
   async close() {
     clearInterval(this.renewing);
     return checked(await this.mesh.ask(`${this.subject}.close`, { v: 1, epoch: this.grant.epoch }));
+  }
+}
+
+// Sub-environments that are a lane each. Answers come as the lanes finish, each naming some of them, maybe twice.
+class Pool extends Session {
+  ready = []; // results that were not received yet, one a lane
+  awake = () => {};
+
+  constructor(mesh, grant, count) {
+    super(mesh, grant);
+    this.seqs = new Array(count).fill(0); // of the last request on each lane
+    this.waiting = new Map(); // lane: the seq whose answer is awaited
+    this.inbox = createInbox();
+    this.answers = mesh.connection.subscribe(this.inbox, { callback: (_, message) => this.land(message) });
+  }
+
+  // The request of some lanes; what has an answer already is left out when it is sent again.
+  publish(op, lanes, fields) {
+    const named = { lanes: int64s(lanes), seqs: int64s(lanes.map((lane) => this.seqs[lane])) };
+    const body = encode({ epoch: this.grant.epoch, ...named, ...fields });
+    this.mesh.connection.publish(`${this.mesh.prefix}${this.subject}.${op}`, body, { reply: this.inbox });
+  }
+
+  begin(op, lanes, fields) {
+    for (const lane of lanes) this.waiting.set(lane, (this.seqs[lane] += 1));
+    this.publish(op, lanes, fields);
+  }
+
+  land(message) {
+    const told = revive(decode(message.data));
+    const lanes = told.lanes && numbersOf(told.lanes);
+    const seqs = told.seqs && numbersOf(told.seqs);
+    if (told.error !== undefined) this.ready.push({ error: new MeshError(told.error), lanes, seqs });
+    else
+      lanes.forEach((lane, i) => {
+        if (this.waiting.get(lane) !== seqs[i]) return; // a second answer to what was sent again
+        this.waiting.delete(lane);
+        const [reward] = told.rewards.items.slice(i, i + 1);
+        const [episode, steps] = [told.episodes, told.steps].map((array) => numbersOf(array)[i]);
+        this.ready.push({ lane, obs: rowOf(told.obs, i), reward, first: told.first, episode, steps });
+      });
+    this.awake();
+  }
+
+  // The next count results, in the order in which they came.
+  async receive(count) {
+    while (this.ready.length < count) await new Promise((resolve) => (this.awake = resolve));
+    return this.ready.splice(0, count);
+  }
+
+  close() {
+    this.answers.unsubscribe();
+    return super.close();
   }
 }
 
@@ -218,6 +303,78 @@ test("an episode, from discovery to close", async (t) => {
   await assert.rejects(env.request("step", { action: 0 }), { code: "session_unknown" });
 });
 
+test("a vector: sub-environments that are stepped together", async (t) => {
+  const mesh = await Mesh.connect(process.env.MESHRL_URL);
+  t.after(() => mesh.close());
+  const description = await mesh.discover("cartpole");
+  assert.equal(description.vectors.pool ?? true, true);
+  const seeds = [7, 8, 9];
+  const shard = await mesh.open(description, { form: "vector", num_envs: 3, autoreset_mode: "SameStep" });
+  t.after(() => clearInterval(shard.renewing));
+  const first = await shard.request("reset", { seeds });
+  assert.deepEqual([first.obs.dtype, first.obs.shape], ["<f4", [3, 4]]);
+
+  // Each is what a single env of that seed is.
+  const single = await mesh.open(description);
+  t.after(() => clearInterval(single.renewing));
+  assert.deepEqual(rowOf(first.obs, 1), (await single.request("reset", { seed: seeds[1] })).obs);
+
+  let [step, alone] = [null, null];
+  do {
+    step = await shard.request("step", { actions: int64s([0, 1, 0]) });
+    alone = await single.request("step", { action: 1 });
+    assert.deepEqual(Array.from(step.rewards.items), [1, 1, 1]);
+    assert.equal(step.terminations.items[1], Number(alone.terminated));
+  } while (!alone.terminated);
+
+  // It has ended, and was reset at once: the last observation is among the infos, in the order of sub-environments.
+  const told = entriesOf(step.infos, 3).filter(([index]) => index === 1);
+  assert.deepEqual(told[0][1].final_obs, alone.obs);
+  assert.notDeepEqual(rowOf(step.obs, 1), alone.obs);
+
+  const gravity = await shard.request("get_attr", { name: "gravity", ids: [2, 0] });
+  assert.deepEqual(gravity.values, [9.8, 9.8]);
+  await assert.rejects(shard.request("step", { actions: int64s([0, 1]) }), { code: "malformed_message" });
+  assert.equal((await shard.close()).existed, true);
+  await single.close();
+  await assert.rejects(mesh.open(description, { form: "vector", num_envs: 1000 }), { code: "usage" });
+});
+
+test("a pool: sub-environments that are stepped in whatever groups they are ready", async (t) => {
+  const mesh = await Mesh.connect(process.env.MESHRL_URL);
+  t.after(() => mesh.close());
+  const pool = await mesh.open(await mesh.discover("cartpole"), { form: "pool", num_envs: 4 });
+  t.after(() => clearInterval(pool.renewing));
+  const byLane = (results) => results.toSorted((a, b) => a.lane - b.lane).map((result) => result.lane);
+
+  pool.begin("reset", [0, 1, 2, 3], { seeds: [1, 2, 3, 4] });
+  const begun = await pool.receive(4);
+  assert.deepEqual(byLane(begun), [0, 1, 2, 3]);
+  assert.ok(begun.every(({ first, episode, steps }) => first && episode === 1 && steps === 0));
+
+  // Two groups under way at once.
+  pool.begin("step", [3, 0], { actions: int64s([1, 0]) });
+  pool.begin("step", [1, 2], { actions: int64s([1, 1]) });
+  const stepped = await pool.receive(4);
+  assert.deepEqual(byLane(stepped), [0, 1, 2, 3]);
+  assert.ok(stepped.every(({ first, reward, steps }) => !first && reward === 1 && steps === 1));
+
+  // The same seqs again: what was answered is answered again, nothing runs twice, and what is not awaited is dropped.
+  pool.publish("step", [1, 2], { actions: int64s([1, 1]) });
+  pool.begin("step", [1], { actions: int64s([0]) });
+  const [next] = await pool.receive(1);
+  assert.deepEqual([next.lane, next.steps, pool.ready.length], [1, 2, 0]);
+
+  // A seq that skips one is refused on its lane alone.
+  pool.seqs[2] += 1;
+  pool.begin("step", [2, 3], { actions: int64s([0, 0]) });
+  const both = await pool.receive(2);
+  const refused = both.find(({ error }) => error !== undefined);
+  assert.deepEqual([refused.error.code, refused.lanes, refused.seqs], ["sequence_gap", [2], [4]]);
+  assert.deepEqual([both.find(({ error }) => error === undefined).lane], [3]);
+  assert.equal((await pool.close()).existed, true);
+});
+
 test("a client that keeps no directory opens at whichever worker NATS picks", async (t) => {
   const mesh = await Mesh.connect(process.env.MESHRL_URL);
   t.after(() => mesh.close());
@@ -241,6 +398,25 @@ test("what a worker refuses has a code", async (t) => {
     const answer = await mesh.ask(open, body);
     assert.throws(() => checked(answer), { code });
   }
+});
+
+test("the golden infos are read, as entries and as columns", () => {
+  const file = new URL("../../../schemas/v1/golden/frames.json", import.meta.url);
+  const vectors = JSON.parse(readFileSync(file, "utf-8")).filter(({ key_style }) => key_style === "str");
+  const read = (name, count) => {
+    const { hex } = vectors.find((vector) => vector.name === `vector_step reply with infos as ${name}`);
+    return entriesOf(revive(decode(Buffer.from(hex, "hex"))).infos, count);
+  };
+  const entries = read("entries", 2);
+  assert.deepEqual(entries.map(([index, info]) => [index, Object.keys(info)]), [
+    [1, ["final_obs", "final_info"]],
+    [1, ["lives"]],
+  ]);
+  const columns = read("columns", 7);
+  assert.deepEqual(columns.map(([index]) => index), [0, 1, 2, 3, 4, 5]);
+  const { lives, at, who, of } = columns[3][1];
+  assert.deepEqual([Number(lives), Array.from(at.items), who, of], [3, [0, 1, 2, 3], "a", { x: 0.5 }]);
+  assert.deepEqual(columns.slice(4).map(([, info]) => info), [{ late: 1.5 }, { late: 2.5 }]);
 });
 
 test("the golden arrays are read to the byte", () => {

@@ -43,6 +43,8 @@ async def test_the_private_attributes_are_there_on_a_live_connection() -> None:
                 assert hasattr(client._transport, name)
             assert isinstance(client._transport._io_reader, asyncio.StreamReader)
             assert client._pongs == []
+            assert client._pending == []
+            assert client._pending_data_size == 0
             assert callable(client._transport._io_writer.is_closing)
             subscription = await client.subscribe("x")
             assert isinstance(subscription, Subscription)

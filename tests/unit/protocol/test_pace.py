@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from meshrl.protocol.pace import FAST_S, FAST_STEPS, SLOW_S, Pace
+from meshrl.protocol.pace import FAST_S, FAST_STEPS, NARROW_AGAIN, SLOW_S, BatchPace, Pace
 
 FAST, BETWEEN, SLOW = FAST_S / 2, (FAST_S + SLOW_S) / 2, SLOW_S * 2
 
@@ -47,3 +47,73 @@ def test_one_slow_step_loses_the_loop_which_has_to_be_earned_again(seconds: floa
 def test_a_step_of_exactly_a_millisecond_is_not_fast() -> None:
     assert not paced((FAST_S, 1000)).inline
     assert paced((math.nextafter(FAST_S, 0), FAST_STEPS)).inline
+
+
+# --------------------------------------------------------------------------- of many in one message
+
+
+def batched(count: int, *runs: tuple[float, int]) -> BatchPace:
+    """Messages of all ``count``, each env of which took that long, so many times."""
+    pace = BatchPace(count)
+    for seconds, times in runs:
+        for _ in range(times):
+            pace.took(seconds * count)
+    return pace
+
+
+def test_the_envs_of_a_message_start_on_threads_one_after_another() -> None:
+    pace = BatchPace(64)
+    assert not pace.inline
+    assert not pace.wide
+    assert not pace.inline_for(1)
+
+
+@pytest.mark.parametrize(("count", "messages"), [(1, FAST_STEPS), (7, 15), (64, 2), (100, 1), (1000, 1)])
+def test_a_hundred_fast_steps_in_whatever_messages_earn_the_loop(count: int, messages: int) -> None:
+    fast = FAST_S / 1000
+    assert batched(count, (fast, messages)).inline
+    assert not batched(count, (fast, messages - 1)).inline
+
+
+def test_fast_envs_are_not_stepped_inline_where_all_together_take_long() -> None:
+    assert batched(16, (FAST, 100)).inline
+    assert not batched(32, (FAST, 100)).inline
+    assert not batched(32, (FAST, 100)).wide
+
+
+@pytest.mark.parametrize(("count", "inline"), [(1, True), (19, True), (20, False), (1000, False)])
+def test_how_many_come_in_the_next_message_decides(count: int, inline: bool) -> None:
+    """A pool's messages are of one lane, and then of a thousand."""
+    pace = BatchPace(1000)
+    for _ in range(FAST_STEPS):
+        pace.took(FAST, 1)
+    assert pace.inline_for(count) is inline
+
+
+def test_one_message_that_is_not_fast_loses_the_loop() -> None:
+    pace = batched(4, (FAST, 100), (SLOW, 1))
+    assert not pace.inline
+    assert not pace.inline_for(1)
+    assert pace.wide
+    for _ in range(FAST_STEPS // 4 - 1):
+        pace.took(FAST * 4)
+        assert not pace.inline
+    pace.took(FAST * 4)
+    assert pace.inline
+
+
+def test_slow_envs_get_a_thread_each_and_one_thread_now_and_then_to_see_whether_they_still_are() -> None:
+    pace = BatchPace(4)
+    wide = []
+    for _ in range(4 * NARROW_AGAIN):
+        pace.took(SLOW * 4)
+        wide.append(pace.wide)
+    assert wide.count(False) == 4
+
+
+def test_envs_that_have_become_fast_share_a_thread_again() -> None:
+    pace = batched(4, (SLOW, 3))
+    assert pace.wide
+    for _ in range(FAST_STEPS // 4):
+        pace.took(FAST * 4)
+    assert not pace.wide

@@ -8,7 +8,7 @@ from hypothesis import given
 
 from meshrl.errors import EnvError, MalformedMessage, MeshError, ResetNeeded, SequenceGap
 from meshrl.wire.codec import pack, unpack
-from meshrl.wire.frames import OPS, check_reply, check_request, error_reply
+from meshrl.wire.frames import OPS, check_lanes, check_reply, check_request, error_reply, is_of_lanes
 from tests.unit.wire.strategies import values
 
 GOOD: dict[str, Any] = {"epoch": 1, "lane": 0, "seq": 1}
@@ -122,4 +122,80 @@ def test_an_error_reply_raises_the_same_error_at_the_client(exc: MeshError, seq:
 
 
 def test_the_ops_are_those_of_the_design() -> None:
-    assert {"reset", "step", "render", "state", "call", "get_attr", "set_attr", "act", "observe"} == OPS
+    assert {"reset", "step", "render", "state", "call", "get_attr", "set_attr", "is_wrapped", "act", "observe"} == OPS
+
+
+def of(*values: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.array(values, np.int64)
+
+
+LANES: dict[str, Any] = {"epoch": 2, "lanes": of(4, 0, 2), "seqs": of(7, 1, 2**63 - 1)}
+
+
+def test_a_message_of_lanes_is_read_as_its_epoch_lanes_and_seqs() -> None:
+    body = unpack(pack({**LANES, "actions": [1]}))
+    assert is_of_lanes(body)
+    epoch, lanes, seqs = check_lanes(body, 5)
+    assert (epoch, lanes.tolist(), seqs.tolist()) == (2, [4, 0, 2], [7, 1, 2**63 - 1])
+
+
+def test_a_reply_of_lanes_has_no_epoch() -> None:
+    assert check_lanes({"lanes": of(0), "seqs": of(1)}, 1)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lanes": of(4, 0, 5)},
+        {"lanes": of(4, 0, -1)},
+        {"lanes": of(4, 0, 4)},
+        {"lanes": of(4, 0)},
+        {"lanes": of()},
+        {"lanes": of(), "seqs": of()},
+        {"lanes": of(4, 0, 2)[None], "seqs": of(1, 1, 1)[None]},
+        {"lanes": np.array(3), "seqs": np.array(3)},
+        {"lanes": np.array([4, 0, 2], np.int32)},
+        {"lanes": np.array([4, 0, 2], np.uint64)},
+        {"lanes": np.array([4, 0, 2], ">i8")},
+        {"lanes": np.array([4.0, 0.0, 2.0])},
+        {"lanes": np.array(["4", "0", "2"])},
+        {"lanes": [4, 0, 2]},
+        {"lanes": None},
+        {"lanes": 4, "seqs": 1},
+        {"seqs": of(1, 1, 0)},
+        {"seqs": of(1, 1, -5)},
+        {"seqs": of(1, 1)},
+        {"seqs": np.array([1, 1, 1], np.int32)},
+        {"seqs": [1, 1, 1]},
+        {"seqs": None},
+        {"epoch": -1},
+        {"epoch": True},
+        {"epoch": 1.0},
+        {"epoch": "1"},
+        {"epoch": None},
+        {"epoch": 2**63},
+    ],
+    ids=str,
+)
+def test_a_message_whose_lanes_are_none_is_malformed(fields: dict[str, Any]) -> None:
+    with pytest.raises(MalformedMessage, match="lanes"):
+        check_lanes({**LANES, **fields}, 5)
+
+
+def test_lanes_without_seqs_are_malformed() -> None:
+    with pytest.raises(MalformedMessage):
+        check_lanes({"lanes": of(0)}, 1)
+
+
+@given(values)
+def test_any_value_at_all_is_of_lanes_or_malformed(value: Any) -> None:
+    for body in (value, {"lanes": value, "seqs": of(1)}, {"lanes": of(0), "seqs": value}, {**LANES, "epoch": value}):
+        if not is_of_lanes(body):
+            continue
+        try:
+            epoch, lanes, seqs = check_lanes(body, 5)
+        except MalformedMessage:
+            continue
+        assert type(epoch) is int
+        assert lanes.dtype == seqs.dtype == np.int64
+        assert lanes.shape == seqs.shape

@@ -27,11 +27,13 @@ class Sent(Replies):
     def __init__(self) -> None:
         super().__init__()
         self.sent: list[tuple[str, Any]] = []
+        self.marks: list[tuple[int, int]] = []
         self._more = asyncio.Event()
 
     def send(self, to: str, packed: bytes, lane: int = 0, seq: int = 0) -> None:
         """Keep it."""
         self.sent.append((to, unpack(packed)))
+        self.marks.append((lane, seq))
         self._more.set()
 
     async def to(self, subject: str, count: int = 1) -> Any:

@@ -1,0 +1,98 @@
+"""Messages that end in one large array: a batch of observations, written and read with a copy less each way.
+
+msgpack copies an array into its own buffer and the message out of that; and out of the message into bytes, of which the
+array is made. Here the head of the message goes through msgpack and the array's bytes do not: they are joined behind
+it, and found there again. What travels is the same msgpack, to the byte; a reader that knows nothing of this reads it,
+and this reader reads what others write.
+
+Copies of a large observation from a worker's array to its client's::
+
+    into the message        1   (by msgpack's packer: 2)
+    to and from the server  2   the kernel's, a side each
+    out of the socket       1   into what the event loop reads
+    into one message        1   with the reads joined
+    into the client's array 1   (by msgpack's unpacker: 2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from meshrl.wire.arrays import text_of
+
+# Below this the copies are cheaper than what saves them.
+LARGE_BYTES = 64 * 1024
+
+# An array's map ends with its data, and data of this size is a msgpack bin 32.
+_KEY = b"\xa4data"
+_BIN_32 = b"\xc6"
+_EMPTY_BIN = b"\xc4\x00"
+_LENGTH_BYTES = 4
+
+
+def large_array(value: object) -> np.ndarray[Any, Any] | None:
+    """``value`` in C order if it is an array for which this is worth it, else None."""
+    if type(value) is not np.ndarray or value.nbytes < LARGE_BYTES or value.dtype.kind in "Mm":
+        return None  # datetimes have no buffer protocol
+    return value if value.flags.c_contiguous else np.ascontiguousarray(value)
+
+
+def pack_ending(pack: Callable[[Any], bytes], rest: dict[str, Any], key: str, array: np.ndarray[Any, Any]) -> bytes:
+    """The map ``rest`` with ``array`` under ``key`` behind it.
+
+    Args:
+        pack: msgpack's packer, for values that need no more than that.
+        rest: native values.
+        key: not in ``rest``.
+        array: of :func:`large_array`.
+
+    Raises:
+        UnencodableValue: the array's dtype does not travel.
+    """
+    form = {"nd": True, "type": text_of(array.dtype), "kind": "", "shape": list(array.shape), "data": b""}
+    head = pack({**rest, key: form})
+    assert head.endswith(_EMPTY_BIN), "the array's data is the last of the message"
+    length = array.nbytes.to_bytes(_LENGTH_BYTES, "big")
+    return b"".join((head[: -len(_EMPTY_BIN)], _BIN_32, length, array.data))
+
+
+def unpack_ending(data: bytes, revive: Callable[[dict[Any, Any]], Any], **limits: Any) -> tuple[bool, Any]:
+    """The value of a message that ends in a large array, and whether it is one.
+
+    Args:
+        data: the message.
+        revive: makes values of maps, as the unpacker's ``object_hook``.
+        limits: of the unpacker.
+
+    Raises:
+        Exception: whatever the unpacker and ``revive`` raise for what is no message.
+    """
+    key = _KEY + _BIN_32
+    at = data.find(key)
+    while at >= 0:
+        start = at + len(key) + _LENGTH_BYTES
+        if start + int.from_bytes(data[at + len(key) : start], "big") == len(data):
+            break
+        at = data.find(key, at + 1)
+    if at < 0:
+        return False, None
+    tail: memoryview | None = memoryview(data)[start:]
+
+    def hook(form: dict[Any, Any]) -> Any:
+        nonlocal tail
+        # The one array whose data is not there. A second one has none, and is malformed.
+        if tail is not None and form.get("data") == b"" and form.get("nd") is True and _has_items(form.get("shape")):
+            form["data"], tail = tail, None
+        return revive(form)
+
+    body = msgpack.unpackb(data[: at + len(_KEY)] + _EMPTY_BIN, object_hook=hook, **limits)
+    # Where nothing took it, these were bytes that somebody called data.
+    return tail is None, body
+
+
+def _has_items(shape: object) -> bool:
+    return type(shape) is list and 0 not in shape

@@ -1,0 +1,207 @@
+"""What the requests and replies of sessions carry: one table for each form of session.
+
+A single env or a leased agent, a vector, and a pool have other fields under the same op; a worker knows the form by the
+session's open. After :mod:`meshrl.wire.frames` and the hosts under :mod:`meshrl.worker`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Schema = dict[str, Any]
+
+MAX_INTEGER = (1 << 63) - 1
+
+VALUE: Schema = {"$ref": "value.json"}
+# An array of whole numbers, one a lane.
+BY_LANE: Schema = {
+    "$ref": "array.json#/$defs/array",
+    "properties": {"type": {"const": "<i8"}, "shape": {"minItems": 1, "maxItems": 1, "items": {"minimum": 1}}},
+}
+
+
+class Op(NamedTuple):
+    """One op in one form of session.
+
+    Attributes:
+        purpose: what it is for.
+        asked: the request's own fields.
+        needed: which of them must be there.
+        told: the reply's own fields.
+        sure: which of them are always there.
+    """
+
+    purpose: str
+    asked: Schema
+    needed: list[str]
+    told: Schema
+    sure: list[str]
+
+
+_SEED: Schema = {
+    "description": "A whole number from 0; null, or no field at all, for none.",
+    "anyOf": [
+        {"type": ["integer", "null"], "minimum": 0},
+        {"$ref": "value.json#/$defs/int"},
+        {"$ref": "array.json#/$defs/scalar"},
+    ],
+}
+_OPTIONS: Schema = {"type": ["object", "null"]}
+_NAME: Schema = {"type": "string", "minLength": 1, "description": "An identifier; one that begins with _ is refused."}
+_ARGS: Schema = {"anyOf": [{"type": "array", "items": VALUE}, {"$ref": "value.json#/$defs/tuple"}]}
+OFFERED: Schema = {
+    "info": {**VALUE, "description": "The env's info; legal actions as action_mask in it."},
+    "deterministic": {"type": "boolean", "description": "The best action rather than a sample."},
+    "seed": {**VALUE, "description": "With env_id and step it makes a random policy's answer repeatable."},
+    "env_id": {**VALUE, "description": "Index of the sub-environment; 0 when absent."},
+    "step": {**VALUE, "description": "Number of the step in its episode; 0 when absent."},
+    "action_space": {
+        "anyOf": [{"$ref": "space.json"}, {"type": "null"}],
+        "description": "Told to agents that declare none.",
+    },
+}
+_OUTCOME: Schema = {"reward": VALUE, "terminated": VALUE, "truncated": VALUE}
+
+SINGLE_OPS: dict[str, Op] = {
+    "reset": Op(
+        "Begin an episode. An agent's reply has neither obs nor info.",
+        {"seed": _SEED, "options": _OPTIONS},
+        [],
+        {"obs": VALUE, "info": VALUE},
+        [],
+    ),
+    "step": Op(
+        "One step of the env.",
+        {"action": VALUE},
+        ["action"],
+        {"obs": VALUE, **_OUTCOME, "info": VALUE},
+        ["obs", "reward", "terminated", "truncated", "info"],
+    ),
+    "render": Op("A picture, in the render_mode that the open asked for.", {}, [], {"frame": VALUE}, ["frame"]),
+    "state": Op("Where the session stands.", {}, [], {"state": {"$ref": "session_state.json"}}, ["state"]),
+    "call": Op(
+        "Call a method that the operator allows.",
+        {"name": _NAME, "args": _ARGS, "kwargs": {"type": "object"}},
+        ["name"],
+        {"value": VALUE},
+        ["value"],
+    ),
+    "get_attr": Op("Read a public attribute.", {"name": _NAME}, ["name"], {"value": VALUE}, ["value"]),
+    "set_attr": Op(
+        "Set an attribute that the operator allows.",
+        {"name": _NAME, "value": VALUE},
+        ["name", "value"],
+        {},
+        [],
+    ),
+    "act": Op("An action of a leased agent.", {"obs": VALUE, **OFFERED}, ["obs"], {"action": VALUE}, ["action"]),
+    "observe": Op(
+        "Tell a leased agent what its action led to.",
+        {
+            "reward": {"anyOf": [{"type": "number"}, {"$ref": "array.json#/$defs/scalar"}]},
+            "terminated": {"anyOf": [{"type": "boolean"}, {"$ref": "array.json#/$defs/scalar"}]},
+            "truncated": {"anyOf": [{"type": "boolean"}, {"$ref": "array.json#/$defs/scalar"}]},
+        },
+        ["reward", "terminated", "truncated"],
+        {},
+        [],
+    ),
+}
+
+# --------------------------------------------------------------------------- vectors
+
+_ARRAY: Schema = {"$ref": "array.json#/$defs/array"}
+_BATCH: Schema = {**VALUE, "description": "A batch: one value of each, in the form of the space's batches."}
+_BATCHED_OUTCOME: Schema = {"obs": _BATCH, "rewards": _ARRAY, "terminations": _ARRAY, "truncations": _ARRAY}
+_INFOS: Schema = {"$ref": "infos.json"}
+_SEEDS: Schema = {
+    "description": "A seed of each; null for none.",
+    "anyOf": [{"type": ["array", "null"], "items": _SEED}, {"$ref": "value.json#/$defs/tuple"}],
+}
+_MASK: Schema = {
+    "description": "Bools: which to reset; null, or no field at all, for all of them.",
+    "anyOf": [{"type": "null"}, {"$ref": "array.json#/$defs/array", "properties": {"type": {"const": "|b1"}}}],
+}
+_VALUES: Schema = {"type": "array", "items": VALUE, "description": "One of each, in their order."}
+_IDS: Schema = {
+    "type": ["array", "null"],
+    "items": {"type": "integer", "minimum": 0},
+    "description": "Indices within the shard; null, or no field at all, for all of them.",
+}
+
+VECTOR_OPS: dict[str, Op] = {
+    "reset": Op(
+        "Begin episodes; the reply has the observations of all sub-environments.",
+        {"seeds": _SEEDS, "options": _OPTIONS, "mask": _MASK},
+        [],
+        {"obs": _BATCH, "infos": _INFOS},
+        ["obs"],
+    ),
+    "step": Op(
+        "One step of each sub-environment.",
+        {"actions": _BATCH},
+        ["actions"],
+        {**_BATCHED_OUTCOME, "infos": _INFOS},
+        list(_BATCHED_OUTCOME),
+    ),
+    "render": Op("A picture of each.", {}, [], {"frames": _VALUES}, ["frames"]),
+    "call": Op(
+        "Call a method that the operator allows, of each.",
+        {"name": _NAME, "args": _ARGS, "kwargs": {"type": "object"}, "ids": _IDS},
+        ["name"],
+        {"values": _VALUES},
+        ["values"],
+    ),
+    "get_attr": Op(
+        "Read a public attribute of each.", {"name": _NAME, "ids": _IDS}, ["name"], {"values": _VALUES}, ["values"]
+    ),
+    "set_attr": Op(
+        "Set an attribute that the operator allows, of each.",
+        {"name": _NAME, "values": _VALUES, "ids": _IDS},
+        ["name", "values"],
+        {},
+        [],
+    ),
+    "is_wrapped": Op(
+        "Whether a wrapper of a class, or of one derived from it, is around each.",
+        {"wrapper": {"type": "string", "description": "The class, as module:Class."}, "ids": _IDS},
+        ["wrapper"],
+        {"values": {"type": "array", "items": {"type": "boolean"}}},
+        ["values"],
+    ),
+}
+
+# --------------------------------------------------------------------------- pools
+
+_POOL_OUTCOME: Schema = {
+    **_BATCHED_OUTCOME,
+    "first": {"type": "boolean", "description": "Whether the observations begin episodes that a reset asked for."},
+    "episodes": {**BY_LANE, "description": "The number of each one's episode, from 1."},
+    "steps": {**BY_LANE, "description": "How many steps it has."},
+}
+POOL_OPS: dict[str, Op] = {
+    "reset": Op(
+        "Begin an episode on each lane that is named.",
+        {"seeds": _SEEDS, "options": _OPTIONS},
+        [],
+        {**_POOL_OUTCOME, "infos": _INFOS},
+        list(_POOL_OUTCOME),
+    ),
+    "step": Op(
+        "One step on each lane that is named.",
+        {"actions": _BATCH},
+        ["actions"],
+        {**_POOL_OUTCOME, "infos": _INFOS},
+        list(_POOL_OUTCOME),
+    ),
+}
+
+# The tables by what stands before the op in the name of a schema.
+FORMS: dict[str, dict[str, Op]] = {"": SINGLE_OPS, "vector_": VECTOR_OPS, "pool_": POOL_OPS}
+# Every op that a session's subject may end with, and what it is for.
+OPS: dict[str, str] = {op: row.purpose for table in (POOL_OPS, VECTOR_OPS, SINGLE_OPS) for op, row in table.items()}
+
+
+def forms_of(op: str) -> list[str]:
+    """The names of an op's schemas, without what makes them a request or a reply."""
+    return [f"{form}{op}" for form, table in FORMS.items() if op in table]

@@ -1,0 +1,131 @@
+"""Messages that end in one large array are the same messages, and read the same by either way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshrl.errors import MalformedMessage
+from meshrl.wire.codec import Codec, pack, unpack
+from meshrl.wire.large import LARGE_BYTES
+
+ITEMS = LARGE_BYTES // 4
+KEY = b"\xa4data\xc6"
+
+
+def read_plainly(data: bytes) -> Any:
+    """What a reader sees that knows nothing of large arrays."""
+    return msgpack.unpackb(data)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "|u1", "|b1", "<U3", "|S5", "<c8"])
+def test_a_frame_with_a_large_batch_comes_back_whole_and_is_plain_msgpack(dtype: str) -> None:
+    obs = np.arange(3 * ITEMS * 4).reshape(3, -1).astype(dtype)
+    frame = {"obs": obs, "rewards": np.zeros(3), "infos": {"x": [1, b"y", None]}, "seq": 7}
+    packed = Codec().pack_batch(frame)
+    assert read_plainly(packed) == read_plainly(pack(frame))
+    for data in (packed, pack(frame)):
+        read = unpack(data)
+        assert read["obs"].dtype == obs.dtype
+        assert np.array_equal(read["obs"], obs)
+        assert read["obs"].flags.owndata
+        assert read["obs"].flags.writeable
+        assert np.array_equal(read["rewards"], np.zeros(3))
+        assert read["infos"] == {"x": [1, b"y", None]}
+
+
+def test_an_array_in_another_order_is_written_in_its_own() -> None:
+    obs = np.arange(2 * ITEMS, dtype=np.float32).reshape(2, -1).T
+    assert not obs.flags.c_contiguous
+    assert np.array_equal(unpack(Codec().pack_batch({"obs": obs}))["obs"], obs)
+
+
+@pytest.mark.parametrize(
+    "obs",
+    [
+        np.zeros(3),
+        {"a": np.zeros(ITEMS)},
+        (np.zeros(ITEMS), 3),
+        np.zeros(ITEMS, "<M8[s]"),
+        "text",
+        None,
+    ],
+)
+def test_what_is_no_large_array_is_written_as_ever(obs: object) -> None:
+    assert Codec().pack_batch({"obs": obs, "seq": 1}) == pack({"obs": obs, "seq": 1})
+
+
+def test_values_that_need_the_slow_way_take_it() -> None:
+    frame: dict[str, Any] = {"obs": np.zeros(ITEMS), "infos": {1: {2}, "nd": 3}}
+    read = unpack(Codec().pack_batch(frame))
+    assert read["infos"] == {1: {2}, "nd": 3}
+    assert np.array_equal(read["obs"], frame["obs"])
+
+
+def test_peers_that_want_bytes_for_keys_get_them() -> None:
+    packed = Codec("bytes").pack_batch({"obs": np.zeros(ITEMS)})
+    assert b"nd" in read_plainly(packed)["obs"]
+    assert np.array_equal(unpack(packed)["obs"], np.zeros(ITEMS))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"data": b"x" * LARGE_BYTES},
+        {"a": {"data": b"x" * LARGE_BYTES}},
+        {"a": np.zeros((0, 3)), "data": b"x" * LARGE_BYTES},
+        {"a": KEY * LARGE_BYTES},
+        {"a": KEY + b"\0\0\0\0", "z": np.zeros(ITEMS)},
+        {"a": np.zeros((4, 0)), "z": np.ones(ITEMS)},
+        [np.ones(ITEMS), np.zeros(ITEMS)],
+    ],
+)
+def test_what_only_looks_like_one_is_read_as_what_it_is(value: Any) -> None:
+    assert read_plainly(pack(unpack(pack(value)))) == read_plainly(pack(value))
+
+
+def hollow(shape: list[int]) -> dict[str, Any]:
+    """An array's map without its data."""
+    return {"nd": True, "type": "|u1", "kind": "", "shape": shape, "data": b""}
+
+
+def ending(head: dict[str, Any], tail: bytes) -> bytes:
+    """A message whose last value's bytes are taken out of it and ``tail`` put there."""
+    packed: bytes = msgpack.packb(head)
+    assert packed.endswith(b"\xc4\x00")
+    return packed[:-2] + b"\xc6" + len(tail).to_bytes(4, "big") + tail
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ending({"a": hollow([LARGE_BYTES]), "obs": hollow([LARGE_BYTES])}, bytes(LARGE_BYTES)),
+        ending({"obs": hollow([LARGE_BYTES + 1])}, bytes(LARGE_BYTES)),
+        ending({"obs": hollow([1 << 40, 1 << 40])}, bytes(LARGE_BYTES)),
+        ending({"obs": {**hollow([LARGE_BYTES // 8]), "type": "|O"}}, bytes(LARGE_BYTES)),
+        ending({"obs": {**hollow([LARGE_BYTES]), "type": "|b1"}}, b"\2" * LARGE_BYTES),
+        ending({"obs": hollow([LARGE_BYTES])}, bytes(LARGE_BYTES))[:-1],
+        ending({"obs": hollow([LARGE_BYTES])}, bytes(LARGE_BYTES)) + b"x",
+        KEY + (LARGE_BYTES).to_bytes(4, "big") + bytes(LARGE_BYTES),
+    ],
+)
+def test_what_does_not_fit_is_malformed(data: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        unpack(data)
+
+
+@given(st.data())
+def test_no_change_of_a_byte_does_more_than_make_another_value_or_none(data: st.DataObject) -> None:
+    message = bytearray(Codec().pack_batch({"seq": 1, "obs": np.zeros(LARGE_BYTES, np.uint8), "infos": {"a": "b"}}))
+    head = message.index(KEY) + len(KEY) + 4
+    for _ in range(data.draw(st.integers(1, 4))):
+        message[data.draw(st.integers(0, head))] = data.draw(st.integers(0, 255))
+    try:
+        unpack(bytes(message))
+    except MalformedMessage:
+        return
