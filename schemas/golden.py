@@ -25,7 +25,8 @@ from meshrl.wire import spaces
 from meshrl.wire.arrays import KeyStyle
 from meshrl.wire.codec import Codec
 from meshrl.wire.frames import error_reply
-from meshrl.wire.infos import pack_infos, pack_merged
+from meshrl.wire.infos import pack_infos
+from meshrl.wire.merged_infos import pack_merged
 from meshrl.wire.parts import split
 from schemas.notation import Notation, note
 

@@ -8,23 +8,21 @@ attributes are read and set by name (:meth:`MeshEnv.get_attr`).
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
-import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from meshrl.adapters.generator import client_generator, draw_seed
 from meshrl.adapters.held import HeldEnv
+from meshrl.adapters.seeded import Seeded
 from meshrl.adapters.spec import ENTRY_POINT, own_metadata, own_spec
 from meshrl.client.env import Step
-from meshrl.errors import MeshError, NotAllowed, UnencodableValue, UsageError
+from meshrl.errors import MeshError, NotAllowed, UnencodableValue
 from meshrl.wire.messages import SessionState
 
 
-class MeshEnv(gymnasium.Env[Any, Any]):
+class MeshEnv(Seeded, gymnasium.Env[Any, Any]):
     """An env that lives on a worker; made by :func:`make`.
 
     Each call is one round trip, made from one thread at a time. Ctrl-C during a call leaves the env usable: the call
@@ -43,6 +41,8 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         spec: makes the same remote again by ``spec.make()``, and vectors of it by ``gymnasium.make_vec(spec, ...)``.
     """
 
+    _held: HeldEnv
+
     def __init__(
         self,
         name: str,
@@ -56,8 +56,6 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         self._mesh = dict(mesh or {})
         self._where = None if where is None else dict(where)
         self._env_kwargs = dict(env_kwargs or {})
-        self._was_reset = False
-        self._sent_seed: int | None = None
         self.render_mode = render_mode
         kwargs, where = self._env_kwargs, self._where  # not self: garbage is to be found at once, without a cycle
         self._held = HeldEnv(
@@ -90,37 +88,6 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         """The worker's own ``EnvSpec`` of the env; None where it has none that can be written down."""
         return self._held.remote.remote_spec
 
-    @property
-    def np_random_seed(self) -> int:
-        """The seed that the remote env's generator was last started from.
-
-        Before the first reset it is drawn here, and a first reset without a seed uses it: as in a local env.
-        """
-        if self._np_random_seed is None:
-            self._start_from(draw_seed())
-            assert self._np_random_seed is not None
-        return self._np_random_seed
-
-    @property
-    def np_random(self) -> np.random.Generator:
-        """A generator at the client, for wrappers here; each seeded reset starts it anew.
-
-        It depends on :attr:`np_random_seed` alone, and shares no number with the env's own generator, which lives
-        on the worker and cannot be read or set from here.
-        """
-        if self._np_random is None:
-            self._start_from(self.np_random_seed)
-            assert self._np_random is not None
-        return self._np_random
-
-    @np_random.setter
-    def np_random(self, _value: np.random.Generator) -> None:
-        raise UsageError(f"{self._name}: the env's generator lives on its worker; seed it by reset(seed=...)")
-
-    def _start_from(self, seed: int) -> None:
-        self._np_random_seed = seed
-        self._np_random = client_generator(seed)
-
     # ---------------------------------------------------------------- an env's calls
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -135,10 +102,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
         """
         if self._held.inherited and not self._held.closed:
             self._lease_again()
-        if seed is None:
-            seed = self._sent_seed  # of an interrupted reset: it may not have arrived, and is sent again
-        if seed is None and not self._was_reset:
-            seed = self.np_random_seed
+        seed = self._seed_of(seed)
         self._sent_seed = seed
         try:
             result: tuple[Any, dict[str, Any]] = self._held.do(
@@ -167,17 +131,6 @@ class MeshEnv(gymnasium.Env[Any, Any]):
             ConcurrentStep: another thread's call is under way.
         """
         return self._held.do("step", self._held.remote.step, action)
-
-    def settle(self) -> Any:
-        """The result of the call that was interrupted: for a step, its tuple.
-
-        Raises:
-            NothingUnsettled: none was, or it was before anything was sent.
-        """
-        op, value = self._held.settle()
-        if op == "reset":
-            self._reset_ran()
-        return value
 
     def render(self) -> Any:
         """What the env renders in this mode; in ``human`` mode it is shown here, and the result is None.
@@ -265,16 +218,7 @@ class MeshEnv(gymnasium.Env[Any, Any]):
             self.action_space = remote.action_space
         if self.observation_space != remote.observation_space:
             self.observation_space = remote.observation_space
-        self._was_reset = False
-        self._sent_seed = None
-        self._np_random = self._np_random_seed = None
-
-    def _reset_ran(self) -> None:
-        """A reset's seed is the env's now."""
-        if self._sent_seed is not None:
-            self._was_reset = True
-            self._start_from(operator.index(self._sent_seed))
-            self._sent_seed = None
+        self._begin_anew()
 
 
 def make(

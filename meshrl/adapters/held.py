@@ -323,5 +323,21 @@ class HeldEnv(Held[RemoteEnv]):
 class HeldVector(Held[RemoteVectorEnv]):
     """One remote vector, of however many shards."""
 
+    def forgotten(self, face: object, closing: str, warn: Callable[..., None]) -> None:
+        """``face`` is garbage: drop the remote, and say so where it should have been closed.
+
+        Args:
+            face: the holder.
+            closing: the call that was left out.
+            warn: ``warnings.warn``, held by the face until the interpreter's end.
+        """
+        if self.closed:
+            return
+        # After the portal's end, at the interpreter's exit, they are closed already.
+        left = "" if self.inherited or self.portal.over else f"unclosed {face!r}: {closing} frees its slots"
+        self.drop()
+        if left:
+            warn(left, ResourceWarning, source=face)
+
     def _sessions(self) -> Sequence[RemoteSession]:
         return self.remote._sessions  # noqa: SLF001  # there is no other use for a half-dead RemoteVectorEnv

@@ -135,13 +135,8 @@ class MeshVecEnv(VecEnv):
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
         held = getattr(self, "_held", None)
-        if held is None or held.closed:
-            return
-        # After the portal's end, at the interpreter's exit, they are closed already.
-        left = "" if held.inherited or held.portal.over else f"unclosed {self!r}: venv.close() frees its slots"
-        held.drop()
-        if left:
-            _warn(left, ResourceWarning, source=self)
+        if held is not None:
+            held.forgotten(self, "venv.close()", _warn)
 
     # ---------------------------------------------------------------- facts
 

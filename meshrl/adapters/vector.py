@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, SupportsIndex
@@ -19,15 +18,15 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from meshrl.adapters.generator import client_generator, draw_seed
 from meshrl.adapters.held import HeldVector
+from meshrl.adapters.seeded import Seeded
 from meshrl.adapters.spec import own_metadata, own_spec
 from meshrl.client.vector import VectorStep
-from meshrl.errors import MeshError, NotAllowed, UsageError
+from meshrl.errors import MeshError, NotAllowed
 from meshrl.wire.messages import Seeding
 
 
-class MeshVectorEnv(VectorEnv[Any, Any, Any]):
+class MeshVectorEnv(Seeded, VectorEnv[Any, Any, Any]):
     """Envs that live on workers, stepped together; made by :func:`make_vec`.
 
     Each call is one round trip to every shard, made from one thread at a time. Ctrl-C during a call leaves the envs
@@ -51,6 +50,8 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
         closed: whether it was closed.
     """
 
+    _held: HeldVector
+
     def __init__(
         self,
         name: str,
@@ -69,8 +70,7 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
         where = None if where is None else dict(where)
         self._name = name
         self._seeding = seeding
-        self._was_reset = False
-        self._sent_seed: Any = None
+        self._num_seeds = num_envs
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.autoreset_mode = mode
@@ -116,13 +116,8 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
         held = getattr(self, "_held", None)
-        if held is None or held.closed:
-            return
-        # After the portal's end, at the interpreter's exit, they are closed already.
-        left = "" if held.inherited or held.portal.over else f"unclosed {self!r}: envs.close() frees its slots"
-        held.drop()
-        if left:
-            _warn(left, ResourceWarning, source=self)
+        if held is not None:
+            held.forgotten(self, "envs.close()", _warn)
 
     def __enter__(self) -> Self:
         return self
@@ -141,38 +136,6 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
     def shards(self) -> list[tuple[str, int]]:
         """The worker and the number of sub-environments of each shard, in the order of env_ids."""
         return self._held.remote.shards
-
-    @property
-    def np_random_seed(self) -> int:
-        """The seed of the last seeded reset: sub-environment i was started from this plus i. Of a list, the first.
-
-        Before the first reset it is drawn here, and a first reset without a seed uses it. What each sub-environment
-        says of itself is ``get_attr("np_random_seed")``.
-        """
-        if self._np_random_seed is None:
-            self._start_from(draw_seed(self.num_envs))
-            assert self._np_random_seed is not None
-        return self._np_random_seed
-
-    @property
-    def np_random(self) -> np.random.Generator:
-        """A generator at the client, for wrappers here; each seeded reset starts it anew.
-
-        It depends on :attr:`np_random_seed` alone, and shares no number with the sub-environments' own generators,
-        which live on the workers and cannot be read or set from here.
-        """
-        if self._np_random is None:
-            self._start_from(self.np_random_seed)
-            assert self._np_random is not None
-        return self._np_random
-
-    @np_random.setter
-    def np_random(self, _value: np.random.Generator) -> None:
-        raise UsageError(f"{self._name}: the generators live on the workers; seed them by reset(seed=...)")
-
-    def _start_from(self, seed: int) -> None:
-        self._np_random_seed = seed
-        self._np_random = client_generator(seed)
 
     # ---------------------------------------------------------------- a vector env's calls
 
@@ -197,10 +160,7 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
         """
         if self._held.inherited and not self._held.closed:
             self._lease_again()
-        if seed is None:
-            seed = self._sent_seed  # of an interrupted reset: it may not have arrived, and is sent again
-        if seed is None and not self._was_reset:
-            seed = self.np_random_seed
+        seed = self._seed_of(seed)
         self._sent_seed = self._of_masked(seed, options)
         try:
             result: tuple[Any, dict[str, Any]] = self._held.do(
@@ -251,17 +211,6 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
         """
         result: VectorStep = self._held.finish()
         return result
-
-    def settle(self) -> Any:
-        """The result of the call that was interrupted: for a step, its tuple.
-
-        Raises:
-            NothingUnsettled: none was, or it was before anything was sent.
-        """
-        op, value = self._held.settle()
-        if op == "reset":
-            self._reset_ran()
-        return value
 
     def render(self) -> tuple[Any, ...] | None:
         """What each sub-environment renders in this mode, in the order of env_ids.
@@ -341,9 +290,7 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
             # Equal ones are kept: their generators may have been seeded.
             if getattr(self, name) != getattr(remote, name):
                 setattr(self, name, getattr(remote, name))
-        self._was_reset = False
-        self._sent_seed = None
-        self._np_random = self._np_random_seed = None
+        self._begin_anew()
 
     def _of_masked(self, seed: Any, options: Mapping[str, Any] | None) -> Any:
         """The seeds of those alone that are reset; what is no seed or no mask is refused before anything is sent."""
@@ -355,15 +302,6 @@ class MeshVectorEnv(VectorEnv[Any, Any, Any]):
         if not isinstance(seed, (list, tuple, np.ndarray)):
             return seed
         return [one if chosen else None for one, chosen in zip(seed, mask, strict=False)]
-
-    def _reset_ran(self) -> None:
-        """A reset's seed is the envs' now."""
-        self._was_reset = True
-        sent, self._sent_seed = self._sent_seed, None
-        if sent is not None and not isinstance(sent, (int, np.integer)):
-            sent = next((one for one in sent if one is not None), None)
-        if sent is not None:
-            self._start_from(operator.index(sent))
 
 
 def make_vec(

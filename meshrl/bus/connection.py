@@ -82,6 +82,8 @@ class Connection:
         self._client = self.path.client
         self._awaited = Awaited(f"_INBOX.{login_.user}.{secrets.token_hex(8)}", self._events.tell)
         self._subscriptions: list[Any] = []
+        self._unconfirmed = contextlib.ExitStack()  # holds the inbox's subscription, until the server agreed to it
+        self._refused: list[SubjectNotPermitted] = []
         self._joining = Joining(self.publish)
         self._window = Window(self.path.publish, self._taken, self._events.failed)
         self._why: MeshError | None = None
@@ -93,24 +95,39 @@ class Connection:
 
     # ---------------------------------------------------------------- life
 
-    async def _open(self, timeout: float) -> None:
+    async def _open(self, timeout: float, *, confirm: bool, in_turn: bool) -> None:
         try:
-            await self._dial(timeout)
+            async with few_at_once() if in_turn else contextlib.nullcontext():
+                await self._dial(timeout, confirm=confirm)
         except BaseException:
             await self.close()
             raise
 
-    async def _dial(self, timeout: float) -> None:
-        async with few_at_once():
-            deadline = asyncio.get_running_loop().time() + timeout
-            await first_connection(self._client, self._login, self._events, self._name, timeout)
+    async def _dial(self, timeout: float, *, confirm: bool) -> None:
+        deadline = asyncio.get_running_loop().time() + timeout
+        await first_connection(self._client, self._login, self._events, self._name, timeout)
+        inbox = f"{self._awaited.inbox}.*"
+        self._refused = self._unconfirmed.enter_context(self._awaited.subscribing(inbox))
+        with self._events.translated():
+            deliver = self._joining.handler(self._awaited.answered)
+            self._subscriptions.append(await self.path.subscribe(inbox, "", deliver, confirm=False))
+        if confirm:
             try:
-                async with asyncio.timeout_at(deadline):
-                    await self.subscribe(f"{self._awaited.inbox}.*", self._awaited.answered)
-            except TimeoutError as exc:
+                async with asyncio.timeout_at(deadline), self._confirming():
+                    await self.path.flush(timeout)
+            except (TimeoutError, nats.errors.TimeoutError) as exc:
                 raise MeshUnreachable(
                     f"the server at {self.url} took the login and then fell silent", url=self.url
                 ) from exc
+
+    @contextlib.asynccontextmanager
+    async def _confirming(self) -> AsyncIterator[None]:
+        """While the server is waited for: what it has to say against the inbox comes before its answer."""
+        yield
+        self._unconfirmed.close()
+        refused, self._refused = self._refused, []
+        if refused:
+            raise refused[0]
 
     async def close(self) -> None:
         """Send what is still held, then close. Awaited replies fail at once.
@@ -205,7 +222,8 @@ class Connection:
             raise self._gone()
         deliver = self._joining.handler(handler) if join else whole(handler)
         with self._events.translated(), self._awaited.subscribing(subject) as refused:
-            raw = await self.path.subscribe(subject, queue, deliver)
+            async with self._confirming():
+                raw = await self.path.subscribe(subject, queue, deliver)
         if refused:
             await self.path.unsubscribe(raw)
             raise refused[0]
@@ -318,9 +336,11 @@ class Connection:
 
         Raises:
             RequestTimeout: it did not within ``timeout`` seconds.
+            SubjectNotPermitted: the server does not allow this login its inbox.
             BusClosed: the connection was closed meanwhile.
         """
-        await self._taken(timeout)
+        async with self._confirming():
+            await self._taken(timeout)
 
     async def _taken(self, timeout: float) -> bool:
         with self._events.translated():
@@ -396,9 +416,16 @@ async def dial(
     credentials: str | Path | Credentials | None = None,
     timeout: float = CONNECT_TIMEOUT_S,
     on_error: Callable[[Exception], None] | None = None,
+    confirm: bool = True,
+    in_turn: bool = True,
 ) -> Connection:
-    """The same as :func:`connect`, closed by the caller."""
+    """The same as :func:`connect`, closed by the caller.
+
+    A caller that subscribes at once may leave it to that to wait for the server's consent (``confirm=False``), which
+    saves a round trip. One for which others wait that are dialling themselves waits for none of them
+    (``in_turn=False``).
+    """
     keep_large_blocks()
     connection = Connection(login(url, credentials), name, on_error)
-    await connection._open(timeout)  # noqa: SLF001
+    await connection._open(timeout, confirm=confirm, in_turn=in_turn)  # noqa: SLF001
     return connection

@@ -34,8 +34,8 @@ class PlainPath:
         self._writer: asyncio.Task[None] | None = None
         self._flushes = Flushes(self.client)
 
-    async def subscribe(self, subject: str, queue: str, handler: RawHandler) -> Any:
-        """Subscribe; the server knows it when this returns."""
+    async def subscribe(self, subject: str, queue: str, handler: RawHandler, *, confirm: bool = True) -> Any:
+        """Subscribe; the server knows it when this returns, or else before whatever is published from now on."""
 
         async def deliver(message: Any) -> None:
             status = (message.headers or {}).get("Status")
@@ -52,7 +52,8 @@ class PlainPath:
         subscription = await self.client.subscribe(
             subject, queue=queue, cb=deliver, pending_bytes_limit=MAX_PENDING_BYTES
         )
-        await self.flush(SUBSCRIBE_S)
+        if confirm:
+            await self.flush(SUBSCRIBE_S)
         return subscription
 
     async def unsubscribe(self, subscription: Any) -> None:

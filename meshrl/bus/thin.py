@@ -28,8 +28,6 @@ import nats.aio.client
 import nats.aio.transport
 import nats.errors
 
-from meshrl.bus.flushing import Flushes
-
 # A handler gets subject, reply subject, body and the raw header block (empty without headers).
 RawHandler = Callable[[str, str, bytes, bytes], None]
 
@@ -44,6 +42,9 @@ MAX_HELD_BYTES = 8 * 1024 * 1024
 SUBSCRIBE_S = 10.0
 
 _CRLF = b"\r\n"
+_PING = b"PING\r\n"
+# What a flush waits for becomes this when the connection is lost.
+_LOST = object()
 # A message of so many bytes that comes in several reads is put together without its head.
 LARGE_BYTES = 64 * 1024
 
@@ -247,10 +248,10 @@ class ThinPath:
         self._scheduled = False
         self._at_once = True
         self.reading = False
-        self._flushes = Flushes(self.client)
+        self._flushing: set[asyncio.Future[Any]] = set()
 
-    async def subscribe(self, subject: str, queue: str, handler: RawHandler) -> Any:
-        """Subscribe; the server knows it when this returns."""
+    async def subscribe(self, subject: str, queue: str, handler: RawHandler, *, confirm: bool = True) -> Any:
+        """Subscribe; the server knows it when this returns, or else before whatever is published from now on."""
 
         async def early(message: Any) -> None:
             handler(message.subject, message.reply, message.data, b"")
@@ -259,14 +260,13 @@ class ThinPath:
         # before the next line.
         subscription = await self.client.subscribe(subject, queue=queue, cb=early)
         self.handlers[str(subscription._id).encode()] = handler  # noqa: SLF001
-        self._write_pending()
-        await self.flush(SUBSCRIBE_S)
+        if confirm:
+            await self.flush(SUBSCRIBE_S)
         return subscription
 
     async def unsubscribe(self, subscription: Any) -> None:
         """End a subscription; messages that are still under way go nowhere."""
         await subscription.unsubscribe()
-        self._write_pending()
         self.handlers.pop(str(subscription._id).encode(), None)  # noqa: SLF001
 
     def publish(self, subject: str, reply: str, body: bytes) -> None:
@@ -308,21 +308,43 @@ class ThinPath:
 
     async def flush(self, timeout: float) -> bool:
         """Wait until the server has taken everything published before; see :meth:`Flushes.one`."""
-        self.write_out()
-        return await self._flushes.one(timeout)
-
-    def _write_pending(self) -> None:
-        """Write what nats-py would at its next turn (a SUB, say), which its own PING and our messages overtake."""
         client = self.client
-        transport = client._transport  # noqa: SLF001
-        if client._pending and client.is_connected and not transport._io_writer.is_closing():  # noqa: SLF001
-            pending, client._pending = client._pending, []  # noqa: SLF001
-            client._pending_data_size = 0  # noqa: SLF001
-            transport.write(b"".join(pending))
+        if client.is_closed:
+            raise nats.errors.ConnectionClosedError
+        if not self._writable():
+            return False
+        # nats-py gives the PONG to the first that waits. It is never cancelled, so that one that is set already (after
+        # a loss) is of a connection that is no more.
+        pong: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        client._pongs.append(pong)  # noqa: SLF001
+        self._flushing.add(pong)
+        self._out += (_PING, b"", b"")
+        self.write_out()
+        try:
+            done, _ = await asyncio.wait({pong}, timeout=timeout)
+        finally:
+            self._flushing.discard(pong)
+        if not done:
+            raise nats.errors.FlushTimeoutError
+        return pong.result() is not _LOST
+
+    def _writable(self) -> bool:
+        # A socket that was reset is closing for a moment before nats-py notices; uvloop's raises at a write.
+        return self.client.is_connected and not self.client._transport._io_writer.is_closing()  # noqa: SLF001
+
+    def _pending(self) -> list[bytes]:
+        """What nats-py would write at a next turn (a SUB, say), and our messages and PINGs would overtake."""
+        client = self.client
+        pending: list[bytes] = client._pending  # noqa: SLF001
+        client._pending = []  # noqa: SLF001
+        client._pending_data_size = 0  # noqa: SLF001
+        return pending
 
     def lost(self) -> None:
         """The connection is gone: no PONG comes any more."""
-        self._flushes.lost()
+        for pong in self._flushing:
+            if not pong.done():
+                pong.set_result(_LOST)
 
     def abort(self) -> None:
         """Drop the socket with what is still to be written, of a client that is closed."""
@@ -336,8 +358,7 @@ class ThinPath:
         if not out:
             return
         transport = self.client._transport  # noqa: SLF001
-        # A socket that was reset is closing for a moment before nats-py notices; uvloop's raises at a write.
-        if not self.client.is_connected or transport._io_writer.is_closing():  # noqa: SLF001
+        if not self._writable():
             if self._out_bytes > MAX_HELD_BYTES:
                 self.dropped += len(out) // 3
                 out.clear()
@@ -345,6 +366,8 @@ class ThinPath:
             return
         self._out = []
         self._out_bytes = 0
+        if self.client._pending:  # noqa: SLF001
+            out = [*self._pending(), *out]
         # One copy for many small messages in one system call; a large body goes down as it is.
         if len(out) == 3 and len(out[1]) > 65536:
             transport.writelines(out)

@@ -64,7 +64,7 @@ def _checker(space: spaces.Space[Any], strict: bool, at: str) -> _Problem:
         try:
             fits = space.contains(action)
         except Exception as exc:  # noqa: BLE001  # a space may stumble over what it does not expect
-            return f"{where}is nothing that the space can look at ({type(exc).__name__}: {exc}): {_short(action)}"
+            return f"{where}cannot be checked: {type(exc).__name__}: {exc}"
         return None if fits else f"{where}is not in the space: {_short(action)}"
 
     return contained

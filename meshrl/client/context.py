@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
 from meshrl.client.flights import Flights
+from meshrl.client.hearing import Hearing
 from meshrl.client.leases import Leases
 from meshrl.client.opening import Opening
 from meshrl.client.registry import Registry
@@ -55,7 +56,7 @@ class Context:
         self.connection = connection
         self.subjects = subjects
         self.timeout = timeout
-        self.registry = Registry(connection, subjects)
+        self.hearing = Hearing(connection, url, credentials, subjects)
         self.flights = Flights(connection, subjects, silence_s(timeout))
         self._leases = Leases(connection, url, credentials, subjects, self._lost)
         self._sessions: dict[str, RemoteSession] = {}
@@ -69,6 +70,11 @@ class Context:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    @property
+    def registry(self) -> Registry:
+        """Who is there, as far as this client knows."""
+        return self.hearing.registry
 
     # ---------------------------------------------------------------- life
 
@@ -88,7 +94,7 @@ class Context:
         """Begin nothing more, and renew nothing more; whatever becomes of :meth:`close`, no lease is held for ever."""
         self._ended = True
         self._leases.end()
-        self.registry.end()
+        self.hearing.end()
 
     async def close(self) -> None:
         """Close every session that is still open, then disconnect."""
@@ -99,13 +105,16 @@ class Context:
             try:
                 await self._leases.stop()
             finally:
-                self.flights.close()
-                await self.connection.close()
+                try:
+                    await self.hearing.stop()
+                finally:
+                    self.flights.close()
+                    await self.connection.close()
 
     def _connection_ended(self, why: MeshError) -> None:
         if not self._ended:
             self._why = why
-            self.registry.end(why)
+            self.hearing.end(why)
 
     # ---------------------------------------------------------------- sessions
 

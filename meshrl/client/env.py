@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from functools import cached_property
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import gymnasium
-from gymnasium.envs.registration import EnvSpec
 
 from meshrl.client.actions import Check, checker
+from meshrl.client.leased import Leased
 from meshrl.client.readable import check_spaces
 from meshrl.client.session import RemoteSession, fields_of
 from meshrl.client.window import Shows, Window
@@ -25,7 +22,7 @@ from meshrl.wire.messages import SessionState
 Step = tuple[Any, Any, bool, bool, dict[str, Any]]
 
 
-class RemoteEnv:
+class RemoteEnv(Leased):
     """An env that lives on a worker; made by :meth:`meshrl.Mesh.env`.
 
     Each method is one round trip, one at a time: a second call while one is under way raises ``ConcurrentStep``.
@@ -36,13 +33,15 @@ class RemoteEnv:
         render_mode: as asked for.
     """
 
+    _freed_by = "`await env.close()` frees its slot"
+
     def __init__(
         self, session: RemoteSession, *, render_mode: str | None, check_actions: Literal["normal", "strict"]
     ) -> None:
         description = session.grant.description
+        super().__init__(description, (session,))
         self.render_mode = render_mode
         self._session = session
-        self._description = description
         check_spaces(description)
         # Made when somebody looks: a session would cost twice the time and memory with spaces that nobody does.
         self._observation_space: gymnasium.Space[Any] | None = None
@@ -55,19 +54,6 @@ class RemoteEnv:
 
     def __repr__(self) -> str:
         return f"<RemoteEnv {self.name} at {self.worker}: {self._session!r}>"
-
-    def __del__(self, _warn: Any = warnings.warn) -> None:
-        session = getattr(self, "_session", None)
-        if session is not None and session.abandoned:
-            session.let_go()
-            _warn(f"unclosed {self!r}: `await env.close()` frees its slot", ResourceWarning, source=self)
-
-    # ---------------------------------------------------------------- facts
-
-    @property
-    def name(self) -> str:
-        """As served."""
-        return self._description.name
 
     @property
     def worker(self) -> str:
@@ -92,21 +78,6 @@ class RemoteEnv:
         if self._action_space is None:
             self._action_space = spaces.rebuild(self._description.action_space)
         return self._action_space
-
-    @cached_property
-    def metadata(self) -> dict[str, Any]:
-        """The remote env's, without what cannot travel."""
-        return dict(self._description.metadata)
-
-    @cached_property
-    def remote_spec(self) -> EnvSpec | None:
-        """The remote env's ``EnvSpec``; None where it has none that can be written down."""
-        return None if self._description.spec is None else EnvSpec.from_json(self._description.spec)
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """Versions of what the env runs on."""
-        return dict(self._description.versions)
 
     # ---------------------------------------------------------------- an env's calls
 
@@ -235,15 +206,7 @@ class RemoteEnv:
         """Close the env and free its slot. Safe to call twice."""
         if self._window is not None:
             self._window.close()
-        await self._session.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
+        await super().close()
 
 
 def _reset_of(reply: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -30,8 +30,8 @@ RENEWALS_A_LEASE = 3
 # As long as workers grant; without any lease, how often it looks for one.
 LEASE_S = 15.0
 STOP_S = 2.0
-# While there are leases, it looks this often whether one is new that its client has not renewed itself: well within the
-# two seconds for which a grant waits to be renewed.
+# While there are leases, it looks this often whether one is new and its client has not renewed it itself since the look
+# before: within the two seconds for which a grant waits to be renewed.
 LOOK_S = 0.5
 # Between attempts to renew again after an error; leases are three times as long at the least.
 PAUSE_S = 1.0
@@ -67,7 +67,9 @@ class Keeper:
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._leases: dict[Key, _Lease] = {}
-        self._new: set[Key] = set()  # not renewed yet by anyone
+        # Not renewed yet by anyone, as far as is known: since its last look, and since the one before.
+        self._new: set[Key] = set()
+        self._waiting: set[Key] = set()
         self._shortest_s = math.inf  # of the leases, or shorter than that
         self._all_now = False
         self._sleeps_until = math.inf  # in monotonic seconds
@@ -108,6 +110,7 @@ class Keeper:
         """Who holds these has renewed them for the first time; from any thread."""
         with self._lock:
             self._new.difference_update(keys)
+            self._waiting.difference_update(keys)
 
     def release(self, *keys: Key) -> None:
         """Renew these, each a worker and a session, no more; from any thread."""
@@ -115,6 +118,7 @@ class Keeper:
             for key in keys:
                 self._leases.pop(key, None)
                 self._new.discard(key)
+                self._waiting.discard(key)
 
     def end(self) -> None:
         """Renew nothing any more; the thread ends soon."""
@@ -210,8 +214,9 @@ class Keeper:
             if everything:
                 self._all_now = False
                 self._shortest_s = min((lease.lease_s for lease in self._leases.values()), default=math.inf)
-            keys = list(self._leases) if everything else list(self._new)
-            self._new.clear()
+            keys = list(self._leases if everything else self._waiting)
+            self._waiting = set() if everything else self._new
+            self._new = set()
             by_worker: dict[str, list[tuple[str, int]]] = defaultdict(list)
             for worker, session in keys:
                 by_worker[worker].append((session, self._leases[worker, session].epoch))
@@ -234,6 +239,7 @@ class Keeper:
                 with self._lock:
                     held = self._leases.pop((worker, session), None)
                     self._new.discard((worker, session))
+                    self._waiting.discard((worker, session))
                 if held is not None:
                     held.on_lost(session, reason)
 

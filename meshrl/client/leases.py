@@ -150,7 +150,6 @@ class Leases:
         for worker, sessions in granted.items():
             for at in range(0, len(sessions), MAX_BATCH):
                 self._send(worker, sessions[at : at + MAX_BATCH])
-            self._keeper.renewed([(worker, session) for session, _ in sessions])
 
     def _send(self, worker: str, sessions: list[tuple[str, int]]) -> None:
         def answered(data: bytes | None) -> None:
@@ -163,6 +162,8 @@ class Leases:
             except MeshError as exc:
                 log.warning("worker %s answered a renewal with %s", worker, exc)
                 return
+            if self._keeper is not None:
+                self._keeper.renewed([(worker, session) for session, _ in sessions])
             for session, reason in lost:
                 self._on_lost(session, reason)
 

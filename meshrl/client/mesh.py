@@ -79,10 +79,12 @@ class Mesh:
             raise UsageError("a Mesh is entered once; make another one")
         url = await locate(self._url, credentials=self._credentials, namespace=self._subjects.namespace)
         connect_s = min(self._timeout, CONNECT_TIMEOUT_S)
-        connection = await dial(url, name="meshrl client", credentials=self._credentials, timeout=connect_s)
+        connection = await dial(
+            url, name="meshrl client", credentials=self._credentials, timeout=connect_s, confirm=False
+        )
         self._context = Context(connection, url, self._credentials, self._subjects, self._timeout)
         try:
-            await self._context.registry.listen()
+            await self._context.hearing.begin()
         except BaseException:
             await self.__aexit__(None, None, None)
             raise
@@ -133,7 +135,8 @@ class Mesh:
         Raises:
             MeshError: the connection was ended otherwise.
         """
-        return self._open().registry.watch()
+        context = self._open()
+        return context.registry.watch(context.hearing)
 
     # ---------------------------------------------------------------- envs and agents
 

@@ -13,7 +13,8 @@ from meshrl.client.finding import ASK_AGAIN_S, Finding
 from meshrl.client.flights import Entry, Flight
 from meshrl.errors import MeshError, MeshFull, SessionLost, UnknownName, WorkerDraining, from_wire
 from meshrl.protocol.placement import Choice, Shard
-from meshrl.wire.messages import Close, Full, Grant, Kind, Open, check, parse_answer
+from meshrl.wire.grants import parse_answer
+from meshrl.wire.messages import Close, Full, Grant, Kind, Open, check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

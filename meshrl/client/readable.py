@@ -7,7 +7,7 @@ import weakref
 from meshrl.wire import spaces
 from meshrl.wire.messages import Description
 
-# By identity: the grants of one env share their description (:func:`meshrl.wire.messages.parse_answer`).
+# By identity: the grants of one env share their description (:func:`meshrl.wire.grants.parse_answer`).
 _READ: weakref.WeakValueDictionary[int, Description] = weakref.WeakValueDictionary()
 
 

@@ -54,7 +54,7 @@ class Registry:
         self._refusals: dict[tuple[str, str], Any] = {}  # as they came: a raised exception would pin its frames
         self._making: dict[str, float] = {}  # as asked for: when a worker last said that it makes it
         self._resolved: dict[tuple[str, str], str | None] = {}  # as long as the same names are served
-        self._watchers: set[Watcher] = set()
+        self._watchers: dict[Watcher, object] = {}  # and whose they are
         self._asked_about: dict[tuple[str, str, str], float] = {}
         self._heard = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -134,15 +134,22 @@ class Registry:
         """Whether anything changed after ``when``, in monotonic seconds."""
         return self._changed_at > when
 
-    async def watch(self) -> AsyncIterator[Event]:
+    def end_of(self, owner: object, why: MeshError | None = None) -> None:
+        """One of several that share it hears nothing any more."""
+        for watcher, whose in self._watchers.items():
+            if whose is owner:
+                watcher.end(why)
+        self._notify()
+
+    async def watch(self, owner: object = None) -> AsyncIterator[Event]:
         """First a ``joined`` for everyone who is there, then the changes."""
         watcher = Watcher(Event("joined", entry.key, entry.advertisement) for entry in self.directory.entries())
-        self._watchers.add(watcher)
+        self._watchers[watcher] = owner
         try:
             while (event := await watcher.next()) is not None:
                 yield event
         finally:
-            self._watchers.discard(watcher)
+            del self._watchers[watcher]
 
     # ---------------------------------------------------------------- asking
 

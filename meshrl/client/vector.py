@@ -7,30 +7,23 @@ there were.
 
 from __future__ import annotations
 
-import operator
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from types import TracebackType
-from typing import Any, Literal, Self, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from meshrl.client.batched_actions import batched_checker
+from meshrl.client.leased_envs import LeasedEnvs
 from meshrl.client.lockstep import Lockstep
-from meshrl.client.seeds import Seeds
 from meshrl.client.shards import ShardSession
 from meshrl.errors import (
     MalformedMessage,
     ResetNeeded,
     UsageError,
 )
-from meshrl.wire import spaces
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame
 from meshrl.wire.infos import merge_infos
@@ -40,7 +33,7 @@ from meshrl.wire.messages import Seeding
 VectorStep = tuple[Any, NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
 
 
-class RemoteVectorEnv:
+class RemoteVectorEnv(LeasedEnvs):
     """Envs that live on workers, stepped together; made by :meth:`meshrl.Mesh.vector`.
 
     Each method is one round trip to every shard, one at a time: a second call while one is under way raises
@@ -56,6 +49,8 @@ class RemoteVectorEnv:
         render_mode: as asked for.
     """
 
+    _freed_by = "`await envs.close()` frees its slots"
+
     def __init__(
         self,
         sessions: Sequence[ShardSession],
@@ -65,90 +60,30 @@ class RemoteVectorEnv:
         render_mode: str | None,
         check_actions: Literal["normal", "strict"],
     ) -> None:
-        description = sessions[0].grant.description
-        self.num_envs = sum(session.num_envs for session in sessions)
+        super().__init__(sessions, seeding=seeding, check_actions=check_actions)
         self.autoreset_mode = autoreset_mode
-        self.seeding: Seeding = seeding
         self.render_mode = render_mode
-        self._sessions = list(sessions)
-        self._description = description
-        self._single_observation_space = spaces.rebuild(description.observation_space)
-        self._single_action_space = spaces.rebuild(description.action_space)
-        self._check = batched_checker(
-            self._single_action_space, self.num_envs, description.name, strict=check_actions == "strict"
-        )
         self._sizes = [session.num_envs for session in sessions]
         self._observation_batches = batching(self._single_observation_space)
-        self._action_batches = batching(self._single_action_space)
-        self._seeds = Seeds(seeding, self.num_envs, description.name)
         self._ended: NDArray[np.bool_] = np.zeros(self.num_envs, np.bool_)  # where nobody but the caller resets them
-        self._lockstep = Lockstep(self._sessions, description.name)
+        self._lockstep = Lockstep(self._sessions, self.name)
         self._rooted = False  # whether all know the root of derived seeding
         # What is made of the shards' infos; faces other than Gymnasium's take those of each sub-environment instead.
         self._infos_of: Callable[[Sequence[tuple[Any, int, int]], int], Any] = merge_infos
 
     def __repr__(self) -> str:
-        workers = len({session.grant.worker for session in self._sessions})
-        return f"<RemoteVectorEnv of {self.num_envs} {self.name} in {len(self._sessions)} shards at {workers} workers>"
-
-    def __del__(self, _warn: Any = warnings.warn) -> None:
-        left = [session for session in getattr(self, "_sessions", ()) if session.abandoned]
-        for session in left:
-            session.let_go()
-        if left:
-            _warn(f"unclosed {self!r}: `await envs.close()` frees its slots", ResourceWarning, source=self)
-
-    # ---------------------------------------------------------------- facts
-
-    @property
-    def name(self) -> str:
-        """As served."""
-        return self._description.name
-
-    @property
-    def shards(self) -> list[tuple[str, int]]:
-        """The worker and the number of sub-environments of each shard, in the order of env_ids."""
-        return [(session.grant.worker, session.num_envs) for session in self._sessions]
-
-    @property
-    def single_observation_space(self) -> gymnasium.Space[Any]:
-        """Of one sub-environment."""
-        return self._single_observation_space
-
-    @property
-    def single_action_space(self) -> gymnasium.Space[Any]:
-        """Of one sub-environment."""
-        return self._single_action_space
-
-    @cached_property
-    def observation_space(self) -> gymnasium.Space[Any]:
-        """Of all of them: ``batch_space(single_observation_space, num_envs)``."""
-        return batch_space(self._single_observation_space, self.num_envs)
-
-    @cached_property
-    def action_space(self) -> gymnasium.Space[Any]:
-        """Of all of them: ``batch_space(single_action_space, num_envs)``."""
-        return batch_space(self._single_action_space, self.num_envs)
+        shards, workers = len(self._sessions), self._workers()
+        return f"<RemoteVectorEnv of {self.num_envs} {self.name} in {shards} shards at {workers} workers>"
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """The remote envs', without what cannot travel, and ``autoreset_mode``."""
         return {**self._description.metadata, "autoreset_mode": self.autoreset_mode}
 
-    @cached_property
-    def remote_spec(self) -> EnvSpec | None:
-        """One sub-environment's ``EnvSpec``; None where it has none that can be written down."""
-        return None if self._description.spec is None else EnvSpec.from_json(self._description.spec)
-
     @property
     def root(self) -> int | None:
         """With ``seeding="derived"``, the root of all seeds, given or drawn; None before the first reset."""
         return self._seeds.root
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """Versions of what the envs run on."""
-        return dict(self._description.versions)
 
     # ---------------------------------------------------------------- a vector env's calls
 
@@ -216,7 +151,7 @@ class RemoteVectorEnv:
         if len(self._sessions) == 1:
             fields = [{"actions": actions}]
         else:
-            fields = [{"actions": self._action_batches.cut(actions, *at)} for at in self._bounds()]
+            fields = [{"actions": self._action_batches.cut(actions, *at)} for at in self._bounds]
         return self._stepped(await self._lockstep.call("step", fields))
 
     async def settle(self) -> Any:
@@ -275,7 +210,7 @@ class RemoteVectorEnv:
             NotAllowed: the operator does not allow it.
             ValueError: another number of values.
         """
-        ids = self._ids(env_ids)
+        ids = self._ids(env_ids).tolist()
         each = list(values) if isinstance(values, (list, tuple)) else [values] * len(ids)
         if len(each) != len(ids):
             raise ValueError(
@@ -283,7 +218,7 @@ class RemoteVectorEnv:
                 f"Got `{len(each)}` values for {len(ids)} environments."
             )
         fields: list[Frame] = []
-        for start, stop in self._bounds():
+        for start, stop in self._bounds:
             mine = [k for k, i in enumerate(ids) if start <= i < stop]
             fields.append({"name": name, "ids": [ids[k] - start for k in mine], "values": [each[k] for k in mine]})
         await self._lockstep.call("set_attr", fields)
@@ -294,44 +229,20 @@ class RemoteVectorEnv:
         """Whether each sub-environment (or each of ``env_ids``) has that wrapper on its worker."""
         return await self._of_some("is_wrapped", env_ids, {"wrapper": f"{wrapper.__module__}:{wrapper.__qualname__}"})
 
-    async def close(self) -> None:
-        """Close all sub-environments and free their slots. Safe to call twice."""
-        for session in self._sessions:
-            await session.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
     # ---------------------------------------------------------------- requests
 
     async def _of_some(self, op: str, env_ids: Sequence[SupportsIndex] | None, fields: Frame) -> tuple[Any, ...]:
         """Values of some sub-environments, in the order asked for."""
         if env_ids is None:
             return _values_of(await self._lockstep.call(op, [fields] * len(self._sessions)))
-        ids = self._ids(env_ids)
-        own = [{**fields, "ids": [i - start for i in ids if start <= i < stop]} for start, stop in self._bounds()]
+        ids = self._ids(env_ids).tolist()
+        own = [{**fields, "ids": [i - start for i in ids if start <= i < stop]} for start, stop in self._bounds]
         by_shard = [iter(_list_of(frame, "values")) for frame in await self._lockstep.call(op, own)]
         starts = [session.first_env_id for session in self._sessions]
         try:
             return tuple(next(by_shard[int(np.searchsorted(starts, i, "right")) - 1]) for i in ids)
         except StopIteration:
             raise MalformedMessage(f"a reply to {op} has too few values") from None
-
-    def _ids(self, env_ids: Sequence[SupportsIndex] | None) -> list[int]:
-        if env_ids is None:
-            return list(range(self.num_envs))
-        ids = [operator.index(i) for i in env_ids]
-        if not all(0 <= i < self.num_envs for i in ids):
-            raise UsageError(f"{self.name}: env_ids are from 0 to {self.num_envs - 1}, not {ids}", env_ids=ids)
-        return ids
-
-    def _bounds(self) -> list[tuple[int, int]]:
-        return [(s.first_env_id, s.first_env_id + s.num_envs) for s in self._sessions]
 
     # ---------------------------------------------------------------- what they carry
 
@@ -357,7 +268,7 @@ class RemoteVectorEnv:
         self, seeds: list[int | None] | None, options: dict[str, Any] | None, mask: NDArray[np.bool_] | None
     ) -> list[Frame]:
         fields: list[Frame] = []
-        for start, stop in self._bounds():
+        for start, stop in self._bounds:
             own: Frame = {}
             if seeds is not None:
                 own["seeds"] = seeds[start:stop]

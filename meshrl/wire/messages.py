@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import msgpack
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints, ValidationError
 
 from meshrl.errors import MalformedMessage, UnsupportedVersion
@@ -292,47 +290,6 @@ class Grant(Message):
 
 
 _DESCRIPTION = pack("description")
-
-
-# Each description is a kilobyte, and a few hundred bytes of model for every entry: what is told in the same bytes again
-# and again, with every grant of one env, is read and kept once in a process. Models are frozen.
-@lru_cache(maxsize=64)
-def _description(raw: bytes) -> Description:
-    return parse(Description, raw)
-
-
-def parse_answer(data: bytes) -> Any:
-    """An answer to an open as :func:`~meshrl.wire.codec.unpack` gives it, with the description of a grant as a model.
-
-    Raises:
-        MalformedMessage: it is not a value of the codec, or its description is none.
-        UnsupportedVersion: the description is of another major version.
-    """
-    around = _without_description(data)
-    if around is None:
-        return unpack(data)
-    rest, raw = around
-    body = unpack(rest)
-    if isinstance(body, dict):
-        body["description"] = _description(raw)
-    return body
-
-
-def _without_description(data: bytes) -> tuple[bytes, bytes] | None:
-    """The message with nil for its description, and the description's own bytes; None where there is no such part."""
-    walk = msgpack.Unpacker(max_buffer_size=len(data), max_ext_len=0)
-    try:
-        walk.feed(data)
-        for _ in range(walk.read_map_header()):
-            if walk.unpack() == "description":
-                begin = walk.tell()
-                walk.skip()
-                end = walk.tell()
-                return data[:begin] + b"\xc0" + data[end:], data[begin:end]
-            walk.skip()
-    except Exception:  # noqa: BLE001  # a dozen classes, for what is no map of text keys: told by who reads all of it
-        return None
-    return None
 
 
 class Full(Message):

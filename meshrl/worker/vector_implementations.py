@@ -22,7 +22,7 @@ from meshrl.errors import InvalidName, MalformedMessage, NotAllowed, ResetNeeded
 from meshrl.protocol.pace import BatchPace
 from meshrl.protocol.seeds import check_seed
 from meshrl.wire.frames import Frame
-from meshrl.wire.infos import pack_merged
+from meshrl.wire.merged_infos import pack_merged
 from meshrl.wire.messages import AUTORESET_MODES, Open, Vectors
 from meshrl.worker.calls import Calls
 from meshrl.worker.factories import Factory, is_gymnasium_id

@@ -16,7 +16,7 @@ from meshrl.protocol.autoreset import RULES
 from meshrl.protocol.lanes import Lanes
 from meshrl.protocol.seeds import derive
 from meshrl.protocol.session import ANY_LANE, SessionTable
-from meshrl.wire import codec, infos, messages, spaces
+from meshrl.wire import codec, info_forms, infos, messages, spaces
 from meshrl.wire.batches import form_of, stack
 from meshrl.wire.codec import unpack
 from meshrl.worker.vector_implementations import IMPLEMENTATIONS
@@ -96,7 +96,7 @@ def test_the_seedings_and_the_seed_of_the_example_are_those_of_the_code() -> Non
 
 def test_the_kinds_of_columns_of_infos_are_those_of_the_code() -> None:
     told = {coded(row["kind"])[0] for row in table("Vectors", "kind")}
-    assert told == infos._LEAF_KINDS | {"map"}
+    assert told == info_forms.LEAF_KINDS | {"map"}
 
 
 def entries_by_the_text(part: dict[str, Any], count: int) -> list[tuple[int, dict[str, Any]]]:

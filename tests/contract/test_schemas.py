@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 from meshrl.errors import MalformedMessage, MeshError
 from meshrl.wire import frames, infos, messages, spaces
 from meshrl.wire.codec import pack, unpack
+from meshrl.wire.merged_infos import pack_merged
 from meshrl.wire.parts import split
 from meshrl.wire.subjects import Subjects, token
 from schemas import generate
@@ -185,7 +186,7 @@ def test_the_schema_of_infos_accepts_what_the_code_writes() -> None:
         infos.pack_infos([(0, own)], 1),
         infos.pack_infos([(i, own) for i in range(4)], 4),
         infos.pack_infos([(i, own if i % 2 else {"z": (1, "x")}) for i in range(8)], 9),
-        infos.pack_merged({"a": np.ones(3), "_a": np.ones(3, np.bool_), "b": {"c": np.full(3, None)}, "d": 5}, 3),
+        pack_merged({"a": np.ones(3), "_a": np.ones(3, np.bool_), "b": {"c": np.full(3, None)}, "d": 5}, 3),
     ):
         assert fault("vector_reset.reply", pack({"seq": 1, "obs": 0, "infos": told})) == ""
 

@@ -574,7 +574,7 @@ async def test_a_large_act_is_sent_again_to_another_worker(url: str, gate: Gate)
         gate.pass_()
         return "the one that is stuck"
 
-    big = np.zeros(2_000_000, np.uint8)
+    big = np.zeros(5_000_000, np.uint8)  # more than one message, so that the client chooses the worker
     async with (
         AgentWorker({"mean": never}, url, slots=8),
         AgentWorker({"mean": lambda obs: "the other"}, url, slots=4),
@@ -661,7 +661,7 @@ async def test_evaluate_needs_no_more_slots_of_a_stateful_agent_than_there_are(u
 
 def test_the_public_names_of_a_mesh_are_the_api() -> None:
     public = {name for name in dir(Mesh()) if not name.startswith("_")}
-    assert public == {"agent", "agents", "describe", "env", "envs", "evaluate", "watch"}
+    assert public == {"agent", "agents", "describe", "env", "envs", "evaluate", "pool", "vector", "watch"}
 
 
 async def test_a_mesh_that_was_not_entered_or_was_closed_says_so(url: str) -> None:

@@ -101,7 +101,7 @@ async def heard(raw: Connection, body: bytes) -> AsyncIterator[asyncio.Queue[Any
 async def test_an_env_on_demand_may_take_its_time_to_construct_and_others_are_served_meanwhile(
     url: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meshrl.client.opening.UNKNOWN_S", 1.5)
+    monkeypatch.setattr("meshrl.client.finding.UNKNOWN_S", 1.5)
     with registered("Slow-v0", lambda **_: gate.env("constructor")):
         async with EnvWorker({"counter": Counter}, url, on_demand=True) as worker, Mesh(url) as m, Mesh(url) as other:
             slow = asyncio.create_task(m.env("slow"))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from meshrl.errors import MalformedMessage
 from meshrl.wire.codec import pack, unpack
-from meshrl.wire.infos import MAX_GROUPS, merge_infos, pack_infos, pack_merged
+from meshrl.wire.infos import MAX_GROUPS, merge_infos, pack_infos
+from meshrl.wire.merged_infos import pack_merged
 from tests.unit.wire.strategies import same as same_leaf
 
 Entries = Sequence[tuple[int, dict[Any, Any]]]

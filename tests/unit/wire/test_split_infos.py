@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from meshrl.errors import MalformedMessage
 from meshrl.wire.codec import pack, unpack
-from meshrl.wire.infos import pack_infos, pack_merged, split_infos
+from meshrl.wire.infos import pack_infos, split_infos
+from meshrl.wire.merged_infos import pack_merged
 from tests.unit.wire.strategies import same as same_leaf
 
 

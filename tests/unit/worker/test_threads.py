@@ -61,3 +61,24 @@ async def test_threads_do_not_keep_the_process_alive() -> None:
     assert hung
     assert all(thread.daemon for thread in hung)
     release.set()
+
+
+async def test_results_come_back_in_the_order_in_which_they_were_brought_and_one_that_fails_holds_up_no_other() -> None:
+    threads = Threads("test")
+    threads.loop = asyncio.get_running_loop()
+    told: list[str] = []
+    threads.loop.set_exception_handler(lambda _loop, context: told.append(repr(context["exception"])))
+    came = asyncio.Event()
+    back: list[int] = []
+
+    def job() -> None:
+        for number in range(100):
+            threads.back(back.append, number)
+        threads.back(int, "no number")
+        threads.back(came.set)
+
+    threads.submit(job)
+    await came.wait()
+    assert back == list(range(100))
+    assert len(told) == 1
+    assert "ValueError" in told[0]

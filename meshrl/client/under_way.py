@@ -1,0 +1,272 @@
+"""A pool's requests under way: whose turn each sub-environment is, and what became of what it was sent (R2, R9).
+
+    held        the caller's turn          send, reset       -> under way
+    under way   its worker's turn          its answer        -> ready
+    ready       waits to be received       recv              -> held
+
+Nothing here holds the pool: one that was forgotten is found, although the mesh holds its flights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.client.lane_flight import LaneFlight
+from meshrl.client.ready import Ready, Results
+from meshrl.client.shards import ShardSession
+from meshrl.errors import ConcurrentStep, MalformedMessage, MeshError, MeshUnreachable, ResetNeeded, from_wire
+from meshrl.wire.batches import Batching
+from meshrl.wire.codec import unpack
+from meshrl.wire.frames import Frame, Indices, check_lanes
+
+if TYPE_CHECKING:
+    from meshrl.client.flights import Flights
+
+# The fields of a request for some of its lanes, by their positions in what the user gave, and by env_id.
+FieldsOf = Callable[[Indices, Indices], Frame]
+_NEW, _HELD, _UNDER_WAY, _READY = range(4)
+_PHASES = ("was never reset", "", "is under way", "has a result that was not received")
+
+
+class UnderWay:
+    """What the lanes of one pool were sent, until it is answered or lost.
+
+    Args:
+        sessions: of the shards, in the order of env_ids.
+        flights: those of the mesh.
+        results: where answers go.
+        actions: batches of the pool's actions.
+
+    Attributes:
+        errors: what went wrong and was not raised yet, the oldest first.
+    """
+
+    def __init__(self, sessions: Sequence[ShardSession], flights: Flights, results: Results, actions: Batching) -> None:
+        self.errors: deque[MeshError] = deque()
+        self._name = sessions[0].grant.description.name
+        self._sessions = sessions
+        self._flights = flights
+        self._results = results
+        self._actions = actions
+        num_envs = sum(session.num_envs for session in sessions)
+        self._phases: NDArray[np.int8] = np.full(num_envs, _NEW, np.int8)
+        self._seqs: Indices = np.zeros(num_envs, np.int64)
+        self._under_way: set[LaneFlight] = set()
+        self._stranded: list[LaneFlight] = []  # of those, what a server that was away for too long may not have got
+        self._wanted = 0  # results that recv waits for; 0 while it does not
+        self._changed: asyncio.Future[None] | None = None
+        for session in sessions:
+            session.watched_by(self._is_waiting_for, self._fail)
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    # ---------------------------------------------------------------- whose turn it is
+
+    @property
+    def lanes(self) -> int:
+        """How many were sent something and have not answered."""
+        return int(np.count_nonzero(self._phases == _UNDER_WAY))
+
+    def holds(self, env_ids: Indices) -> bool:
+        """Whether one of them was sent something and has not answered."""
+        return bool((self._phases[env_ids] == _UNDER_WAY).any())
+
+    def handed_out(self, env_ids: Indices) -> None:
+        """Their results were received: it is the caller's turn."""
+        self._phases[env_ids] = _HELD
+
+    def check_held(self, env_ids: Indices) -> None:
+        """Whether it is the caller's turn in all of them.
+
+        Raises:
+            ConcurrentStep: one of them is under way, or has a result that was not received.
+            ResetNeeded: one of them was never reset.
+        """
+        phases = self._phases[env_ids]
+        if (phases == _HELD).all():
+            return
+        at = int(np.flatnonzero(phases != _HELD)[0])
+        env_id, phase = int(env_ids[at]), int(phases[at])
+        why = f"{self._name}: sub-environment {env_id} {_PHASES[phase]}"
+        if phase == _NEW:
+            raise ResetNeeded(f"{why}; call reset first", env_id=env_id)
+        raise ConcurrentStep(f"{why}; call recv first", env_id=env_id)
+
+    # ---------------------------------------------------------------- requests
+
+    def flights_of(self, op: str, ids: Indices, fields_of: FieldsOf) -> list[LaneFlight]:
+        """A request for each shard that has some of ``ids``; none of them is sent yet.
+
+        Args:
+            op: ``step`` or ``reset``.
+            ids: env_ids, each once.
+            fields_of: the request's own fields, for some of ``ids``.
+
+        Raises:
+            UnencodableValue: what is to be sent cannot travel.
+        """
+        flights = []
+        for session in self._sessions:
+            start = session.first_env_id
+            rows = np.flatnonzero((ids >= start) & (ids < start + session.num_envs))
+            if len(rows):
+                own = ids[rows]
+                flight = LaneFlight(
+                    self._flights,
+                    session,
+                    op,
+                    own - start,
+                    self._seqs[own] + 1,
+                    fields=fields_of(rows, own),
+                    some_of=self._some_of,
+                    received=self._received,
+                    lost=self._lost,
+                    now=time.monotonic(),
+                )
+                flights.append(flight)
+        return flights
+
+    def launch(self, flights: list[LaneFlight]) -> None:
+        """Send what was made of :meth:`flights_of`.
+
+        Raises:
+            BusClosed: the connection is closed.
+        """
+        for flight in flights:
+            self._flights.send(flight)
+            ids = flight.lanes + flight.session.first_env_id
+            self._under_way.add(flight)
+            self._seqs[ids] = flight.seqs
+            self._phases[ids] = _UNDER_WAY
+
+    def _some_of(self, op: str, frame: Frame, rows: Indices) -> Frame:
+        """A request's own fields for some of its lanes, out of the request itself."""
+        if op == "step":
+            return {"actions": self._actions.pick(frame["actions"], rows)}
+        some: Frame = {name: frame[name] for name in ("seeds", "options") if name in frame}
+        if "seeds" in some:
+            some["seeds"] = [some["seeds"][row] for row in rows.tolist()]
+        return some
+
+    def _received(self, flight: LaneFlight, data: bytes) -> None:
+        session = flight.session
+        try:
+            frame = unpack(data)
+            if type(frame) is dict and "lanes" in frame:
+                _, lanes, seqs = check_lanes(frame, session.num_envs)
+            elif type(frame) is dict and "error" in frame:
+                raise from_wire(frame["error"])
+            else:
+                raise MalformedMessage("a pool's answer names no lanes")
+        except MeshError as exc:
+            flight.failed(exc)
+            return
+        ids = lanes + session.first_env_id
+        # A second answer to the same request (it was sent again) or one that came late changes nothing.
+        awaited = (self._seqs[ids] == seqs) & (self._phases[ids] == _UNDER_WAY) & np.isin(lanes, flight.left())
+        rows = np.flatnonzero(awaited)
+        if not len(rows):
+            return
+        ids = ids[rows]
+        flight.land(lanes[rows])
+        if flight.landed:
+            self._under_way.discard(flight)
+        if "error" in frame:
+            self._phases[ids] = _HELD if flight.op == "step" else _NEW
+            self._fail_by(session, from_wire(frame["error"]))
+            return
+        try:
+            self._results.add(Ready(frame, len(lanes), rows, ids))
+        except MeshError as exc:
+            self._phases[ids] = _NEW
+            self._fail_by(session, exc)
+            return
+        self._phases[ids] = _READY
+        if self._results.count >= self._wanted:
+            self.wake()
+
+    def _lost(self, flight: LaneFlight, exc: MeshError) -> None:
+        """No more answers come to it: its session is gone, or the server is."""
+        if isinstance(exc, MeshUnreachable):
+            if not self._stranded:  # it is the same for all of them
+                self._fail(exc)
+            self._stranded.append(flight)
+            return
+        self._under_way.discard(flight)
+        self._phases[flight.left() + flight.session.first_env_id] = _NEW
+        self._fail_by(flight.session, exc)
+
+    def _fail_by(self, session: ShardSession, exc: MeshError) -> None:
+        if session.is_open:  # what comes after the error that ended it (steps that were cancelled) says nothing new
+            self._fail(session.judge(exc))
+        self.wake()
+
+    def _fail(self, exc: MeshError) -> None:
+        self.errors.append(exc)
+        self.wake()
+
+    def _is_waiting_for(self, session: ShardSession) -> bool:
+        return any(flight.session is session for flight in self._under_way)
+
+    # ---------------------------------------------------------------- waiting
+
+    @property
+    def stranded(self) -> bool:
+        """Whether there is something that the server may not have got, being away for too long."""
+        return bool(self._stranded)
+
+    def take_up(self) -> None:
+        """Send again what was given up because the server was away, once the user was told of it."""
+        if self._stranded and not self.errors:
+            stranded, self._stranded = self._stranded, []
+            for flight in stranded:
+                flight.relaunch()
+
+    def check_alone(self) -> None:
+        """Whether nobody waits.
+
+        Raises:
+            ConcurrentStep: somebody does.
+        """
+        if self._changed is not None:
+            raise ConcurrentStep(f"{self._name}: another recv or reset of this pool is waiting; await it first")
+
+    async def change(self, timeout: float | None, wanted: int = 0) -> None:
+        """Wait until ``wanted`` results are ready or something has gone wrong, or for ``timeout`` seconds.
+
+        Raises:
+            ConcurrentStep: somebody waits already.
+        """
+        self.check_alone()
+        loop = asyncio.get_running_loop()
+        self._wanted = wanted
+        self._changed = loop.create_future()
+        timer = None if timeout is None else loop.call_later(timeout, self.wake)
+        try:
+            await self._changed
+        finally:
+            self._changed = None
+            self._wanted = 0
+            if timer is not None:
+                timer.cancel()
+
+    def wake(self) -> None:
+        """Have who waits look again."""
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+
+    def end(self) -> None:
+        """Expect nothing more."""
+        for flight in list(self._under_way):
+            self._flights.landed(flight)
+        self._under_way.clear()
+        self._stranded.clear()
+        self._phases[self._phases == _UNDER_WAY] = _NEW
