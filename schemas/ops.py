@@ -157,7 +157,12 @@ VECTOR_OPS: dict[str, Op] = {
     ),
     "set_attr": Op(
         "Set an attribute that the operator allows, of each.",
-        {"name": _NAME, "values": _VALUES, "ids": _IDS},
+        {
+            "name": _NAME,
+            "values": _VALUES,
+            "ids": _IDS,
+            "outermost": {"type": "boolean", "description": "On the outermost wrapper, not where the attribute is."},
+        },
         ["name", "values"],
         {},
         [],

@@ -4,8 +4,6 @@ What SB3's ``DummyVecEnv`` over local envs gives, this gives: the same observati
 same types. What cannot be the same is said here:
 
     - an error of an env's own code is an ``EnvError`` with the worker's traceback;
-    - :meth:`MeshVecEnv.set_attr` sets an attribute where the env has it; ``DummyVecEnv`` sets it on the outermost
-      wrapper, where an env that is wrapped does not see it;
     - ``info["TimeLimit.truncated"]`` is a bool also where an env says ``np.bool_``;
     - options that differ between sub-environments, at the very first reset, have some of them reset twice.
 """
@@ -264,14 +262,18 @@ class MeshVecEnv(VecEnv):
             raise
 
     def set_attr(self, attr_name: str, value: Any, indices: Indices = None) -> None:
-        """Set a public attribute of each sub-environment (or of ``indices``), where it has it, to the same value.
+        """Set a public attribute of each sub-environment (or of ``indices``) to the same value.
+
+        As ``DummyVecEnv`` does, on the outermost wrapper: an env that is wrapped does not see it. To set something
+        where the env has it, let the env have a method for that and call :meth:`env_method`.
 
         Raises:
             NotAllowed: the workers' operator does not allow it.
             IndexError: there is no such sub-environment.
         """
         ids = self._ids(indices)
-        self._held.do("set_attr", self._held.remote.set_attr, attr_name, [value] * len(ids), ids)
+        set_attr = functools.partial(self._held.remote.set_attr, outermost=True)
+        self._held.do("set_attr", set_attr, attr_name, [value] * len(ids), ids)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: Indices = None, **method_kwargs: Any

@@ -198,13 +198,16 @@ class RemoteVectorEnv(LeasedEnvs):
         """
         return await self._of_some("get_attr", env_ids, {"name": name})
 
-    async def set_attr(self, name: str, values: Any, env_ids: Sequence[SupportsIndex] | None = None) -> None:
+    async def set_attr(
+        self, name: str, values: Any, env_ids: Sequence[SupportsIndex] | None = None, *, outermost: bool = False
+    ) -> None:
         """Set a public attribute of each sub-environment (or of ``env_ids``) that the workers' operator allows.
 
         Args:
             name: of the attribute.
             values: a list or tuple has one for each; anything else is set on all.
             env_ids: which; None for all.
+            outermost: set it on the outermost wrapper, where a wrapped env does not see it: what SB3's envs do.
 
         Raises:
             NotAllowed: the operator does not allow it.
@@ -220,7 +223,8 @@ class RemoteVectorEnv(LeasedEnvs):
         fields: list[Frame] = []
         for start, stop in self._bounds:
             mine = [k for k, i in enumerate(ids) if start <= i < stop]
-            fields.append({"name": name, "ids": [ids[k] - start for k in mine], "values": [each[k] for k in mine]})
+            own: Frame = {"name": name, "ids": [ids[k] - start for k in mine], "values": [each[k] for k in mine]}
+            fields.append({**own, "outermost": True} if outermost else own)
         await self._lockstep.call("set_attr", fields)
 
     async def is_wrapped(

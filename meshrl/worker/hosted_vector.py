@@ -201,8 +201,9 @@ class HostedVector:
         chosen, values = self._chosen(body), body.get("values")
         if not isinstance(values, list) or len(values) != len(chosen):
             raise MalformedMessage(f"set_attr of {len(chosen)} sub-environments needs a list of as many values")
+        put = setattr if body.get("outermost") is True else self._attributes.set
         for i, value in zip(chosen, values, strict=True):
-            self._subs.asked(i, self._attributes.set, name, value)
+            self._subs.asked(i, put, name, value)
         return {}
 
     def _op_is_wrapped(self, body: Frame) -> Frame:

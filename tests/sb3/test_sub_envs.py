@@ -8,11 +8,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.wrappers import OrderEnforcing, RecordEpisodeStatistics, TimeLimit
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from meshrl.adapters.sb3 import MeshVecEnv
 from meshrl.errors import NotAllowed, UnencodableValue
@@ -129,16 +128,18 @@ def test_wrappers_on_the_worker_are_seen_by_their_class(mesh: dict[str, Any]) ->
         remote.close()
 
 
-def test_set_attr_reaches_an_env_that_is_wrapped(mesh: dict[str, Any]) -> None:
-    """Where DummyVecEnv sets it on the outermost wrapper: the one thing that this does on purpose otherwise."""
-    local = CartPoleEnv()
-    remote: VecEnv = MeshVecEnv("CartPole-v1", 1, mesh=mesh)
-    remote.seed(1)
-    assert np.array_equal(remote.reset()[0], local.reset(seed=1)[0])
-    remote.set_attr("gravity", 0.5)
-    local.gravity = 0.5
+def test_set_attr_reaches_no_further_than_that_of_the_local_envs(mesh: dict[str, Any]) -> None:
+    """DummyVecEnv sets it on the outermost wrapper, where an env that is wrapped does not see it."""
+    local = DummyVecEnv([lambda: gymnasium.make("CartPole-v1")])
+    remote = MeshVecEnv("CartPole-v1", 1, mesh=mesh)
+    for venv in (local, remote):
+        venv.seed(1)
+    assert np.array_equal(remote.reset(), local.reset())
+    for venv in (local, remote):
+        venv.set_attr("gravity", 0.5)
+    assert remote.get_attr("gravity") == local.get_attr("gravity") == [0.5]
     for _ in range(5):
-        assert np.array_equal(remote.step(np.array([1]))[0][0], local.step(1)[0])
+        assert np.array_equal(remote.step(np.array([1]))[0], local.step(np.array([1]))[0])
     remote.close()
 
 
