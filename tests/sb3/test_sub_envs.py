@@ -130,8 +130,8 @@ def test_wrappers_on_the_worker_are_seen_by_their_class(mesh: dict[str, Any]) ->
 
 def test_set_attr_reaches_no_further_than_that_of_the_local_envs(mesh: dict[str, Any]) -> None:
     """DummyVecEnv sets it on the outermost wrapper, where an env that is wrapped does not see it."""
-    local = DummyVecEnv([lambda: gymnasium.make("CartPole-v1")])
-    remote = MeshVecEnv("CartPole-v1", 1, mesh=mesh)
+    local: Any = DummyVecEnv([lambda: gymnasium.make("CartPole-v1")])
+    remote: Any = MeshVecEnv("CartPole-v1", 1, mesh=mesh)
     for venv in (local, remote):
         venv.seed(1)
     assert np.array_equal(remote.reset(), local.reset())
