@@ -36,8 +36,8 @@ types: $(VENV)/.dev ## mypy, strict
 layers: $(VENV)/.dev ## import-linter: imports only point down
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## latency and throughput against a bare echo, as ratios of one run
-	$(BIN)/python benchmarks/run.py
+bench: $(VENV)/.dev ## meshrl and every peer in one run, about twenty minutes; writes docs/benchmarks.md
+	$(BIN)/python benchmarks/run.py --write-docs
 
 schemas: $(VENV)/.dev ## write schemas/v1 anew from the code
 	$(BIN)/python -m schemas.generate
@@ -51,7 +51,7 @@ wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove the environment and everything made
-	rm -rf $(VENV) .venv-oldest .venv-3.* dist build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-oldest .venv-sb3 .venv-3.* dist build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 14)))' || \

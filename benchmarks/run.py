@@ -1,220 +1,136 @@
-"""The step path against a bare echo on the same connection, interleaved in one run.
+"""`make bench`: meshrl and every peer in one run, interleaved, each figure as a ratio to ours.
 
-A server, one worker process with CartPole and one responder process; this process is the client. Everything runs on
-uvloop where it exists.
+python benchmarks/run.py                           all of it, about twenty minutes
+python benchmarks/run.py --quick                   a look, about three minutes; not for quoting
+python benchmarks/run.py --only single openenv     works and systems by name
+python benchmarks/run.py --write-docs              tables and plots of this run into the documentation
+python benchmarks/run.py --from FILE --write-docs  the same of a run that was kept
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-import numpy as np
-from gymnasium import spaces
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from meshrl import EnvWorker, Mesh
-from meshrl.bus.connection import Connection, connect
-from meshrl.bus.embedded import EmbeddedServer
-from meshrl.bus.guard import Guarded
-from meshrl.client.context import context_of
-from meshrl.worker.running import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-AIM_US = 60.0
-CLIENTS = 16
-ECHO = "bench.echo"
-BODY = bytes(64)
+from benchmarks import documents, driver, measuring, report, targets, works
 
-
-@dataclass
-class Series:
-    """One figure, a value a round."""
-
-    name: str
-    unit: str
-    values: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    def middle(self) -> tuple[float, float]:
-        """The range of the middle half of the rounds."""
-        low, _, high = statistics.quantiles(self.values, n=4)
-        return low, high
-
-
-async def respond(url: str) -> None:
-    """The fixed responder."""
-    async with connect(url, name="echo") as connection:
-        await connection.subscribe(ECHO, lambda _s, reply, body: connection.publish(reply, body))
-        await asyncio.Event().wait()
-
-
-class Nothing(gymnasium.Env[Any, Any]):
-    """An env whose step does nothing: what is left is the path."""
-
-    observation_space = spaces.Box(-1, 1, (4,), np.float32)
-    action_space = spaces.Discrete(2)
-
-    def __init__(self) -> None:
-        self.observation = np.zeros(4, np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        return self.observation, {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self.observation, 0.0, False, False, {}
-
-
-async def serve(url: str) -> None:
-    async with EnvWorker({"cartpole": "CartPole-v1", "nothing": Nothing}, url) as worker:
-        await worker.serve_forever()
-
-
-async def echo(connection: Connection) -> None:
-    """One request-reply on the client's own connection, by the means the step path has."""
-    future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-    rid = connection.request(ECHO, BODY, future.set_result)
-    try:
-        await future
-    finally:
-        connection.forget(rid)
-
-
-async def latency(call: Callable[[], Awaitable[Any]], seconds: float) -> float:
-    """The median duration of one call at a time, in microseconds."""
-    clock, taken = time.perf_counter, []
-    end = clock() + seconds
-    while (began := clock()) < end:
-        await call()
-        taken.append(clock() - began)
-    return statistics.median(taken) * 1e6
-
-
-async def throughput(calls: list[Callable[[], Awaitable[Any]]], seconds: float) -> float:
-    """Calls a second, each of ``calls`` repeated by a task of its own."""
-    clock = time.perf_counter
-    began = clock()
-    end = began + seconds
-
-    async def repeat(call: Callable[[], Awaitable[Any]]) -> int:
-        count = 0
-        while clock() < end:
-            await call()
-            count += 1
-        return count
-
-    counts = await asyncio.gather(*(repeat(call) for call in calls))
-    return sum(counts) / (clock() - began)
-
-
-async def measure(url: str, rounds: int, seconds: float) -> list[Series]:
-    async with contextlib.AsyncExitStack() as stack:
-        # Each client is a mesh of its own: a connection, a directory, a keeper.
-        meshes = [await stack.enter_async_context(Mesh(url)) for _ in range(CLIENTS)]
-        envs = [await stack.enter_async_context(await mesh.env("cartpole")) for mesh in meshes]
-        nothing = await stack.enter_async_context(await meshes[0].env("nothing"))
-        for env in [*envs, nothing]:
-            await env.reset(seed=1)
-
-        def stepper(env: Any) -> Callable[[], Awaitable[None]]:
-            async def step() -> None:
-                _, _, terminated, truncated, _ = await env.step(0)
-                if terminated or truncated:
-                    await env.reset()
-
-            return step
-
-        steps = [stepper(env) for env in envs]
-        echoes = [partial(echo, context_of(mesh).connection) for mesh in meshes]
-        figures = [
-            (Series("echo p50", "µs"), lambda: latency(echoes[0], seconds)),
-            (Series("step p50, an env that does nothing", "µs"), lambda: latency(stepper(nothing), seconds)),
-            (Series("step p50, CartPole", "µs"), lambda: latency(steps[0], seconds)),
-            (Series("echo/s, 1 client", "/s"), lambda: throughput(echoes[:1], seconds)),
-            (Series("steps/s, 1 client", "/s"), lambda: throughput(steps[:1], seconds)),
-            (Series(f"echo/s, {CLIENTS} clients", "/s"), lambda: throughput(echoes, seconds)),
-            (Series(f"steps/s, {CLIENTS} clients", "/s"), lambda: throughput(steps, seconds)),
-        ]
-        await throughput([*steps, stepper(nothing)], 1.0)  # past the hundred steps after which an env is stepped inline
-        for _ in track(range(rounds), "measuring", console=Console(stderr=True)):
-            for series, run in figures:
-                series.values.append(await run())
-        return [series for series, _ in figures]
-
-
-def report(series: list[Series]) -> dict[str, Any]:
-    by = {one.name: one for one in series}
-
-    def over_echo(name: str) -> float:
-        pairs = zip(by[name].values, by["echo p50"].values, strict=True)
-        return statistics.median(step - bare for step, bare in pairs)
-
-    over, path = over_echo("step p50, CartPole"), over_echo("step p50, an env that does nothing")
-    table = Table(title="the step path and a bare echo, one run")
-    table.add_column("figure")
-    table.add_column("median", justify="right")
-    table.add_column("middle half", justify="right")
-    for one in series:
-        low, high = one.middle()
-        table.add_row(one.name, f"{one.median:,.0f} {one.unit}", f"{low:,.0f} to {high:,.0f}")
-    Console().print(table)
-    verdict = "met" if over <= AIM_US else "missed"
-    Console().print(f"step p50 over echo p50: {over:+.0f} µs (aim: at most +{AIM_US:.0f} µs): {verdict}")
-    Console().print(f"of which the path alone, with an env that does nothing: {path:+.0f} µs")
-    return {
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()},
-        "rounds": len(series[0].values),
-        "figures": [{"name": s.name, "unit": s.unit, "median": s.median, "values": s.values} for s in series],
-        "step_over_echo_us": over,
-        "path_over_echo_us": path,
-        "aim_us": AIM_US,
-    }
+ROOT = Path(__file__).resolve().parents[1]
+LATEST = ROOT / "benchmarks" / "results" / "latest.json"
+LOOK = ROOT / "benchmarks" / "out" / "look.json"
+FILE_WIDTH = 180
+FIRST_S = 0.1
+QUICK = {"rounds": 2, "seconds": 0.2, "long_rounds": 1, "sessions": 256, "ppo_steps": 2560}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement in each round")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--role", choices=["serve", "respond"], help=argparse.SUPPRESS)
-    parser.add_argument("--url", help=argparse.SUPPRESS)
+    settings = arguments()
+    console = Console(stderr=True)
+    if settings.source:
+        results = json.loads(settings.source.read_text())
+    else:
+        results = measure(settings, console)
+        settings.json.parent.mkdir(parents=True, exist_ok=True)
+        settings.json.write_text(json.dumps(results, indent=1) + "\n")
+    out = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    out.print(report.console(results))
+    if not settings.source:
+        console.print(f"written: {settings.json}")
+    if settings.write_docs:
+        for path in documents.write(results, ROOT):
+            console.print(f"written: {path}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=0.7, help="of each turn")
+    parser.add_argument("--long-rounds", type=int, default=3, help="of the sessions and of PPO")
+    parser.add_argument("--sessions", type=int, default=works.SESSIONS, help="at once")
+    parser.add_argument("--ppo-steps", type=int, default=works.PPO_STEPS, help="a side; the target is of 100000")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="systems, works or groups of works")
+    parser.add_argument("--quick", action="store_true", help="a look in about three minutes; not for quoting")
+    parser.add_argument("--json", type=Path, help="where the figures go: results/latest.json, of a look out/look.json")
+    parser.add_argument("--from", dest="source", type=Path, help="measure nothing; take the figures of this file")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="docs/benchmarks.md, its plots and the README's table"
+    )
     settings = parser.parse_args()
-    if settings.role:
-        run({"serve": serve, "respond": respond}[settings.role](settings.url))
-        return
-    with EmbeddedServer.start() as server:
-        argv = [sys.executable, __file__, "--url", server.url, "--role"]
-        roles = [Guarded.spawn([*argv, role]) for role in ("serve", "respond")]
+    if unknown := set(settings.only) - works.known():
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(sorted(works.known()))}")
+    if settings.only and settings.write_docs:
+        parser.error("--write-docs is of a run of all works: leave --only out")
+    if settings.quick:
+        vars(settings).update(QUICK)
+    settings.json = settings.json or (LOOK if settings.quick or settings.only else LATEST)
+    return settings
+
+
+def measure(settings: argparse.Namespace, console: Console) -> dict[str, Any]:
+    first = works.plan(1, settings.only, works.GROUPS)[0]
+    rounds = works.plan(settings.rounds, settings.only, works.GROUPS)
+    rounds += works.plan(settings.long_rounds, settings.only, works.LONG)
+    wanted = {turn.system for turns in rounds for turn in turns}
+    begun, load, run = measuring.now(), measuring.load(), measuring.Run()
+    began = time.monotonic()
+    columns = (TextColumn("{task.description:34}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+        names = [name for name in driver.PEERS if name in wanted]
+        starting = progress.add_task("starting", total=len(names))
+
+        def started(name: str) -> None:
+            progress.update(starting, description=f"starting {name}", advance=1)
+
         try:
-            series = run(measure(server.url, settings.rounds, settings.seconds))
+            run.start(names, started)
+            warming = progress.add_task("first turns", total=len(first))
+            for turn in first:  # workers and vectors are made in them, imports happen; they do not count
+                progress.update(warming, description=f"first: {turn.key}")
+                run.take(turn, FIRST_S, keep=False)
+                progress.advance(warming)
+            weights = {turn: weight(turn, settings) for turns in rounds for turn in turns}
+            task = progress.add_task("measuring", total=sum(weights[turn] for turns in rounds for turn in turns))
+            for turns in rounds:
+                for turn in turns:
+                    progress.update(task, description=turn.key)
+                    run.take(turn, settings.seconds, n=settings.sessions, steps=settings.ppo_steps)
+                    progress.advance(task, weights[turn])
         finally:
-            for role in roles:
-                role.stop(timeout_s=5.0)
-    result = report(series)
-    if settings.json:
-        settings.json.write_text(json.dumps(result, indent=2) + "\n")
+            run.stop()
+    settled = {
+        name: getattr(settings, name)
+        for name in ("rounds", "seconds", "long_rounds", "sessions", "ppo_steps", "only", "quick")
+    }
+    results = {
+        "format": 1,
+        "begun": begun,
+        "took_s": round(time.monotonic() - began),
+        "machine": measuring.machine(),
+        "load": {"before": load, "after": measuring.load()},
+        "settings": settled,
+        **run.as_json(),
+    }
+    judged = targets.judged(results["series"], results["reasons"])
+    return {**results, "targets": targets.as_json(judged, settled)}
+
+
+def weight(turn: works.Turn, settings: argparse.Namespace) -> float:
+    """About how many seconds it takes: for the progress bar alone."""
+    if turn.work.startswith("sessions"):
+        return 2.0 + float(settings.sessions) / 200
+    if turn.work.startswith("ppo"):
+        return 1.0 + float(settings.ppo_steps) / 1500
+    segments = 3.0 if turn.work == "fair" else 1.0
+    return float(settings.seconds * turn.longer * segments + 0.2)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except subprocess.SubprocessError as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -256,11 +256,13 @@ class Flights:
                 self._act(flight, do)
         for worker, flights in asked.items():
             batch: list[tuple[Flight, list[Entry]]] = []
+            size = 0
             for flight in flights:
                 entries = flight.awaited()[:MAX_BATCH]
-                if sum(len(others) for _, others in batch) + len(entries) > MAX_BATCH:
+                size += len(entries)
+                if size > MAX_BATCH:
                     self._probe(worker, batch)
-                    batch = []
+                    batch, size = [], len(entries)
                 batch.append((flight, entries))
             self._probe(worker, batch)
 

@@ -3,10 +3,10 @@
 The rules: resumes go before opens; users take turns; one user's opens are served first come, first served; a
 freed slot goes to exactly one waiter. Whoever was answered full keeps the place for a while by a ticket.
 
-A waiter needs one slot for each sub-environment. The one whose turn it is may need more than are free: then it waits,
-and nobody overtakes it, not even one that would fit. Slots stay idle for that long, which is the price: where small
-opens keep coming, one that lets them pass would wait for ever. When it leaves, or its time is over, the next is looked
-at; it keeps slots from nobody for longer than it was willing to wait.
+A waiter needs one slot for each sub-environment. The one whose turn it is may need more than are free: then nobody
+overtakes it, not even one that would fit, and slots stay idle for it. Where small opens keep coming, one that lets them
+pass would wait for ever. But it keeps slots from others for ``KEEP_S`` at a stretch: then it goes behind all who wait, so
+that no wish for more than a worker will have soon shuts that worker for everybody.
 
 A user's *turn* is a number, the smallest is next. A user who comes gets the largest so far, and a new one
 each time one of the user's waiters is served. It outlives the waiters for as long as a ticket stands for one
@@ -27,6 +27,9 @@ from meshrl.errors import UsageError
 
 # A client that was answered full asks again at once; ten seconds cover a reconnect in between.
 TICKET_S = 10.0
+# How long slots stay idle for one that needs more of them than are free: sessions that end by themselves (an
+# evaluation, a test) do so in seconds; those of a training last for hours, and nobody should wait for them so.
+KEEP_S = 5.0
 
 K = TypeVar("K", bound=Hashable)
 
@@ -191,6 +194,8 @@ class Waiting:
         self._ticket_ends: _Ranked[_Key] = _Ranked()
         self._lines = {True: _Line(), False: _Line()}
         self._last_arrival = itertools.count(1)
+        # For whom slots are kept, and since when.
+        self._kept_for: tuple[_Key, float] | None = None
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -258,23 +263,36 @@ class Waiting:
         self._forget_ticket(key)
         return waiter
 
-    def next(self, free: int = 1) -> Waiter | None:
+    def next(self, free: int = 1, now: float = 0.0) -> Waiter | None:
         """Take out the one waiter whose turn it is.
 
         Args:
             free: slots that can be given out now.
+            now: monotonic seconds.
 
         Returns:
-            it; None when nobody waits, or when it needs more than ``free``: nobody overtakes it.
+            it; None when nobody waits, or when it needs more than ``free`` and has not yet kept them for ``KEEP_S``.
         """
         for line in (self._lines[True], self._lines[False]):
-            head = line.head()
-            if head is not None:
-                if self._waiters[head].num_envs > free:
+            passed: set[_Key] = set()  # all who wait may need more than there is
+            while (head := line.head()) is not None and head not in passed:
+                if self._waiters[head].num_envs <= free:
+                    line.serve(*head)
+                    return self._take(head)
+                if self._kept_for is None or self._kept_for[0] != head:
+                    self._kept_for = head, now
+                if now - self._kept_for[1] < KEEP_S or not free:
                     return None
-                line.serve(*head)
-                return self._take(head)
+                passed.add(head)
+                self._to_the_end(line, head)
         return None
+
+    def _to_the_end(self, line: _Line, key: _Key) -> None:
+        """Put a waiter behind all others of its line."""
+        self._kept_for = None
+        self._arrivals[key] = next(self._last_arrival)
+        line.serve(*key)
+        line.add(*key, self._arrivals[key])
 
     def leave(self, user: str, session: str) -> bool:
         """The client gave up or closed: forget its open, and its ticket.

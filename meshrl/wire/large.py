@@ -85,7 +85,8 @@ def unpack_ending(data: bytes, revive: Callable[[dict[Any, Any]], Any], **limits
     def hook(form: dict[Any, Any]) -> Any:
         nonlocal tail
         # The one array whose data is not there. A second one has none, and is malformed.
-        if tail is not None and form.get("data") == b"" and form.get("nd") is True and _has_items(form.get("shape")):
+        empty = form.get("data")  # of any type: a user's own map may have an array there
+        if tail is not None and type(empty) is bytes and not empty and form.get("nd") is True and _has_items(form):
             form["data"], tail = tail, None
         return revive(form)
 
@@ -94,5 +95,6 @@ def unpack_ending(data: bytes, revive: Callable[[dict[Any, Any]], Any], **limits
     return tail is None, body
 
 
-def _has_items(shape: object) -> bool:
-    return type(shape) is list and 0 not in shape
+def _has_items(form: dict[Any, Any]) -> bool:
+    shape = form.get("shape")
+    return type(shape) is list and all(type(length) is int and length > 0 for length in shape)

@@ -278,7 +278,7 @@ class Admission:
             self.idle.set()
 
     def _admit_parked(self) -> None:
-        while self._parked and (waiter := self._waiting.next(self._table.free)) is not None:
+        while self._parked and (waiter := self._waiting.next(self._table.free, time.monotonic())) is not None:
             parked = self._parked.pop((waiter.user, waiter.session), None)
             if parked is not None:
                 self._admit(*parked, waiter.user)

@@ -223,7 +223,7 @@ async def test_the_micro_service_tells_what_is_served_now(url: str) -> None:
 
 async def test_a_micro_service_whose_answer_would_be_too_long_tells_a_part_of_it(url: str) -> None:
     envs: dict[str, Any] = {f"counter{n}": Counter for n in range(30)}
-    async with EnvWorker(envs, url, capabilities={"long": "x" * 60_000}) as worker:
+    async with EnvWorker(envs, url, capabilities={"long": "x" * 240_000}) as worker:
         nc = await nats.connect(url)
         try:
             told = json.loads((await nc.request(f"meshrl.describe.{worker.id}", timeout=5)).data)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from meshrl.errors import UsageError
-from meshrl.protocol.waiting import TICKET_S, Waiter, Waiting
+from meshrl.protocol.waiting import KEEP_S, TICKET_S, Waiter, Waiting
 
 FAR = 1e9
 
@@ -488,3 +488,42 @@ class WaitingIsItsNaiveModel(RuleBasedStateMachine):
 
 TestWaitingIsItsNaiveModel = WaitingIsItsNaiveModel.TestCase
 TestWaitingIsItsNaiveModel.settings = settings(deadline=None, max_examples=150, stateful_step_count=60)
+
+
+def test_slots_are_kept_for_one_that_needs_many_for_a_while_and_then_given_to_who_fits() -> None:
+    waiting = Waiting()
+    waiting.park("big", "b", 0.0, 3600.0, num_envs=64)
+    waiting.park("small", "s", 0.0, 3600.0)
+    assert waiting.next(63, 0.0) is None
+    assert waiting.next(63, KEEP_S - 0.1) is None
+    served = waiting.next(63, KEEP_S)
+    assert served is not None
+    assert served.session == "s"
+    # It has not lost its place for good: with nobody before it, slots are kept for it again.
+    waiting.park("small", "s2", KEEP_S, 3600.0)
+    assert waiting.next(62, KEEP_S) is None
+    served = waiting.next(64, KEEP_S + 1.0)
+    assert served is not None
+    assert served.session == "b"
+
+
+def test_when_all_who_wait_need_more_than_there_is_nobody_is_served_and_their_order_is_theirs() -> None:
+    waiting = Waiting()
+    for name in ("a", "b", "c"):
+        waiting.park(name, name, 0.0, 3600.0, num_envs=8)
+    for now in (0.0, KEEP_S, 2 * KEEP_S, 3 * KEEP_S, 10 * KEEP_S):
+        assert waiting.next(4, now) is None
+    assert len(waiting) == 3
+    served = [waiting.next(8, 11 * KEEP_S) for _ in range(3)]
+    assert sorted(one.session for one in served if one is not None) == ["a", "b", "c"]
+
+
+def test_a_worker_that_is_full_keeps_everybodys_place() -> None:
+    waiting = Waiting()
+    waiting.park("big", "b", 0.0, 3600.0, num_envs=2)
+    waiting.park("small", "s", 0.0, 3600.0)
+    assert waiting.next(0, 0.0) is None
+    assert waiting.next(0, 100 * KEEP_S) is None  # it keeps nothing from anybody
+    served = waiting.next(2, 100 * KEEP_S)
+    assert served is not None
+    assert served.session == "b"

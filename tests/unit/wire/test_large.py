@@ -82,6 +82,8 @@ def test_peers_that_want_bytes_for_keys_get_them() -> None:
         {"a": KEY * LARGE_BYTES},
         {"a": KEY + b"\0\0\0\0", "z": np.zeros(ITEMS)},
         {"a": np.zeros((4, 0)), "z": np.ones(ITEMS)},
+        {"infos": {"data": np.ones(3)}, "z": np.zeros(ITEMS)},
+        {"infos": {"nd": np.ones(3), "shape": [3], "data": b""}, "z": np.zeros(ITEMS)},
         [np.ones(ITEMS), np.zeros(ITEMS)],
     ],
 )
