@@ -5,8 +5,8 @@ freed slot goes to exactly one waiter. Whoever was answered full keeps the place
 
 A waiter needs one slot for each sub-environment. The one whose turn it is may need more than are free: then nobody
 overtakes it, not even one that would fit, and slots stay idle for it. Where small opens keep coming, one that lets them
-pass would wait for ever. But it keeps slots from others for ``KEEP_S`` at a stretch: then it goes behind all who wait, so
-that no wish for more than a worker will have soon shuts that worker for everybody.
+pass would wait for ever. But it keeps slots from others for ``KEEP_S`` at a stretch: then it goes behind all who wait,
+so that no wish for more than a worker will have soon shuts that worker for everybody.
 
 A user's *turn* is a number, the smallest is next. A user who comes gets the largest so far, and a new one
 each time one of the user's waiters is served. It outlives the waiters for as long as a ticket stands for one

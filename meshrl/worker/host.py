@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="meshrl.worker.host")
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--credentials", type=Path)
-    parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--slots", type=int, default=4096)
     parser.add_argument("--agents", action="store_true")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--ready", type=Path)
