@@ -27,7 +27,9 @@ ANY_PORT = -1
 def up(
     url: Url = None,
     workers: Annotated[int, typer.Option(help="Worker processes.", min=1, metavar="N")] = 2,
-    slots: Annotated[int, typer.Option(help="Sessions held at once by each worker.", min=1, metavar="N")] = 64,
+    slots: Annotated[
+        int, typer.Option(help="Envs held at once by each worker; a vector of 64 takes 64.", min=1, metavar="N")
+    ] = 1024,
     store: Annotated[
         Path | None,
         typer.Option(
