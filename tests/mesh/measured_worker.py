@@ -22,7 +22,7 @@ from meshrl.protocol import session
 SLOTS = 1100
 BARE = 200
 # So many ended sessions are remembered for those who ask why, and thousands would look like a leak for a while.
-session.MAX_REMEMBERED = 50
+REMEMBERED = 50
 
 
 class Standing(NamedTuple):
@@ -92,4 +92,5 @@ async def main(url: str) -> None:
 
 
 if __name__ == "__main__":
+    session.MAX_REMEMBERED = REMEMBERED  # in this process alone: tests import this file too
     asyncio.run(main(sys.argv[1]))

@@ -150,6 +150,12 @@ async def settle_without_a_reason(stage: Stage) -> None:
     await (await stage.counting()).settle()
 
 
+@case(errors.NothingUnderWay, "send actions first")
+async def recv_of_what_was_never_sent(stage: Stage) -> None:
+    async with await stage.mesh.pool("counter", 2) as pool:
+        await pool.recv()
+
+
 @case(errors.SessionClosed, "open a new one")
 async def step_of_a_closed_env(stage: Stage) -> None:
     env = await stage.counting()
@@ -217,7 +223,7 @@ async def open_of_another_version(stage: Stage) -> None:
 
 @case(errors.MessageTooLarge, "raise max_payload in the server's configuration")
 async def open_anywhere_over_the_limit(stage: Stage) -> None:
-    body = Open(session="s", name="counter", kwargs={"text": "x" * (2 << 20)}).to_wire()
+    body = Open(session="s", name="counter", kwargs={"text": "x" * (5 << 20)}).to_wire()
     await stage.raw.ask(SUBJECTS.any_open("counter", stage.raw.user), body, 20.0)
 
 
