@@ -11,6 +11,10 @@ from meshrl.errors import SessionClosed
 
 T = TypeVar("T")
 
+# A signal that comes in the moment before a thread begins to wait for a lock does not end that waiting: its handler runs
+# when the lock is looked at again (seen on a busy machine: a Ctrl-C that was never heard).
+SIGNAL_S = 0.5
+
 
 class Call(Generic[T]):
     """One coroutine function's run on a portal's loop, awaited by a thread.
@@ -51,7 +55,7 @@ class Call(Generic[T]):
     def wait(self) -> None:
         """Block until it is over. Any exception of a signal handler ends the waiting alone."""
         while not self.over:
-            self._lock.acquire()
+            self._lock.acquire(timeout=SIGNAL_S)
 
     def result(self) -> T:
         """What it gave.
