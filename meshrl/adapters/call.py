@@ -11,8 +11,8 @@ from meshrl.errors import SessionClosed
 
 T = TypeVar("T")
 
-# A signal that comes in the moment before a thread begins to wait for a lock does not end that waiting: its handler runs
-# when the lock is looked at again (seen on a busy machine: a Ctrl-C that was never heard).
+# A signal that comes in the moment before a thread begins to wait for a lock does not end that waiting: its handler
+# runs when the lock is looked at again (seen on a busy machine: a Ctrl-C that was never heard).
 SIGNAL_S = 0.5
 
 

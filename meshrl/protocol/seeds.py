@@ -14,6 +14,10 @@ import numpy as np
 
 from meshrl.errors import InvalidSeed
 
+# NumPy's SeedSequence takes quadratic time in a seed's length and holds the interpreter meanwhile: one of a megabyte
+# would stop a worker for a minute. More than its pool's 128 bits say nothing new.
+MAX_SEED_BITS = 256
+
 
 def derive(root: SupportsIndex, env_id: SupportsIndex, episode: SupportsIndex) -> int:
     """The seed of one episode under ``seeding="derived"``.
@@ -24,7 +28,7 @@ def derive(root: SupportsIndex, env_id: SupportsIndex, episode: SupportsIndex) -
     integer; clear its top bit.
 
     Args:
-        root: the root seed, at least 0; of any size.
+        root: the root seed, at least 0, of at most ``MAX_SEED_BITS`` bits.
         env_id: the global index of the sub-environment, at least 0; 0 for a single env.
         episode: the number of the episode, at least 0.
 
@@ -33,7 +37,7 @@ def derive(root: SupportsIndex, env_id: SupportsIndex, episode: SupportsIndex) -
         32-bit integer).
 
     Raises:
-        InvalidSeed: one of the three is negative or no integer.
+        InvalidSeed: one of the three is negative, has more bits or is no integer.
     """
     # Checked one by one: str(True), str(-1) and str(1.0) would hash to something no other language derives.
     text = f"meshrl.seed.v1:{check_seed(root)}:{check_seed(env_id)}:{check_seed(episode)}"
@@ -44,10 +48,10 @@ def check_seed(seed: object) -> int:
     """``seed`` as a plain int.
 
     Args:
-        seed: an int or a NumPy integer, at least 0; of any size, as in Gymnasium.
+        seed: an int or a NumPy integer, at least 0, of at most ``MAX_SEED_BITS`` bits (Gymnasium takes any size).
 
     Raises:
-        InvalidSeed: it is negative, a bool, a float or anything else.
+        InvalidSeed: it is negative, longer, a bool, a float or anything else.
     """
     # bool is an int to Python, yet seed=True is always a slip (a misplaced argument); np.bool_ is no
     # np.integer.
@@ -56,4 +60,9 @@ def check_seed(seed: object) -> int:
     value = operator.index(seed)
     if value < 0:
         raise InvalidSeed(f"a seed is a non-negative integer, not {value if value > -(1 << 63) else 'a negative one'}")
+    if value.bit_length() > MAX_SEED_BITS:
+        raise InvalidSeed(
+            f"a seed has at most {MAX_SEED_BITS} bits, not {value.bit_length()}; hash a longer one first",
+            bits=value.bit_length(),
+        )
     return value

@@ -21,7 +21,9 @@ from meshrl.errors import EnvError, MeshError, UnknownName
 from meshrl.protocol.names import near
 from meshrl.wire import spaces
 from meshrl.wire.messages import Description, Open, Vectors
+from meshrl.worker.constructing import construct_all
 from meshrl.worker.describe import describe_env, encodable
+from meshrl.worker.drawing import alone, draws
 from meshrl.worker.execution import CLOSE_S, Held
 from meshrl.worker.factories import EnvSource, Factory, as_factory, registered
 from meshrl.worker.hosted import HostedEnv
@@ -38,7 +40,7 @@ STEP_DEADLINE_S = 300.0
 
 
 class EnvWorker(Service):
-    """Serves environments; each session gets an env of its own, in one of ``slots``.
+    """Serves environments; each session gets envs of its own, each of them in one of ``slots``.
 
     ::
 
@@ -52,7 +54,8 @@ class EnvWorker(Service):
         url: of the NATS server; None finds the mesh as :class:`meshrl.Mesh` does.
         namespace: one mesh of several on the same NATS account.
         credentials: a credentials or NKEY file, or a :class:`~meshrl.bus.login.Credentials`.
-        slots: how many sessions the worker holds at once, over all names.
+        slots: how many envs the worker holds at once, over all names: a single env takes one, a vector or pool one for
+            each of its sub-environments.
         capabilities: facts of this machine that clients may ask for by ``where``.
         allow_kwargs: constructor arguments that clients may pass; ``("*",)`` for any.
         allow: public names of the env that clients may call and set; ``("*",)`` for any. Reading public attributes is
@@ -157,7 +160,7 @@ class EnvWorker(Service):
     def _let_go(self, name: str, env: Any) -> None:
         """Close an env that no session had; on a thread."""
         try:
-            closing = env.close()
+            closing = (alone(env.close) if draws(env) else env.close)()
             if inspect.isawaitable(closing):
                 assert self._threads.loop is not None, "a worker that makes envs was started"
                 asyncio.run_coroutine_threadsafe(_awaited(closing), self._threads.loop).result(CLOSE_S)
@@ -216,11 +219,15 @@ class EnvWorker(Service):
         implementation = self._implementation(open_.name)
         if open_.form == "vector" and implementation != "meshrl":
             return self._construct_implementation(open_, description, factory, implementation)
-        envs: list[Any] = []
+        envs = construct_all(
+            open_.name,
+            open_.num_envs,
+            partial(factory.make, open_.kwargs, open_.render_mode),
+            check=partial(self.check_wanted, open_),
+            let_go=partial(self._let_go, open_.name),
+            threads=self._threads,
+        )
         try:
-            for _ in range(open_.num_envs):
-                envs.append(factory.make(open_.kwargs, open_.render_mode))
-                _check_equal(open_.name, envs)
             own = description
             if open_.kwargs or open_.render_mode:
                 own = self._describe_env(open_.name, envs[0], description.vectors)
@@ -263,21 +270,6 @@ class EnvWorker(Service):
             }
         )
         return hosted, own
-
-
-def _check_equal(name: str, envs: list[Any]) -> None:
-    """Whether the newest sub-environment has the spaces of the first, as a batch of them needs.
-
-    Raises:
-        EnvError: it has others.
-    """
-    first, last = envs[0], envs[-1]
-    if last.observation_space != first.observation_space or last.action_space != first.action_space:
-        raise EnvError(
-            f"{name}: its constructor gives envs of different spaces, which no vector can hold: "
-            f"{last.observation_space}, {last.action_space} after {first.observation_space}, {first.action_space}",
-            op="constructor",
-        )
 
 
 async def _awaited(closing: Awaitable[Any]) -> None:

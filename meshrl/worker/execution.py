@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine
@@ -32,12 +31,14 @@ from meshrl.wire.codec import Codec, pack, unpack
 from meshrl.wire.frames import Frame, check_request, error_reply, is_of_lanes
 from meshrl.wire.messages import Close, Closed, check
 from meshrl.wire.parts import MAX_MESSAGE_BYTES
+from meshrl.worker.drawing import DRAWING
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import SPREAD, HostedVector
 from meshrl.worker.pooling import Pooling
 from meshrl.worker.replies import Replies
 from meshrl.worker.sub_envs import Crashed
 from meshrl.worker.threads import Threads
+from meshrl.worker.vector_implementations import HostedImplementation
 
 log = logging.getLogger("meshrl.worker")
 
@@ -61,6 +62,11 @@ class Held(Protocol):
         """Whether it must be awaited."""
         ...
 
+    @property
+    def draws(self) -> bool:
+        """Whether it has to wait for others that draw, so that it must not run on the event loop."""
+        ...
+
     def run(self, op: str, body: Frame) -> Frame:
         """Carry out one op."""
         ...
@@ -81,28 +87,33 @@ class Hold:
         held: what has one lane; None in a pool.
         pool: what has many; None in any other session.
         vector: ``held``, where its sub-environments can be spread over threads.
+        pack: writes a reply as its client reads it.
         paces: by op: what may run on the event loop, once it has shown itself fast there.
     """
 
-    __slots__ = ("codec", "held", "paces", "pool", "task", "vector")
+    __slots__ = ("held", "pack", "paces", "pool", "task", "vector")
 
     def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
         self.held = None if isinstance(held, HostedPool) else held
         self.pool = held if isinstance(held, HostedPool) else None
         self.vector = held if isinstance(held, HostedVector) else None
-        self.codec = codec
+        batches = self.vector is not None or isinstance(held, HostedImplementation)
+        self.pack = codec.pack_batch if batches or self.pool is not None else codec.pack
         # An env's resets are not as fast as its steps (levels are made, files read), so they earn the loop themselves.
         self.paces: dict[str, Pace | BatchPace] = {"step": held.pace, "reset": Pace()}
         if self.vector is not None:
             self.paces["reset"] = self.vector.reset_pace
+        if held.draws:
+            self.paces = {}
         self.task: asyncio.Task[None] | None = None
 
     def cancel(self) -> None:
-        """Cancel the coroutines of an env whose session is over."""
+        """Cancel the coroutines of an env whose session is over, and what of it has not begun on any thread."""
         if self.task is not None:
             self.task.cancel()
-        if self.pool is not None:
-            self.pool.cancel()
+        spread = self.pool or self.vector
+        if spread is not None:
+            spread.cancel()
 
     async def close(self, seconds: float) -> None:
         """Let go of what is held."""
@@ -143,8 +154,6 @@ class Execution:
         self._take_back = parked
         self._freed = freed
         self._tasks: set[asyncio.Task[None]] = set()
-        # One at a time: pygame, with which most envs draw, draws into others' frames from two threads at once.
-        self._rendering = threading.Lock()
         self._pooling = Pooling(self, table, replies)
         self.cut = 0  # where <user>.<session>.<op> begins in a session subject
 
@@ -225,7 +234,7 @@ class Execution:
         began = time.monotonic()
         try:
             if op == "render":
-                with self._rendering:
+                with DRAWING:
                     frame = held.run(op, body)
             else:
                 frame = held.run(op, body)
@@ -269,9 +278,10 @@ class Execution:
         frame["seq"] = lane.seq
         hold: Hold = session.held
         try:
-            packed = hold.codec.pack(frame) if hold.vector is None else hold.codec.pack_batch(frame)
+            packed = hold.pack(frame)
         except UnencodableValue as exc:
-            packed = pack(error_reply(exc, lane.seq))
+            told = exc if hold.vector is None else hold.vector.whose(exc, frame)
+            packed = pack(error_reply(told, lane.seq))
         if len(packed) > MAX_MESSAGE_BYTES:
             why = f"a reply of {len(packed)} bytes is over the limit of {MAX_MESSAGE_BYTES}; send smaller observations"
             packed = pack(error_reply(MessageTooLarge(why, size_bytes=len(packed)), lane.seq))

@@ -13,6 +13,7 @@ from meshrl.protocol.seeds import check_seed
 from meshrl.wire.frames import Frame
 from meshrl.worker.attributes import Attributes
 from meshrl.worker.calls import Calls, is_coroutine
+from meshrl.worker.drawing import alone, draws
 from meshrl.worker.episode import Episode
 from meshrl.worker.threads import Threads
 
@@ -34,6 +35,7 @@ class HostedEnv:
     Attributes:
         pace: whether to step it on the event loop.
         coroutine: whether its ``reset`` or ``step`` must be awaited.
+        draws: whether it runs alone; see :mod:`~meshrl.worker.drawing`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class HostedEnv:
         self._attributes = Attributes(name, allow)
         self._calls = Calls(threads)
         self._step = env.step
+        self.draws = draws(env)
         self._episode = Episode()
         self._ops: dict[str, Callable[[Frame], Frame]] = {
             "reset": self._op_reset,
@@ -59,6 +62,9 @@ class HostedEnv:
             "get_attr": self._op_get_attr,
             "set_attr": self._op_set_attr,
         }
+        if self.draws:
+            self._step = alone(self._step)
+            self._ops = {op: alone(call) for op, call in self._ops.items()}
 
     def run(self, op: str, body: Frame) -> Frame:
         """Carry out one op; gives the reply's own fields.
@@ -76,7 +82,8 @@ class HostedEnv:
         """The same for an env with coroutine functions: those are awaited, everything else of it runs on a thread."""
         if op == "reset":
             seed, options = self._reset_arguments(body)
-            return self._was_reset(await self._calls(self.env.reset, seed=seed, options=options))
+            reset = alone(self.env.reset) if self.draws else self.env.reset
+            return self._was_reset(await self._calls(reset, seed=seed, options=options))
         if op == "step":
             self._need_reset("step")
             return self._stepped(await self._calls(self._step, _action(body)))
@@ -91,7 +98,7 @@ class HostedEnv:
         Raises:
             TimeoutError: its ``close`` is a coroutine function and took longer than ``seconds``.
         """
-        await self._calls.close(self.env.close, seconds)
+        await self._calls.close(alone(self.env.close) if self.draws else self.env.close, seconds)
 
     # ---------------------------------------------------------------- ops
 

@@ -35,7 +35,10 @@ class HostedAgent:
     Attributes:
         pace: of no concern here: an agent has no steps.
         coroutine: whether one of ``act``, ``reset`` and ``observe`` must be awaited.
+        draws: False.
     """
+
+    draws = False
 
     def __init__(self, agent: Any, *, name: str, session: str, worker: str, threads: Threads) -> None:
         self.agent = agent

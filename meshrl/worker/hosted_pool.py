@@ -22,8 +22,11 @@ from meshrl.worker.spread import Finished, Spread
 from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, rewards_of
 from meshrl.worker.threads import Threads
 
-# What some lanes of a request gave: their positions in it, and the reply's own fields or what was raised.
-Told = Callable[[Indices, Frame | BaseException], None]
+# Gives the reply's own fields of one lane of several, by its place among them; before any of them runs again.
+Alone = Callable[[int], Frame]
+# What some lanes of a request gave: their positions in it, the reply's own fields or what was raised, and the former of
+# each lane.
+Told = Callable[[Indices, Frame | BaseException, Alone | None], None]
 
 
 class HostedPool:
@@ -37,7 +40,10 @@ class HostedPool:
     Attributes:
         pace: where to step them.
         coroutine: whether their ``reset`` or ``step`` must be awaited.
-        episodes: int64, the number of each one's episode, from 1; 0 before the first reset.
+        draws: whether they run alone; see :mod:`~meshrl.worker.drawing`.
+        first: the env_id of lane 0.
+        episodes: int64, the number of each one's episode, from 1; 0 before the first reset. Under derived seeding they
+            are counted from the reset that gave the root.
         steps: int64, how many steps it has.
     """
 
@@ -48,11 +54,16 @@ class HostedPool:
         self.coroutine = has_coroutines(envs[0])
         self.episodes: NDArray[np.int64] = np.zeros(len(envs), np.int64)
         self.steps: NDArray[np.int64] = np.zeros(len(envs), np.int64)
+        self._derived = open_.seeding == "derived"
         self._subs = SubEnvs(envs, open_)
+        self.draws = self._subs.draws
+        self.first = self._subs.first
         self._batches = batching(envs[0].action_space)
         self._threads = threads
         self._calls = Calls(threads)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._spreads: dict[int, Spread] = {}  # under way, by a number of their own
+        self._spread_number = 0
 
     def __repr__(self) -> str:
         return f"<HostedPool of {len(self._subs)} {self.name}>"
@@ -84,12 +95,13 @@ class HostedPool:
             return [(self._subs.check_seed(seed), options) for seed in seeds]
         raise MalformedMessage(f"a pool session has no op {op!r}")
 
-    def run(self, op: str, lanes: Indices, given: list[Any]) -> Frame:
-        """Carry out one op, the lanes one after another; gives the reply's own fields.
+    def run(self, op: str, lanes: Indices, given: list[Any]) -> tuple[Frame, Alone]:
+        """Carry out one op, the lanes one after another; gives the reply's own fields, together and of each lane.
 
         Raises:
             Exception: whatever a sub-environment's own code raises; the session is over then.
         """
+        self._count_anew(op, lanes, given)
         if op == "step":
             return self._frame(op, lanes, self._subs.step_all(lanes.tolist(), given))
         ids = lanes.tolist()
@@ -98,6 +110,7 @@ class HostedPool:
 
     def spread(self, op: str, lanes: Indices, given: list[Any], told: Told) -> None:
         """The same on threads; ``told`` gets each lane's answer on the event loop, those together that finish so."""
+        self._count_anew(op, lanes, given)
         ids = lanes.tolist()
         step, reset = self._subs.step_one, self._subs.reset_one
 
@@ -105,15 +118,23 @@ class HostedPool:
             return step(ids[k], given[k]) if op == "step" else reset(ids[k], *given[k])
 
         pace = self.pace if op == "step" else self._reset_pace
+        left = len(ids)
+        self._spread_number += 1
+        spread_number = self._spread_number
 
         def collect(finished: list[Finished]) -> None:
+            nonlocal left
+            left -= len(finished)
+            if not left:
+                del self._spreads[spread_number]
             pace.took(sum(one.seconds for one in finished), len(finished))
             self._tell(op, lanes, [(one.number, one.outcome) for one in finished], told)
 
-        Spread(self._threads, len(ids), job, collect, wide=pace.wide)
+        self._spreads[spread_number] = Spread(self._threads, len(ids), job, collect, wide=pace.wide, narrow=self.draws)
 
     def start(self, op: str, lanes: Indices, given: list[Any], told: Told) -> None:
         """The same of envs with coroutine functions, which run concurrently."""
+        self._count_anew(op, lanes, given)
         done: list[tuple[int, Any]] = []
         loop = asyncio.get_running_loop()
 
@@ -142,27 +163,37 @@ class HostedPool:
             self._tasks.add(task)
             task.add_done_callback(partial(ended, k))
 
+    def _count_anew(self, op: str, lanes: Indices, given: list[Any]) -> None:
+        """Under derived seeding a reset that gives a root begins with episode 1, so that its number tells its seed."""
+        if op == "reset" and self._derived:
+            self.episodes[lanes[[seed is not None for seed, _ in given]]] = 0
+
     def cancel(self) -> None:
-        """The session is over: coroutines that still run are not waited for."""
+        """The session is over: coroutines that still run are not waited for, and no lane begins on a thread."""
         for task in self._tasks:
             task.cancel()
+        for spread in self._spreads.values():
+            spread.stop()
 
     async def close(self, seconds: float) -> None:
         """Close every sub-environment; see :func:`~meshrl.worker.hosted_vector.close_all`."""
         await close_all(self._calls, self._subs.envs, seconds)
 
     def _tell(self, op: str, lanes: Indices, finished: list[tuple[int, Any]], told: Told) -> None:
+        never = [one for one in finished if isinstance(one[1], asyncio.CancelledError)]
+        if never and len(never) < len(finished):  # those that ran are answered with what came of them
+            self._tell(op, lanes, [one for one in finished if not isinstance(one[1], asyncio.CancelledError)], told)
+            finished = never
         positions = np.array([number for number, _ in finished], np.int64)
+        answer: Frame | BaseException | None
+        alone: Alone | None = None
         try:
-            crash = next((self._crash(lanes, *one) for one in finished if isinstance(one[1], BaseException)), None)
-            outcomes = Outcomes.of(outcome for _, outcome in finished) if crash is None else None
-            answer: Frame | BaseException | None = (
-                crash if outcomes is None else self._frame(op, lanes[positions], outcomes)
-            )
+            answer = next((self._crash(lanes, *one) for one in finished if isinstance(one[1], BaseException)), None)
+            if answer is None:
+                answer, alone = self._frame(op, lanes[positions], Outcomes.of(outcome for _, outcome in finished))
         except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
             answer = exc
-        assert answer is not None
-        told(positions, answer)
+        told(positions, answer, alone)
 
     def _crash(self, lanes: Indices, number: int, raised: BaseException) -> Crashed:
         if isinstance(raised, Crashed):
@@ -171,7 +202,7 @@ class HostedPool:
         crash.__cause__ = raised
         return crash
 
-    def _frame(self, op: str, lanes: Indices, out: Outcomes) -> Frame:
+    def _frame(self, op: str, lanes: Indices, out: Outcomes) -> tuple[Frame, Alone]:
         terminations, truncations = flags_of(out.terminated), flags_of(out.truncated)
         if op == "step":
             self.steps[lanes] += 1
@@ -193,4 +224,13 @@ class HostedPool:
         if len(ended):  # they were reset at once
             self.episodes[ended] += 1
             self.steps[ended] = 0
-        return frame
+        return frame, partial(self._alone, frame, out)
+
+    def _alone(self, frame: Frame, out: Outcomes, k: int) -> Frame:
+        columns = ("rewards", "terminations", "truncations", "episodes", "steps")
+        alone: Frame = {name: frame[name][k : k + 1] for name in columns}
+        alone.update(obs=self._subs.stack([out.obs[k]]), first=frame["first"])
+        infos = [(0, info) for at, info in out.infos if at == k]
+        if infos:
+            alone["infos"] = pack_infos(infos, 1)
+        return alone

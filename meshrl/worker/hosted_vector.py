@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from operator import methodcaller
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from meshrl.errors import MalformedMessage
+from meshrl.errors import MalformedMessage, UnencodableValue
 from meshrl.protocol.pace import BatchPace
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame
@@ -18,6 +19,7 @@ from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
 from meshrl.worker.attributes import Attributes
 from meshrl.worker.calls import Calls, is_coroutine
+from meshrl.worker.drawing import alone, draws
 from meshrl.worker.spread import Finished, Spread
 from meshrl.worker.sub_envs import Outcome, Outcomes, SubEnvs, flags_of, is_wrapped, rewards_of
 from meshrl.worker.threads import Threads
@@ -28,6 +30,8 @@ SPREAD = frozenset({"reset", "step"})
 AWAITABLE = frozenset({"frames", "values"})
 # What sub-environments may take to be cancelled when one of them has crashed.
 CANCEL_S = 5.0
+# Where an info stands that could not be packed; see pack_infos.
+_IN_ENTRY = re.compile(r"infos\.entries\[(\d+)\]")
 # What a spread gives in the end.
 Told = Callable[[Frame | BaseException], None]
 
@@ -45,6 +49,7 @@ class HostedVector:
         pace: where to step them.
         reset_pace: where to reset them.
         coroutine: whether their ``reset`` or ``step`` must be awaited.
+        draws: whether they run alone; see :mod:`~meshrl.worker.drawing`.
     """
 
     def __init__(self, envs: Sequence[Any], open_: Open, *, allow: Collection[str], threads: Threads) -> None:
@@ -53,11 +58,13 @@ class HostedVector:
         self.reset_pace = BatchPace(len(envs))
         self.coroutine = has_coroutines(envs[0])
         self._subs = SubEnvs(envs, open_)
+        self.draws = self._subs.draws
         self._batches = batching(envs[0].action_space)
         self._attributes = Attributes(open_.name, allow)
         self._threads = threads
         self._calls = Calls(threads)
         self._obs: list[Any] = []  # the last of each sub-environment
+        self._gathered: Gathered | None = None  # the last on threads
         self._ops: dict[str, Callable[[Frame], Frame]] = {
             "reset": self._op_reset,
             "step": self._op_step,
@@ -94,7 +101,11 @@ class HostedVector:
         if op == "step":
             actions = self._actions(body)
             ids: Sequence[int] = range(len(self._subs))
-            Gathered(self.pace, ids, lambda k: self._subs.step_one(k, actions[k]), self._stepped, told, self._threads)
+
+            def step(k: int) -> Outcome:
+                return self._subs.step_one(k, actions[k])
+
+            self._gather(self.pace, ids, step, self._stepped, told)
         else:
             ids, seeds, options = self._reset_arguments(body)
             if not ids:  # nothing to do for this shard, but to say what its observations are
@@ -104,7 +115,22 @@ class HostedVector:
             def reset(k: int) -> Outcome:
                 return self._subs.reset_one(ids[k], seeds[ids[k]], options)
 
-            Gathered(self.reset_pace, ids, reset, lambda out: self._was_reset(ids, out), told, self._threads)
+            self._gather(self.reset_pace, ids, reset, lambda out: self._was_reset(ids, out), told)
+
+    def _gather(
+        self,
+        pace: BatchPace,
+        ids: Sequence[int],
+        job: Callable[[int], Outcome],
+        frame: Callable[[Outcomes], Frame],
+        told: Told,
+    ) -> None:
+        self._gathered = Gathered(pace, ids, job, frame, told, self._threads, narrow=self.draws)
+
+    def cancel(self) -> None:
+        """The session is over: no sub-environment begins on a thread any more."""
+        if self._gathered is not None:
+            self._gathered.stop()
 
     async def run_async(self, op: str, body: Frame) -> Frame:
         """The same for envs with coroutine functions, which run concurrently."""
@@ -130,6 +156,14 @@ class HostedVector:
             TimeoutError: a coroutine function took longer than ``seconds``.
         """
         await close_all(self._calls, self._subs.envs, seconds)
+
+    def whose(self, exc: UnencodableValue, frame: Frame) -> UnencodableValue:
+        """The error of a frame that cannot travel, with the ``env_id`` of the sub-environment whose info it is in."""
+        found = _IN_ENTRY.match(str(exc.details.get("path")))
+        if found is None:
+            return exc
+        env_id = self._subs.first + frame["infos"]["entries"][int(found[1])][0]
+        return UnencodableValue(exc.message, **{**exc.details, "env_id": env_id})
 
     # ---------------------------------------------------------------- ops
 
@@ -220,6 +254,10 @@ class HostedVector:
             return range(count)
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < count for i in ids):
             raise MalformedMessage(f"ids are a list of indices below {count}")
+        if len(ids) > count:  # each may be asked for more than once, but a small request must not make a huge answer
+            raise MalformedMessage(
+                f"{len(ids)} ids of {count} sub-environments are too many; ask for no more than {count} at once"
+            )
         return ids
 
 
@@ -234,6 +272,8 @@ class Gathered:
         frame: Callable[[Outcomes], Frame],
         told: Told,
         threads: Threads,
+        *,
+        narrow: bool,
     ) -> None:
         self._pace = pace
         self._outcomes: list[Any] = [None] * len(ids)
@@ -241,7 +281,11 @@ class Gathered:
         self._worked_s = 0.0
         self._frame = frame
         self._told = told
-        Spread(threads, len(ids), job, self._collect, wide=self._pace.wide)
+        self._spread = Spread(threads, len(ids), job, self._collect, wide=self._pace.wide, narrow=narrow)
+
+    def stop(self) -> None:
+        """Begin no more of them."""
+        self._spread.stop()
 
     def _collect(self, finished: list[Finished]) -> None:
         for number, outcome, seconds in finished:
@@ -252,7 +296,9 @@ class Gathered:
             return
         self._pace.took(self._worked_s, len(self._outcomes))
         try:
-            crash = next((one for one in self._outcomes if isinstance(one, BaseException)), None)
+            crashes = [one for one in self._outcomes if isinstance(one, BaseException)]
+            # Of those that did not begin any more, nothing is to be told where another says why.
+            crash = min(crashes, key=lambda one: isinstance(one, asyncio.CancelledError), default=None)
             frame = crash if crash is not None else self._frame(Outcomes.of(self._outcomes))
         except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
             frame = exc
@@ -287,7 +333,7 @@ async def close_all(calls: Calls, envs: Sequence[Any], seconds: float) -> None:
             nonlocal failed
             for env in envs:
                 try:
-                    env.close()
+                    (alone(env.close) if draws(env) else env.close)()
                 except Exception as exc:  # noqa: BLE001  # the others are closed all the same
                     failed = failed or exc
 

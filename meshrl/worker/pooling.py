@@ -13,7 +13,7 @@ from meshrl.wire.codec import pack
 from meshrl.wire.frames import Frame, Indices, check_lanes, error_reply
 from meshrl.wire.messages import MAX_NUM_ENVS
 from meshrl.wire.parts import MAX_MESSAGE_BYTES
-from meshrl.worker.hosted_pool import HostedPool
+from meshrl.worker.hosted_pool import Alone, HostedPool
 from meshrl.worker.replies import Replies
 
 if TYPE_CHECKING:
@@ -71,36 +71,42 @@ class Pooling:
         if len(run) < len(lanes):  # some of them ran before: it is a repeated request
             given, lanes = [given[at] for at in run.tolist()], lanes[run]
 
-        def told(which: Indices, what: Frame | BaseException) -> None:
+        def told(which: Indices, what: Frame | BaseException, alone: Alone | None = None) -> None:
             if isinstance(what, MeshError):
                 self._answer(session, lanes[which], error_reply(what))
             elif isinstance(what, BaseException):
                 self._end_crashed(session, lanes[which], op, what)
             else:
-                self._answer(session, lanes[which], what)
+                self._answer(session, lanes[which], what, alone)
 
         if pool.coroutine:
             pool.start(op, lanes, given, told)
-        elif op == "step" and pool.pace.inline_for(len(lanes)):
+        elif op == "step" and not pool.draws and pool.pace.inline_for(len(lanes)):
             everything = np.arange(len(lanes))
             try:
-                frame = pool.run(op, lanes, given)
+                frame, alone = pool.run(op, lanes, given)
             except (Exception, SystemExit) as exc:  # noqa: BLE001  # env code; its session ends
                 told(everything, exc)
                 return
             pool.pace.took(time.monotonic() - now, len(lanes))
-            told(everything, frame)
+            told(everything, frame, alone)
         else:
             pool.spread(op, lanes, given, told)
 
-    def _answer(self, session: Session, lanes: Indices, frame: Frame) -> None:
+    def _answer(self, session: Session, lanes: Indices, frame: Frame, alone: Alone | None = None) -> None:
         assert session.lanes is not None, "a pool has lanes"
         seqs = session.lanes.seqs[lanes]
         named: dict[str, Any] = {"lanes": lanes, "seqs": seqs}
         try:
-            packed = session.held.codec.pack_batch({**named, **frame})
+            packed = session.held.pack({**named, **frame})
         except UnencodableValue as exc:
-            packed = pack({**named, **error_reply(exc)})
+            if alone is not None and len(lanes) > 1:  # one lane's info must not cost the others their results
+                for k in range(len(lanes)):
+                    self._answer(session, lanes[k : k + 1], alone(k))
+                return
+            env_id = session.held.pool.first + int(lanes[0])
+            whose = UnencodableValue(exc.message, **{**exc.details, "env_id": env_id})
+            packed = pack({**named, **error_reply(whose)})
         if len(packed) > MAX_MESSAGE_BYTES:
             why = f"a reply of {len(packed)} bytes is over the limit of {MAX_MESSAGE_BYTES}; step fewer lanes at once"
             packed = pack({**named, **error_reply(MessageTooLarge(why, size_bytes=len(packed)))})

@@ -21,6 +21,7 @@ from meshrl.protocol.autoreset import RULES, Ended, OnEnd
 from meshrl.protocol.seeding import Seeding
 from meshrl.wire.batches import stacker
 from meshrl.wire.messages import AutoresetName, Open
+from meshrl.worker.drawing import alone, draws
 
 # A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
 SEED_BITS = 31
@@ -88,6 +89,7 @@ class SubEnvs:
 
     Attributes:
         envs: as given.
+        draws: whether they run alone; see :mod:`~meshrl.worker.drawing`.
         ended: whether each one's episode has ended and it was not reset since.
         first: the global index of the first.
     """
@@ -104,6 +106,10 @@ class SubEnvs:
         self._refuses_ended = RULES[mode].ended is Ended.REFUSE
         self._resets_at_once = RULES[mode].on_end is OnEnd.RESET
         self._steps = [env.step for env in self.envs]
+        self._resets = [env.reset for env in self.envs]
+        self.draws = any(map(draws, self.envs))
+        if self.draws:
+            self._steps, self._resets = [*map(alone, self._steps)], [*map(alone, self._resets)]
         self._was_reset = [False] * len(self.envs)
 
     def __len__(self) -> int:
@@ -175,13 +181,13 @@ class SubEnvs:
 
     def reset_one(self, i: int, seed: int | None, options: Info | None) -> Outcome:
         """An explicit reset."""
-        obs, info = self._guarded(i, self.envs[i].reset, seed=self._seeding.reset(i, seed), options=options)
+        obs, info = self._guarded(i, self._resets[i], seed=self._seeding.reset(i, seed), options=options)
         return self._was_reset_now(i, obs, info)
 
     def step_one(self, i: int, action: Any) -> Outcome:
         """A step, with what autoreset makes of it."""
         if self.ended[i] and self._resets_ended:
-            obs, info = self._guarded(i, self.envs[i].reset, **self._next_episode(i))
+            obs, info = self._guarded(i, self._resets[i], **self._next_episode(i))
             return self._was_reset_now(i, obs, info)
         obs, reward, terminated, truncated, info = self._guarded(i, self._steps[i], action)
         if terminated or truncated:
@@ -190,20 +196,20 @@ class SubEnvs:
 
     async def reset_one_async(self, i: int, seed: int | None, options: Info | None) -> Outcome:
         """The same of an env whose methods are coroutine functions."""
-        obs, info = await self.awaited(i, self.envs[i].reset, seed=self._seeding.reset(i, seed), options=options)
+        obs, info = await self.awaited(i, self._resets[i], seed=self._seeding.reset(i, seed), options=options)
         return self._was_reset_now(i, obs, info)
 
     async def step_one_async(self, i: int, action: Any) -> Outcome:
         """The same of an env whose methods are coroutine functions."""
         if self.ended[i] and self._resets_ended:
-            obs, info = await self.awaited(i, self.envs[i].reset, **self._next_episode(i))
+            obs, info = await self.awaited(i, self._resets[i], **self._next_episode(i))
             return self._was_reset_now(i, obs, info)
         obs, reward, terminated, truncated, info = await self.awaited(i, self._steps[i], action)
         if not (terminated or truncated) or not self._resets_at_once:
             self.ended[i] = bool(terminated or truncated)
             return Outcome(obs, reward, terminated, truncated, (info,) if info else ())
         final = {"final_obs": obs, "final_info": _as_now(info)}
-        obs, info = await self.awaited(i, self.envs[i].reset, **self._next_episode(i))
+        obs, info = await self.awaited(i, self._resets[i], **self._next_episode(i))
         return Outcome(obs, reward, terminated, truncated, (final, info) if info else (final,))
 
     def _next_episode(self, i: int) -> dict[str, Any]:
@@ -247,7 +253,7 @@ class SubEnvs:
             Crashed: the env's own code raised.
         """
         try:
-            return ask(self.envs[i], *args)
+            return alone(ask)(self.envs[i], *args) if self.draws else ask(self.envs[i], *args)
         except MeshError:
             raise
         except BaseException as exc:
@@ -297,7 +303,7 @@ class SubEnvs:
             self.ended[i] = True
             return obs, (info,) if info else ()
         final = {"final_obs": obs, "final_info": _as_now(info)}
-        obs, info = self._guarded(i, self.envs[i].reset, **self._next_episode(i))
+        obs, info = self._guarded(i, self._resets[i], **self._next_episode(i))
         return obs, (final, info) if info else (final,)
 
 

@@ -5,12 +5,16 @@
                 own vector entry point
     envpool     ``envpool.make_gymnasium``                 seed + i, at construction: a seeded reset makes it anew
 
+Either takes one seed: of a list of seeds nothing but ``seed + i`` can be followed, and any other is refused. Their
+actions are one array, so spaces of other forms (Dict, Tuple, Text) are refused where they are described.
+
 What they cannot do (other autoreset modes, masks, attributes of sub-environments, lanes of their own) their worker
 advertises, and refuses at open.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,17 +22,31 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from meshrl.errors import InvalidName, MalformedMessage, NotAllowed, ResetNeeded, UsageError
+from meshrl.errors import (
+    InvalidName,
+    InvalidSeed,
+    MalformedMessage,
+    NotAllowed,
+    ResetNeeded,
+    UnsupportedSpace,
+    UsageError,
+)
 from meshrl.protocol.pace import BatchPace
 from meshrl.protocol.seeds import check_seed
+from meshrl.wire.batches import form_of
 from meshrl.wire.frames import Frame
 from meshrl.wire.merged_infos import pack_merged
 from meshrl.wire.messages import AUTORESET_MODES, Open, Vectors
 from meshrl.worker.calls import Calls
+from meshrl.worker.drawing import alone, draws
 from meshrl.worker.factories import Factory, is_gymnasium_id
 from meshrl.worker.threads import Threads
 
 IMPLEMENTATIONS = ("meshrl", "gymnasium", "envpool")
+# A drawn seed; seed + i has to fit a signed 32-bit integer.
+DRAWN_BITS = 30
+# An array of frames has the shape (n, height, width, channels).
+FRAMES_NDIM = 4
 
 
 def describe_implementation(name: str, factory: Factory, implementation: str) -> Vectors:
@@ -36,21 +54,25 @@ def describe_implementation(name: str, factory: Factory, implementation: str) ->
 
     Raises:
         InvalidName: there is no such implementation of it.
+        UnsupportedSpace: a batch of its actions is not one array.
     """
     if implementation == "meshrl":
         return Vectors()
-    mode = "NextStep"
-    if implementation == "gymnasium":
-        vector = make_implementation(factory, implementation, 1, {}, None)
-        try:
-            mode = autoreset_mode_of(vector)
-        finally:
-            vector.close()
-    elif implementation == "envpool":
-        make_implementation(factory, implementation, 1, {}, None).close()
-    else:
+    if implementation not in IMPLEMENTATIONS:
         raise InvalidName(
             f"{name}: there is no vector implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
+        )
+    vector = make_implementation(factory, implementation, 1, {}, None)
+    try:
+        mode = autoreset_mode_of(vector) if implementation == "gymnasium" else "NextStep"
+        space = vector.single_action_space
+    finally:
+        vector.close()
+    if form_of(space) != "array":
+        raise UnsupportedSpace(
+            f"{name}: the vector implementation {implementation!r} has actions of {type(space).__name__}, which are "
+            'not one array; host its vectors with vectors="meshrl"',
+            space=repr(space)[:200],
         )
     return Vectors(
         implementation=implementation,
@@ -115,6 +137,7 @@ class HostedImplementation:
         vector: the vector env.
         pace: where to step it.
         coroutine: False.
+        draws: whether it runs alone; see :mod:`~meshrl.worker.drawing`.
     """
 
     coroutine = False
@@ -129,7 +152,9 @@ class HostedImplementation:
     ) -> None:
         self.name = open_.name
         self.pace = BatchPace(open_.num_envs)
-        self.vector = make(open_.first_env_id)
+        # A first reset without a seed is that of one drawn here: EnvPool has a fixed one otherwise.
+        self.vector = make(secrets.randbits(DRAWN_BITS))
+        self.draws = draws(self.vector)
         self._make = make
         self._count = open_.num_envs
         self._first = open_.first_env_id
@@ -147,14 +172,12 @@ class HostedImplementation:
             MeshError: the request is refused and nothing was touched.
             Exception: whatever the implementation raises; the session is over then.
         """
-        if op == "step":
-            return self._step(body)
-        if op == "reset":
-            return self._reset(body)
-        if op == "render":
-            self._need_reset("render")
-            return {"frames": list(self.vector.render() or [])}
-        raise NotAllowed(f"{self.name}: a vector implementation has no {op}; its sub-environments cannot be reached")
+        known = {"step": self._step, "reset": self._reset, "render": self._render}.get(op)
+        if known is None:
+            raise NotAllowed(
+                f"{self.name}: a vector implementation has no {op}; its sub-environments cannot be reached"
+            )
+        return alone(known)(body) if self.draws else known(body)
 
     async def run_async(self, op: str, body: Frame) -> Frame:
         """The same as :meth:`run`."""
@@ -162,7 +185,7 @@ class HostedImplementation:
 
     async def close(self, seconds: float) -> None:
         """Close it."""
-        await self._calls.close(self.vector.close, seconds)
+        await self._calls.close(alone(self.vector.close) if self.draws else self.vector.close, seconds)
 
     def _step(self, body: Frame) -> Frame:
         self._need_reset("step")
@@ -187,7 +210,7 @@ class HostedImplementation:
             raise MalformedMessage(f"reset options are a map or nothing, not {type(options).__name__}")
         if seeds is not None and (not isinstance(seeds, list) or len(seeds) != self._count):
             raise MalformedMessage(f"the seeds of {self._count} sub-environments are a list of as many, or nothing")
-        seed = None if not seeds or seeds[0] is None else check_seed(seeds[0])
+        seed = self._seed(seeds)
         if self._seeded_at_construction and seed is not None:
             self.vector.close()
             self.vector = self._make(seed)
@@ -202,6 +225,38 @@ class HostedImplementation:
             frame["infos"] = pack_merged(self._global(infos), self._count)
         return frame
 
+    def _seed(self, seeds: list[Any] | None) -> int | None:
+        """The one seed that those of all sub-environments come from.
+
+        Raises:
+            InvalidSeed: they do not come from one, or it is too large.
+        """
+        if not seeds or all(seed is None for seed in seeds):
+            return None
+        checked = [None if seed is None else check_seed(seed) for seed in seeds]
+        first = checked[0]
+        if first is None or checked != list(range(first, first + self._count)):
+            raise InvalidSeed(
+                f"{self.name}: a vector implementation takes seeds that are consecutive (seed + i) or none at all; "
+                "give reset one seed"
+            )
+        if self._seeded_at_construction and first + self._count > 1 << DRAWN_BITS + 1:
+            raise InvalidSeed(f"{self.name}: EnvPool keeps seeds in 32-bit integers; give one below 2**31", seed=first)
+        return first
+
+    def _render(self, _body: Frame) -> Frame:
+        self._need_reset("render")
+        frames: Any = self.vector.render()
+        # One array may hold a frame of each (n, height, width, channels), or be a single picture of them all.
+        if isinstance(frames, (list, tuple)) or (isinstance(frames, np.ndarray) and frames.ndim == FRAMES_NDIM):
+            frames = list(frames)
+        if not isinstance(frames, list) or len(frames) != self._count:
+            raise UsageError(
+                f"{self.name}: render gave {_shape_of(frames)}, not a frame of each of {self._count} sub-environments; "
+                "lease it with another render_mode, or have it hosted by an implementation that renders each"
+            )
+        return {"frames": frames}
+
     def _global(self, infos: dict[str, Any]) -> dict[str, Any]:
         """Infos whose ``env_id`` (EnvPool has one) counts over all shards."""
         if not self._first:
@@ -214,3 +269,9 @@ class HostedImplementation:
             else value
             for key, value in infos.items()
         }
+
+
+def _shape_of(frames: Any) -> str:
+    if isinstance(frames, np.ndarray):
+        return f"an array of shape {frames.shape}"
+    return f"{len(frames)} frames" if isinstance(frames, list) else f"{type(frames).__name__}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space
 
 from meshrl import EnvWorker, Mesh
 from meshrl.bus.embedded import EmbeddedServer
@@ -24,6 +27,7 @@ from meshrl.errors import (
     InvalidAction,
     InvalidName,
     InvalidSeed,
+    MalformedMessage,
     MeshUnreachable,
     NotAllowed,
     NothingUnsettled,
@@ -32,8 +36,12 @@ from meshrl.errors import (
     SessionLost,
     StepUnsettled,
     UnencodableValue,
+    UnsupportedSpace,
     UsageError,
 )
+from meshrl.protocol.session import State
+from meshrl.worker.constructing import WIDTH
+from meshrl.worker.factories import Factory
 from tests.mesh.conftest import until
 from tests.mesh.envs import Coroutine, Hooked, Waits
 from tests.mesh.gymnasium_ids import TAXI
@@ -643,7 +651,7 @@ async def test_what_a_vector_implementation_cannot_do_is_refused_and_what_it_can
         with pytest.raises(UsageError, match="all of its sub-environments or none"):
             await envs.reset(options={"reset_mask": np.array([True, False])})
         for call in (envs.get_attr("gravity"), envs.call("reset"), envs.set_attr("gravity", 1.0)):
-            with pytest.raises(NotAllowed, match="vector implementation"):
+            with pytest.raises(NotAllowed, match="implementation"):
                 await call
         await envs.step([0, 1])
         await envs.close()
@@ -662,3 +670,165 @@ async def test_a_vector_implementation_that_there_is_not_is_an_error_at_the_star
     with pytest.raises(InvalidName):
         async with EnvWorker({"env": source}, url, vectors=vectors):
             pass
+
+
+async def test_a_vector_implementation_takes_no_list_of_seeds_that_it_cannot_follow(url: str) -> None:
+    async with EnvWorker({"cartpole": "CartPole-v1"}, url, vectors="gymnasium"), Mesh(url) as m:
+        envs = await m.vector("cartpole", 3, seeding="implementation")
+        first = (await envs.reset(seed=5))[0]
+        assert not different((await envs.reset(seed=[5, 6, 7]))[0], first), "what seed=5 means"
+        for seeds in ([5, 6, 8], [5, 5, 5], [5, None, 7], [None, 6, 7]):
+            with pytest.raises(InvalidSeed, match="consecutive"):
+                await envs.reset(seed=seeds)
+        await envs.step([0, 1, 0])
+
+
+class Recorded:
+    """Stands in for EnvPool, which no package index has for every Python: keeps the seeds that it is made with."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def make_gymnasium(self, source: str, *, num_envs: int, seed: int, **kwargs: Any) -> Any:
+        self.seeds.append(seed)
+        return gymnasium.make_vec(source, num_envs, vectorization_mode="vector_entry_point", **kwargs)
+
+
+async def test_envpool_gets_drawn_seeds_and_no_list_that_it_cannot_follow(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    envpool = Recorded()
+    monkeypatch.setitem(sys.modules, "envpool", envpool)
+    async with EnvWorker({"cartpole": "CartPole-v1"}, url, vectors="envpool"), Mesh(url) as m:
+        envpool.seeds.clear()
+        for _ in range(3):
+            async with await m.vector("cartpole", 2) as envs:
+                await envs.reset()
+        assert len(set(envpool.seeds)) == 3
+        envs = await m.vector("cartpole", 3)
+        for seeds in ([3, 99, 7], [None, 5, 5], [1 << 31, (1 << 31) + 1, (1 << 31) + 2]):
+            with pytest.raises(InvalidSeed):
+                await envs.reset(seed=seeds)
+        envpool.seeds.clear()
+        await envs.reset(seed=[3, 4, 5])
+        assert envpool.seeds == [3]
+
+
+class Grouped(VectorEnv[Any, Any, Any]):
+    """Has actions that are no array, unless it is told otherwise, and renders one array."""
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array", "tiled"], "autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(self, num_envs: int = 1, render_mode: str | None = None, grouped: bool = True) -> None:
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        part = spaces.Discrete(2)
+        self.single_observation_space = part
+        self.single_action_space = spaces.Dict(a=part) if grouped else part
+        self.observation_space = batch_space(part, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(self.num_envs, np.int64), {}
+
+    def render(self) -> Any:
+        shape = (2, 4, 3)
+        return np.ones(shape if self.render_mode == "tiled" else (self.num_envs, *shape), np.uint8)
+
+
+class Single(gymnasium.Env[Any, Any]):
+    metadata: dict[str, Any] = Grouped.metadata
+    observation_space = action_space = spaces.Discrete(2)
+
+    def __init__(self, render_mode: str | None = None, grouped: bool = True) -> None:
+        self.render_mode = render_mode
+
+
+@pytest.fixture
+def grouped() -> Iterator[str]:
+    gymnasium.register("MeshrlGrouped-v0", entry_point=f"{__name__}:Single", vector_entry_point=f"{__name__}:Grouped")
+    yield "MeshrlGrouped-v0"
+    del gymnasium.registry["MeshrlGrouped-v0"]
+
+
+async def test_a_vector_implementation_whose_actions_are_no_array_is_an_error_at_the_start(
+    url: str, grouped: str
+) -> None:
+    with pytest.raises(UnsupportedSpace, match="not one array"):
+        async with EnvWorker({"env": grouped}, url, vectors="gymnasium"):
+            pass
+
+
+async def test_a_vector_implementation_may_render_one_array_of_frames(url: str, grouped: str) -> None:
+    source = Factory(grouped, {"grouped": False})
+    async with EnvWorker({"env": source}, url, vectors="gymnasium"), Mesh(url) as m:
+        envs = await m.vector("env", 3, seeding="implementation", render_mode="rgb_array")
+        await envs.reset()
+        assert not different(await envs.render(), (np.ones((2, 4, 3), np.uint8),) * 3)
+        tiled = await m.vector("env", 3, seeding="implementation", render_mode="tiled")
+        await tiled.reset()
+        with pytest.raises(UsageError, match=r"shape \(2, 4, 3\), not a frame of each"):
+            await tiled.render()
+        await tiled.reset()
+
+
+# ---------------------------------------------------------------- what one client may cost the others
+
+
+async def test_a_small_request_is_not_answered_a_thousand_times(url: str) -> None:
+    async with serving(url, Hooked, allow=("add",)) as (m, _):
+        envs = await m.vector("env", 2)
+        await envs.reset()
+        assert await envs.get_attr("tag", [1, 1]) == (await envs.get_attr("tag", [1])) * 2
+        for call in (envs.get_attr("tag", [0] * 1000), envs.call_some([0, 1, 0], "add", 1)):
+            with pytest.raises(MalformedMessage, match="too many"):
+                await call
+        await envs.step([1, 1])
+
+
+async def test_a_seed_of_a_megabyte_is_refused_by_both_sides(url: str) -> None:
+    async with serving(url, Hooked) as (m, workers):
+        envs = await m.vector("env", 2)
+        with pytest.raises(InvalidSeed, match="bits"):
+            await envs.reset(seed=1 << 8_000_000)
+        assert sent(workers) == [0]
+        with pytest.raises(InvalidSeed, match="bits"):
+            await envs.reset(seed=(1 << 256) - 1)  # seed + 1 is longer
+        await envs.reset(seed=[1, 2])
+
+
+async def test_sub_environments_that_nobody_waits_for_are_not_constructed(url: str, gate: Gate) -> None:
+    made: list[int] = []
+
+    class Slow(Hooked):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(0)
+            if len(made) == 5:
+                gate.reached.set()
+                gate.open.wait(60.0)
+
+    async with serving(url, Slow, slots=50) as (m, (worker,)):
+        made.clear()
+        opening = asyncio.ensure_future(m.vector("env", 50))
+        await asyncio.to_thread(gate.reached.wait, 60.0)
+        opening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await opening
+        await until(lambda: all(session.state is State.ENDING for session in worker.table), "it is given up")
+        gate.open.set()
+        await until(lambda: worker.table.free == 50, "its slots are free")
+        assert len(made) <= 4 + WIDTH
+
+
+async def test_which_sub_environments_info_cannot_travel_is_told(url: str) -> None:
+    class Odd(Hooked):
+        def step(self, action: Any) -> Any:
+            return *super().step(action)[:4], {"what": object()} if action == 7 else {}
+
+    async with serving(url, Odd, Odd) as (m, _):
+        envs = await m.vector("env", 4, shards=2)
+        await envs.reset()
+        with pytest.raises(UnencodableValue) as caught:
+            await envs.step([1, 1, 1, 7])
+        assert caught.value.details["env_id"] == 3

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from meshrl.errors import UsageError
 from meshrl.protocol.directory import Entry
-from meshrl.protocol.placement import Choice, Placement, Shard, lacking
+from meshrl.protocol.placement import Choice, Placement, Shard, lacking, remedy
 from meshrl.wire.messages import Advertisement, AutoresetName, Form, Load, Seeding, Vectors
 
 DRAWS = st.floats(0, 1, exclude_max=True)
@@ -527,10 +527,15 @@ THREE = [("a", 16, 16), ("b", 16, 16), ("c", 16, 16)]
         (THREE, 2, [("a", 1), ("b", 1)]),
         (THREE, 48, [("a", 16), ("b", 16), ("c", 16)]),
         (THREE, 49, []),
-        # by the fraction of their slots
-        ([("a", 32, 32), ("b", 16, 16)], 12, [("a", 8), ("b", 4)]),
-        # and with what is taken already
-        ([("a", 16, 16), ("b", 16, 8)], 12, [("a", 10), ("b", 2)]),
+        # slots are room, not speed
+        ([("a", 32, 32), ("b", 16, 16)], 12, [("a", 6), ("b", 6)]),
+        ([("a", 16, 16), ("b", 16, 8)], 12, [("a", 6), ("b", 6)]),
+        # what does not fit into an equal share goes to the others
+        ([("a", 8, 8), ("b", 1024, 1024)], 64, [("a", 8), ("b", 56)]),
+        ([("a", 8, 8), ("b", 64, 64), ("c", 64, 64)], 48, [("a", 8), ("b", 20), ("c", 20)]),
+        # the least loaded have the remainder, and are taken where there are more workers than sub-environments
+        ([("a", 16, 8), ("b", 16, 16)], 7, [("a", 3), ("b", 4)]),
+        ([("a", 16, 8), ("b", 16, 16)], 1, [("b", 1)]),
         # every worker with room takes part
         ([("a", 16, 16), ("b", 16, 1)], 4, [("a", 3), ("b", 1)]),
         ([("a", 16, 16), ("b", 16, 0)], 4, [("a", 4)]),
@@ -541,7 +546,7 @@ THREE = [("a", 16, 16), ("b", 16, 16), ("c", 16, 16)]
         ([], 1, []),
     ],
 )
-def test_a_vector_is_cut_so_that_workers_end_equally_loaded(
+def test_a_vector_is_cut_into_shards_as_equal_as_the_room_there_is(
     workers: list[tuple[str, int, int]], num_envs: int, shards: list[tuple[str, int]]
 ) -> None:
     assert plan(workers, num_envs) == shards
@@ -586,7 +591,7 @@ def test_within_room_means_that_nothing_waits() -> None:
     workers = [("a", 8, 3), ("b", 8, 2)]
     assert plan(workers, 5, within_room=True) == [("a", 3), ("b", 2)]
     assert plan(workers, 6, within_room=True) == []
-    assert plan(workers, 6) == [("a", 4), ("b", 2)]
+    assert plan(workers, 6) == [("a", 3), ("b", 3)]
 
 
 def test_where_others_wait_there_is_no_room_but_for_the_one_who_waits_alone() -> None:
@@ -600,12 +605,12 @@ def test_where_others_wait_there_is_no_room_but_for_the_one_who_waits_alone() ->
 def test_a_plan_counts_what_this_client_asked_for_already() -> None:
     placement = Placement()
     placement.asked("a", 0.0, 8)
-    assert placement.spread([entry("a"), entry("b")], 12) == [Shard("a", 2), Shard("b", 10)]
+    assert placement.spread([entry("a"), entry("b")], 12) == [Shard("a", 6), Shard("b", 6)]
 
 
 @settings(deadline=None)
 @given(WORKERS, st.integers(1, 60), DRAWS)
-def test_any_plan_is_whole_balanced_and_within_the_room_there_is(
+def test_any_plan_is_whole_level_and_within_the_room_there_is(
     listed: list[tuple[int, int, int, bool]], num_envs: int, draw: float
 ) -> None:
     entries = workers_of(listed)
@@ -625,12 +630,14 @@ def test_any_plan_is_whole_balanced_and_within_the_room_there_is(
     assert all(size <= room[name] for name, size in sizes.items())
     assert len(sizes) == min(num_envs, sum(free > 0 for free in room.values()))
 
-    def taken(name: str, more: int = 0) -> float:
-        return (usable[name].slots - usable[name].free + sizes[name] + more) / usable[name].slots
+    def taken(name: str) -> float:
+        return (usable[name].slots - usable[name].free) / usable[name].slots
 
     for one, other in itertools.permutations(sizes, 2):
-        if sizes[one] > 1 and sizes[other] < room[other]:
-            assert taken(one) <= taken(other, 1) + 1e-9, "no sub-environment were better elsewhere"
+        if sizes[other] < room[other]:
+            assert sizes[one] <= sizes[other] + 1, "no sub-environment were better elsewhere"
+            if sizes[one] == sizes[other] + 1:
+                assert taken(one) <= taken(other), "the least loaded have one more"
 
 
 @settings(deadline=None)
@@ -656,6 +663,29 @@ def test_any_plan_of_so_many_shards_has_them_nearly_equal(
     if len(roomy) >= shards:
         assert len(of_worker) == shards, "one a worker, where there are enough of them"
         assert all(total <= usable[name].free for name, total in of_worker.items())
+
+
+@pytest.mark.parametrize(
+    ("vectors", "form", "mode", "seeding", "text"),
+    [
+        (Vectors(), "vector", "SameStep", "derived", ""),
+        (Vectors(seedings=["implementation"]), "vector", "NextStep", "gymnasium", 'seeding="implementation"'),
+        (
+            Vectors(seedings=["implementation"], autoreset_modes=["NextStep"]),
+            "vector",
+            "SameStep",
+            "gymnasium",
+            'autoreset_mode="NextStep" and seeding="implementation"',
+        ),
+        (Vectors(pool=False), "pool", "NextStep", "gymnasium", ""),
+        (Vectors(seedings=[]), "vector", "NextStep", "derived", ""),
+        (None, "vector", "NextStep", "gymnasium", ""),
+    ],
+)
+def test_what_to_pass_instead_is_written_as_it_is_passed(
+    vectors: Vectors | None, form: Form, mode: AutoresetName, seeding: Seeding, text: str
+) -> None:
+    assert remedy(vectors, form, mode, seeding) == text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshrl.errors import InvalidSeed, UsageError
-from meshrl.protocol.seeds import check_seed, derive
+from meshrl.protocol.seeds import MAX_SEED_BITS, check_seed, derive
 
 COUNTS = st.integers(min_value=0, max_value=2**70)
 
@@ -72,6 +72,17 @@ def test_anything_else_is_refused_as_a_usage_error_and_a_value_error(seed: objec
         check_seed(seed)
     assert isinstance(caught.value, UsageError)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("bits", [MAX_SEED_BITS, 20_000, 10_000_000])
+def test_a_seed_that_numpy_would_take_long_for_is_refused_without_its_digits(bits: int) -> None:
+    assert check_seed((1 << MAX_SEED_BITS) - 1)
+    for refuse in (check_seed, lambda seed: derive(seed, 0, 0)):
+        with pytest.raises(InvalidSeed, match=f"{MAX_SEED_BITS} bits") as caught:
+            refuse(1 << bits)
+        assert caught.value.details["bits"] == bits + 1
+    with pytest.raises(InvalidSeed, match="negative"):
+        check_seed(-(1 << bits))
 
 
 @pytest.mark.parametrize("wrong", [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (True, 0, 0), (0, 0, 1.0)])

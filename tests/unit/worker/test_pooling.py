@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,10 @@ from meshrl.protocol.pace import FAST_STEPS
 from meshrl.protocol.session import Session, State
 from meshrl.wire.codec import pack
 from meshrl.wire.messages import Description, Open, Vectors
-from meshrl.worker import pooling
+from meshrl.worker import pooling, spread
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
+from meshrl.worker.hosted_vector import HostedVector
 from tests.mesh.pool_envs import ENDS, RAISES, Gated, GatedCoroutine, Gates
 from tests.unit.worker.conftest import PREFIX, Bare
 
@@ -35,7 +37,10 @@ class Pools(Bare):
         if open_.form == "single":
             env = HostedEnv(self.make(), name="env", session=open_.session, worker="w1", allow=(), threads=self.threads)
             return env, description
-        return HostedPool([self.make() for _ in range(open_.num_envs)], open_, threads=self.threads), description
+        envs = [self.make() for _ in range(open_.num_envs)]
+        if open_.form == "vector":
+            return HostedVector(envs, open_, allow=(), threads=self.threads), description
+        return HostedPool(envs, open_, threads=self.threads), description
 
     def lanes(self, op: str, which: list[int], seq: int | list[int], **fields: Any) -> str:
         """One request of some lanes; gives the reply subject."""
@@ -244,6 +249,65 @@ async def test_what_cannot_travel_is_told_and_what_is_no_observation_ends_the_se
     assert session.state is State.ENDING
     await worker.emptied()
     assert worker.table.cached_bytes == 0
+
+
+@pytest.mark.parametrize("inline", [False, True], ids=["threads", "inline"])
+async def test_of_lanes_that_are_answered_together_only_one_whose_info_cannot_travel_gets_an_error(
+    inline: bool,
+) -> None:
+    worker = Pools(Odd)
+    session = await worker.opened(form="pool", num_envs=3, first_env_id=10)
+    await worker.all_of(worker.lanes("reset", [0, 1, 2], 1), 3)
+    if inline:
+        session.held.pool.pace.took(0.0, FAST_STEPS)
+    reply = worker.step([2, 0, 1], 2, [0, 1, 0])
+    assert await worker.all_of(reply, 3) == {2: 1, 0: "unencodable_value", 1: 1}
+    (refused,) = [body for body in worker.told(reply) if "error" in body]
+    assert refused["error"]["details"]["env_id"] == 10
+    assert [body["steps"].tolist() for body in worker.told(reply) if "error" not in body] != []
+    assert not session.running
+    again = worker.step([0, 1, 2], 3)
+    assert await worker.all_of(again, 3) == {0: 1, 1: 1, 2: 1}
+    counts = {
+        lane: step
+        for body in worker.told(again)
+        for lane, step in zip(body["lanes"].tolist(), body["steps"].tolist(), strict=True)
+    }
+    assert counts == {0: 2, 1: 2, 2: 2}
+    worker.close()
+    await worker.emptied()
+    assert worker.table.cached_bytes == 0
+
+
+@pytest.mark.parametrize("form", ["pool", "vector"])
+async def test_what_has_not_begun_when_its_session_is_closed_does_not_begin(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "FAST_S", 3600.0)  # it stays on one thread
+    begun = threading.Semaphore(0)
+
+    class Noted(Gated):
+        def step(self, action: int) -> Any:
+            begun.release()
+            return super().step(action)
+
+    worker = Pools(lambda: Noted(GATES))
+    session = await worker.opened(form=form, num_envs=3)
+    GATES.at.clear()
+    GATES.shut(1)
+    if form == "pool":
+        await worker.all_of(worker.lanes("reset", [0, 1, 2], 1), 3)
+        worker.step([0, 1, 2], 2, [1, 1, 1])
+    else:
+        await worker.replies.to(worker.ask("reset", 1))
+        worker.ask("step", 2, actions=np.ones(3, np.int64))
+    await asyncio.to_thread(begun.acquire)
+    worker.close()
+    assert session.state is State.ENDING
+    GATES.open()
+    await worker.emptied()
+    assert GATES.at == {1: 1}
+    assert (worker.table.free, worker.table.cached_bytes) == (3, 0)
 
 
 class Short(Gated):

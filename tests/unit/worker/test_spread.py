@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from meshrl.protocol.pace import FAST_S
+from meshrl.worker import spread
 from meshrl.worker.spread import MAX_WIDTH, Finished, Spread
 from meshrl.worker.threads import Threads
 
@@ -89,7 +91,25 @@ async def test_all_run_at_once_where_they_wait_for_each_other(wide: bool) -> Non
     assert sorted((await collected.until(MAX_WIDTH)).values()) == list(range(MAX_WIDTH))
 
 
-async def test_more_than_there_may_be_threads_wait_for_those_before_them() -> None:
+@BOTH
+async def test_where_as_many_hang_as_the_width_allows_the_others_run_all_the_same(wide: bool) -> None:
+    gate = threading.Event()
+    collected = Collected()
+
+    def job(number: int) -> int:
+        if number < MAX_WIDTH + 10:
+            gate.wait(60.0)
+        return number
+
+    collected.start(MAX_WIDTH + 40, job, wide=wide)
+    assert sorted(await collected.until(30)) == list(range(MAX_WIDTH + 10, MAX_WIDTH + 40))
+    gate.set()
+    await collected.until(MAX_WIDTH + 40)
+
+
+async def test_more_than_there_may_be_threads_wait_for_those_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "MAX_WIDTH", 4)
+    monkeypatch.setattr(spread, "MAX_THREADS", 9)
     gate = threading.Event()
     begun = threading.Semaphore(0)
     collected = Collected()
@@ -99,13 +119,60 @@ async def test_more_than_there_may_be_threads_wait_for_those_before_them() -> No
         gate.wait(60.0)
         return number
 
-    collected.start(MAX_WIDTH + 3, job, wide=True)
-    for _ in range(MAX_WIDTH):
+    collected.start(20, job, wide=True)
+    for _ in range(9):
         await asyncio.to_thread(begun.acquire)
+    assert collected.threads.count == 9
     assert not begun.acquire(blocking=False)
     assert collected.all == []
     gate.set()
-    assert len(await collected.until(MAX_WIDTH + 3)) == MAX_WIDTH + 3
+    assert len(await collected.until(20)) == 20
+
+
+async def test_a_narrow_one_stays_on_one_thread() -> None:
+    threads = set()
+    collected = Collected()
+
+    def job(number: int) -> int:
+        threads.add(threading.get_ident())
+        if number == 0:
+            looked.wait(60.0)
+        return number
+
+    looked = threading.Event()
+    Spread(collected.threads, 10, job, collected._collect, wide=True, narrow=True)
+    asyncio.get_running_loop().call_later(5 * FAST_S, looked.set)
+    await collected.until(10)
+    assert len(threads) == 1
+
+
+@BOTH
+async def test_once_it_is_stopped_nothing_begins_and_everything_is_told(
+    wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "MAX_WIDTH", 4)
+    monkeypatch.setattr(spread, "STUCK_S", 3600.0)
+    gate = threading.Event()
+    begun = threading.Semaphore(0)
+    ran: list[int] = []
+    collected = Collected()
+
+    def job(number: int) -> int:
+        ran.append(number)
+        begun.release()
+        gate.wait(60.0)
+        return number
+
+    started = collected.start(50, job, wide=wide)
+    for _ in range(4):
+        await asyncio.to_thread(begun.acquire)
+    started.stop()
+    gate.set()
+    outcomes = await collected.until(50)
+    assert len(outcomes) == len(collected.all) == 50
+    assert {number for number, outcome in outcomes.items() if outcome == number} == set(ran)
+    assert len(ran) <= 5
+    assert all(isinstance(outcomes[number], asyncio.CancelledError) for number in set(range(50)) - set(ran))
 
 
 @BOTH
