@@ -91,7 +91,7 @@ class Hold:
         paces: by op: what may run on the event loop, once it has shown itself fast there.
     """
 
-    __slots__ = ("held", "pack", "paces", "pool", "task", "vector")
+    __slots__ = ("held", "paces", "pack", "pool", "task", "vector")
 
     def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
         self.held = None if isinstance(held, HostedPool) else held
