@@ -14,10 +14,12 @@ from typing import Any
 import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
+from meshrl.adapters.arguments import WAIT_S, kwargs_for, kwargs_of_one, mesh_arguments, served_name
 from meshrl.adapters.held import HeldEnv
 from meshrl.adapters.seeded import Seeded
 from meshrl.adapters.spec import ENTRY_POINT, own_metadata, own_spec
-from meshrl.client.env import Step
+from meshrl.client.env import RemoteEnv, Step
+from meshrl.client.mesh import Mesh
 from meshrl.errors import MeshError, NotAllowed, UnencodableValue
 from meshrl.wire.messages import SessionState
 
@@ -48,25 +50,31 @@ class MeshEnv(Seeded, gymnasium.Env[Any, Any]):
         name: str,
         *,
         render_mode: str | None = None,
-        mesh: Mapping[str, Any] | None = None,
+        mesh: Mapping[str, Any] | str | None = None,
         where: Mapping[str, Any] | None = None,
+        wait: float = WAIT_S,
         env_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self._name = name
-        self._mesh = dict(mesh or {})
+        self._name = served_name("make", name)
+        self._mesh = mesh_arguments(mesh)
         self._where = None if where is None else dict(where)
+        self._wait = wait
         self._env_kwargs = dict(env_kwargs or {})
         self.render_mode = render_mode
         kwargs, where = self._env_kwargs, self._where  # not self: garbage is to be found at once, without a cycle
-        self._held = HeldEnv(
-            name, self._mesh, lambda mesh: mesh.env(name, kwargs, render_mode, where), render_mode=render_mode
-        )
+
+        async def opened(mesh: Mesh) -> RemoteEnv:
+            return await mesh.env(name, await kwargs_for(mesh, name, kwargs), render_mode, where, wait=wait)
+
+        self._held = HeldEnv(name, self._mesh, opened, render_mode=render_mode)
         remote = self._held.remote
         self.action_space = remote.action_space
         self.observation_space = remote.observation_space
         self.metadata = own_metadata(remote.metadata)
-        given = {"render_mode": render_mode, "mesh": self._mesh, "where": self._where}
-        said = {**self._env_kwargs, **{key: value for key, value in given.items() if value}}
+        given: dict[str, Any] = {"render_mode": render_mode, "mesh": self._mesh, "where": self._where}
+        if wait != WAIT_S:
+            given["wait"] = wait
+        said = {**self._env_kwargs, **{key: value for key, value in given.items() if value or key == "wait"}}
         self.spec = own_spec(name, ENTRY_POINT, said, remote.remote_spec)
 
     def __repr__(self) -> str:
@@ -74,7 +82,11 @@ class MeshEnv(Seeded, gymnasium.Env[Any, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The spec goes along, since gymnasium.make gives the env one of its own.
-        return _again, (self._name, self.render_mode, self._mesh, self._where, self._env_kwargs), {"spec": self.spec}
+        return (
+            _again,
+            (self._name, self.render_mode, self._mesh, self._where, self._wait, self._env_kwargs),
+            {"spec": self.spec},
+        )
 
     def __del__(self) -> None:
         held = getattr(self, "_held", None)
@@ -225,8 +237,9 @@ def make(
     name: str,
     *,
     render_mode: str | None = None,
-    mesh: Mapping[str, Any] | None = None,
+    mesh: Mapping[str, Any] | str | None = None,
     where: Mapping[str, Any] | None = None,
+    wait: float = WAIT_S,
     **env_kwargs: Any,
 ) -> MeshEnv:
     """Lease an env by name, as a ``gymnasium.Env`` for synchronous code; it works in a notebook's running loop too.
@@ -240,19 +253,22 @@ def make(
     Args:
         name: as served; ``cartpole`` finds the newest ``CartPole-vN``.
         render_mode: Gymnasium's; ``human`` opens a window here and renders arrays there.
-        mesh: arguments of :class:`meshrl.Mesh`: ``url``, ``namespace``, ``credentials``, ``timeout`` (seconds). Envs
-            with equal ones share a connection.
+        mesh: arguments of :class:`meshrl.Mesh`: ``url``, ``namespace``, ``credentials``, ``timeout`` (seconds); or
+            the url alone. Envs with equal ones share a connection.
         where: capabilities that the worker must have, such as ``{"gpu": True}``.
+        wait: seconds to wait for a worker and a free slot.
         env_kwargs: for the env's constructor, as far as the worker's operator allows.
 
     Raises:
         MeshUnreachable: no NATS server answers.
         UnknownName: nobody serves the name, or nobody with those capabilities.
-        MeshFull: no slot became free within 30 s.
+        UsageError: an argument is of another kind, or belongs to another library's call.
+        MeshFull: no slot became free within ``wait``.
         KwargsNotAllowed: the operator does not let clients pass one of ``env_kwargs``.
         EnvError: the env's constructor raised.
     """
-    return MeshEnv(name, render_mode=render_mode, mesh=mesh, where=where, env_kwargs=env_kwargs)
+    kwargs = kwargs_of_one(served_name("make", name), env_kwargs)
+    return MeshEnv(name, render_mode=render_mode, mesh=mesh, where=where, wait=wait, env_kwargs=kwargs)
 
 
 def _again(
@@ -260,6 +276,7 @@ def _again(
     render_mode: str | None,
     mesh: Mapping[str, Any],
     where: Mapping[str, Any] | None,
+    wait: float,
     env_kwargs: Mapping[str, Any],
 ) -> MeshEnv:
-    return MeshEnv(name, render_mode=render_mode, mesh=mesh, where=where, env_kwargs=env_kwargs)
+    return MeshEnv(name, render_mode=render_mode, mesh=mesh, where=where, wait=wait, env_kwargs=env_kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from meshrl.adapters.call import Call
 from meshrl.adapters.portal import Portal, lease
@@ -54,6 +54,7 @@ class Held(Generic[R]):
 
     portal: Portal
     remote: R
+    _face: ClassVar[str] = "env"  # what it is called in texts
 
     def __init__(self, name: str, mesh: Mapping[str, Any], opened: Callable[[Mesh], Coroutine[Any, Any, R]]) -> None:
         self.closed = False
@@ -198,9 +199,27 @@ class Held(Generic[R]):
 
     def _raised(self, call: Call[Any], exc: BaseException) -> None:
         """Keep ``call`` if it was not itself that raised ``exc``."""
+        if exc is call.error:
+            self._reword(exc)
         unseen = call.ran and call.op not in READING
         if exc is not call.error and (unseen or not isinstance(exc, MeshError)):
             self._leave(call)
+
+    def _reword(self, exc: BaseException) -> None:
+        """Say it in the words of code that does not await; the error is this caller's alone."""
+        op = exc.details.get("op") if isinstance(exc, MeshError) else None
+        if isinstance(exc, StepUnsettled):
+            text = (
+                f"a {op or 'call'} was interrupted and may have run; `{self._face}.settle()` gives its result, or reset"
+            )
+        elif isinstance(exc, ConcurrentStep) and op:
+            text = f"{op} was called while {exc.details.get('under_way')} is under way; wait for its result first"
+        elif isinstance(exc, NothingUnsettled):
+            text = "nothing to settle: no step, reset, call or set_attr was interrupted"
+        else:
+            return
+        exc.message = f"{self._name}: {text}"
+        exc.args = (exc.message,)
 
     def _leave(self, call: Call[Any]) -> None:
         """Nobody waits for ``call`` any more."""
@@ -216,7 +235,8 @@ class Held(Generic[R]):
         call.wait()
         if call.ran and op != "reset" and call.op not in READING:
             raise StepUnsettled(
-                f"{self._name}: {call.op} was interrupted, and it ran; call settle() for its result, or reset",
+                f"{self._name}: a {call.op} was interrupted, and it ran; `{self._face}.settle()` gives its result, or "
+                "reset",
                 op=call.op,
             )
         self._interrupted = None
@@ -322,6 +342,14 @@ class HeldEnv(Held[RemoteEnv]):
 
 class HeldVector(Held[RemoteVectorEnv]):
     """One remote vector, of however many shards."""
+
+    _face = "envs"
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "closed"
+        shards, workers = len(self.remote.shards), len({worker for worker, _ in self.remote.shards})
+        return f"{shards} shard{'s' * (shards != 1)} at {workers} worker{'s' * (workers != 1)}"
 
     def forgotten(self, face: object, closing: str, warn: Callable[..., None]) -> None:
         """``face`` is garbage: drop the remote, and say so where it should have been closed.

@@ -15,7 +15,7 @@ import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import gymnasium
 import numpy as np
@@ -31,6 +31,7 @@ except ModuleNotFoundError as exc:
         f"meshrl.adapters.sb3 needs Stable-Baselines3 ({exc}): pip install 'meshrl[sb3]'", name=exc.name
     ) from exc
 
+from meshrl.adapters.arguments import WAIT_S, count_of, mesh_arguments, served_name
 from meshrl.adapters.held import HeldVector
 from meshrl.adapters.sb3_vector import Resets, ended, groups_of, lease, only, reset_groups
 from meshrl.client.mesh import Mesh
@@ -65,12 +66,13 @@ class MeshVecEnv(VecEnv):
 
     Args:
         name: as served; ``cartpole`` finds the newest ``CartPole-vN``.
-        num_envs: how many sub-environments.
-        mesh: arguments of :class:`meshrl.Mesh`: ``url``, ``namespace``, ``credentials``, ``timeout`` (seconds). Envs
-            with equal ones share a connection.
+        num_envs: how many sub-environments, at least 1.
+        mesh: arguments of :class:`meshrl.Mesh`: ``url``, ``namespace``, ``credentials``, ``timeout`` (seconds); or
+            the url alone. Envs with equal ones share a connection.
         render_mode: Gymnasium's, except ``human``; with ``rgb_array``, SB3's ``render("human")`` shows all of them.
         where: capabilities that each worker must have, such as ``{"gpu": True}``.
         shards: over how many workers' sessions they are spread; None leaves it to placement.
+        wait: seconds to wait for workers and free slots.
         env_kwargs: for the envs' constructor, as far as the workers' operator allows.
 
     Attributes:
@@ -84,8 +86,8 @@ class MeshVecEnv(VecEnv):
     Raises:
         MeshUnreachable: no NATS server answers.
         UnknownName: nobody serves the name, or nobody with those capabilities.
-        UsageError: nobody who serves it resets at once, as SB3 has it.
-        MeshFull: there were not enough free slots within 30 s.
+        UsageError: nobody who serves it resets at once, as SB3 has it; or an argument is of another kind.
+        MeshFull: there were not enough free slots within ``wait``, or the workers have not so many.
         KwargsNotAllowed: the operator does not let clients pass one of ``env_kwargs``.
         EnvError: a constructor raised.
         NotImplementedError: Dicts or Tuples within one another, which SB3 does not take.
@@ -95,22 +97,24 @@ class MeshVecEnv(VecEnv):
     def __init__(
         self,
         name: str,
-        num_envs: int = 1,
+        num_envs: SupportsIndex = 1,
         *,
-        mesh: Mapping[str, Any] | None = None,
+        mesh: Mapping[str, Any] | str | None = None,
         render_mode: str | None = None,
         where: Mapping[str, Any] | None = None,
         shards: int | None = None,
+        wait: float = WAIT_S,
         env_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self._name = name
+        self._name = served_name("MeshVecEnv", name)
         # What __init__ takes: that of which it is made again.
         self._made_of: dict[str, Any] = {
-            "num_envs": num_envs,
-            "mesh": dict(mesh or {}),
+            "num_envs": count_of(num_envs),
+            "mesh": mesh_arguments(mesh),
             "render_mode": render_mode,
             "where": None if where is None else dict(where),
             "shards": shards,
+            "wait": wait,
             "env_kwargs": dict(env_kwargs or {}),
         }
         self._held = HeldVector(name, self._made_of["mesh"], functools.partial(_lease, name, dict(self._made_of)))

@@ -40,7 +40,17 @@ async def lease(mesh: Mesh, name: str, num_envs: int, **request: Any) -> RemoteV
         UsageError: its workers host it as a whole.
         MeshError: as :meth:`meshrl.Mesh.vector` does.
     """
-    remote = await mesh.vector(name, num_envs, autoreset_mode=AutoresetMode.SAME_STEP, **request)
+    try:
+        remote = await mesh.vector(name, num_envs, autoreset_mode=AutoresetMode.SAME_STEP, **request)
+    except UsageError as exc:
+        if "lacks" not in exc.details:
+            raise
+        shown = "; ".join(f"worker {worker} does not offer {text}" for worker, text in exc.details["lacks"].items())
+        raise UsageError(
+            f"{name}: SB3 resets ended sub-environments at once and seeds each one, and {shown}; this needs a worker "
+            "that hosts them one by one (meshrl serve --vectors meshrl)",
+            **exc.details,
+        ) from None
     vectors = remote._description.vectors  # noqa: SLF001  # nobody else asks
     if vectors is not None and not vectors.attributes:
         await remote.close()

@@ -16,14 +16,18 @@ _NOT_IN_NAMESPACE = re.compile(r"[^\w:-]")
 _NOT_IN_NAME = re.compile(r"[^\w:.-]")
 
 
-def own_spec(name: str, entry_point: str | None, kwargs: Mapping[str, Any], remote: EnvSpec | None) -> EnvSpec:
+def own_spec(
+    name: str, entry_point: str, kwargs: Mapping[str, Any], remote: EnvSpec | None, *, vector: bool = False
+) -> EnvSpec:
     """The spec with which ``spec.make()``, or ``gymnasium.make_vec(spec)``, leases the same remote again.
 
     Args:
         name: the served name as asked for; with what Gymnasium takes in no id replaced, it is the spec's id.
-        entry_point: what makes an env of it, with ``name`` and ``kwargs``; None where they make a vector.
+        entry_point: what makes an env of it, with ``name`` and ``kwargs``.
         kwargs: what else it was made with.
         remote: the worker's own spec of the env.
+        vector: whether it is of a vector, whose limit of steps is read from its spec. Of a single env it is left to
+            the worker: ``spec.make()`` would count once more on top of it.
     """
     return EnvSpec(
         id=_id(name),
@@ -31,6 +35,7 @@ def own_spec(name: str, entry_point: str | None, kwargs: Mapping[str, Any], remo
         vector_entry_point=VECTOR_ENTRY_POINT,
         reward_threshold=None if remote is None else remote.reward_threshold,
         nondeterministic=remote is not None and remote.nondeterministic,
+        max_episode_steps=remote.max_episode_steps if vector and remote is not None else None,
         # The worker's wrappers check, order and truncate; none of them belongs on top of a remote env again.
         order_enforce=False,
         disable_env_checker=True,

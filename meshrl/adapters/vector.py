@@ -18,10 +18,20 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from meshrl.adapters.arguments import (
+    OF_A_VECTOR,
+    WAIT_S,
+    check_vectors_kwargs,
+    count_of,
+    kwargs_for,
+    mesh_arguments,
+    served_name,
+)
 from meshrl.adapters.held import HeldVector
 from meshrl.adapters.seeded import Seeded
-from meshrl.adapters.spec import own_metadata, own_spec
-from meshrl.client.vector import VectorStep
+from meshrl.adapters.spec import ENTRY_POINT, own_metadata, own_spec
+from meshrl.client.mesh import Mesh
+from meshrl.client.vector import RemoteVectorEnv, VectorStep
 from meshrl.errors import MeshError, NotAllowed
 from meshrl.wire.messages import Seeding
 
@@ -46,7 +56,7 @@ class MeshVectorEnv(Seeded, VectorEnv[Any, Any, Any]):
         metadata: the remote envs', and ``autoreset_mode``; ``human`` is not among the render modes.
         autoreset_mode: what becomes of a sub-environment whose episode has ended.
         render_mode: as asked for.
-        spec: makes the same remotes again by ``gymnasium.make_vec(spec)``.
+        spec: makes the same remotes again by ``gymnasium.make_vec(spec)``, and one of them by ``gymnasium.make(spec)``.
         closed: whether it was closed.
     """
 
@@ -55,20 +65,22 @@ class MeshVectorEnv(Seeded, VectorEnv[Any, Any, Any]):
     def __init__(
         self,
         name: str,
-        num_envs: int = 1,
+        num_envs: SupportsIndex = 1,
         *,
         render_mode: str | None = None,
-        mesh: Mapping[str, Any] | None = None,
+        mesh: Mapping[str, Any] | str | None = None,
         where: Mapping[str, Any] | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         seeding: Seeding = "gymnasium",
         shards: int | None = None,
+        wait: float = WAIT_S,
         env_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        self._name = served_name("make_vec", name)
+        num_envs = count_of(num_envs)
         mode = AutoresetMode(autoreset_mode)
-        mesh, kwargs = dict(mesh or {}), dict(env_kwargs or {})
+        arguments, kwargs = mesh_arguments(mesh), dict(env_kwargs or {})
         where = None if where is None else dict(where)
-        self._name = name
         self._seeding = seeding
         self._num_seeds = num_envs
         self.num_envs = num_envs
@@ -78,34 +90,39 @@ class MeshVectorEnv(Seeded, VectorEnv[Any, Any, Any]):
         self._made_of: dict[str, Any] = {
             "num_envs": num_envs,
             "render_mode": render_mode,
-            "mesh": mesh,
+            "mesh": arguments,
             "where": where,
             "autoreset_mode": mode.value,
             "seeding": seeding,
             "shards": shards,
+            "wait": wait,
             "env_kwargs": kwargs,
         }
-        self._held = HeldVector(
-            name,
-            mesh,
-            lambda m: m.vector(
-                name, num_envs, kwargs, render_mode, where, autoreset_mode=mode, seeding=seeding, shards=shards
-            ),
-        )
+        asked: dict[str, Any] = {"autoreset_mode": mode, "seeding": seeding, "shards": shards, "wait": wait}
+
+        async def opened(mesh: Mesh) -> RemoteVectorEnv:
+            fit = await kwargs_for(mesh, name, kwargs)
+            return await mesh.vector(name, num_envs, fit, render_mode, where, **asked)
+
+        self._held = HeldVector(name, arguments, opened)
         remote = self._held.remote
         self.single_observation_space = remote.single_observation_space
         self.single_action_space = remote.single_action_space
         self.observation_space = remote.observation_space
         self.action_space = remote.action_space
         self.metadata = own_metadata(remote.metadata, vector=True)
-        self.spec = own_spec(name, None, self._spec_kwargs(), remote.remote_spec)
+        self.spec = own_spec(name, ENTRY_POINT, self._spec_kwargs(remote.remote_spec), remote.remote_spec, vector=True)
 
-    def _spec_kwargs(self) -> dict[str, Any]:
+    def _spec_kwargs(self, remote: EnvSpec | None) -> dict[str, Any]:
         """In the form of those that ``gymnasium.make_vec`` gives a vector: without what is so by default."""
         default = {"num_envs": 1, "autoreset_mode": AutoresetMode.NEXT_STEP.value, "seeding": "gymnasium"}
         said = {key: value for key, value in self._made_of.items() if value and value != default.get(key)}
+        if said.pop("wait", 0.0) != WAIT_S:
+            said["wait"] = self._made_of["wait"]
         env_kwargs = said.pop("env_kwargs", {})
-        return {**env_kwargs, **said, "vectorization_mode": "vector_entry_point"}
+        if remote is not None and remote.max_episode_steps is not None:
+            env_kwargs = {**env_kwargs, "max_episode_steps": remote.max_episode_steps}
+        return {**env_kwargs, **said, **OF_A_VECTOR}
 
     def __repr__(self) -> str:
         return f"<MeshVectorEnv of {self.num_envs} {self._name}: {self._held!r}>"
@@ -306,14 +323,15 @@ class MeshVectorEnv(Seeded, VectorEnv[Any, Any, Any]):
 
 def make_vec(
     name: str,
-    num_envs: int = 1,
+    num_envs: SupportsIndex = 1,
     *,
     render_mode: str | None = None,
-    mesh: Mapping[str, Any] | None = None,
+    mesh: Mapping[str, Any] | str | None = None,
     where: Mapping[str, Any] | None = None,
     autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     seeding: Seeding = "gymnasium",
     shards: int | None = None,
+    wait: float = WAIT_S,
     **env_kwargs: Any,
 ) -> MeshVectorEnv:
     """Lease envs by name that are stepped together, as a ``gymnasium.vector.VectorEnv`` for synchronous code.
@@ -329,10 +347,10 @@ def make_vec(
 
     Args:
         name: as served; ``cartpole`` finds the newest ``CartPole-vN``.
-        num_envs: how many sub-environments.
+        num_envs: how many sub-environments, at least 1.
         render_mode: Gymnasium's, except ``human``.
-        mesh: arguments of :class:`meshrl.Mesh`: ``url``, ``namespace``, ``credentials``, ``timeout`` (seconds). Envs
-            and vectors with equal ones share a connection.
+        mesh: arguments of :class:`meshrl.Mesh`: ``url``, ``namespace``, ``credentials``, ``timeout`` (seconds); or
+            the url alone. Envs and vectors with equal ones share a connection.
         where: capabilities that each worker must have, such as ``{"gpu": True}``.
         autoreset_mode: what becomes of a sub-environment whose episode has ended: ``NextStep`` resets it by the next
             step (whose action it ignores, with reward 0), ``SameStep`` at once (its last observation and info are
@@ -341,16 +359,19 @@ def make_vec(
             ``derived``: every episode's seed is derived from the reset's, so that each can be reproduced alone.
             ``implementation``: whatever a hosted vector implementation does with the seed.
         shards: over how many workers' sessions they are spread; None leaves it to placement.
+        wait: seconds to wait for workers and free slots.
         env_kwargs: for the envs' constructor, as far as the workers' operator allows.
 
     Raises:
         MeshUnreachable: no NATS server answers.
         UnknownName: nobody serves the name, or nobody with those capabilities.
-        UsageError: nobody who serves it has vectors of that mode or seeding.
-        MeshFull: there were not enough free slots within 30 s.
+        UsageError: nobody who serves it has vectors of that mode or seeding; or an argument is of another kind, or
+            belongs to another library's call.
+        MeshFull: there were not enough free slots within ``wait``, or the workers have not so many.
         KwargsNotAllowed: the operator does not let clients pass one of ``env_kwargs``.
         EnvError: a constructor raised.
     """
+    check_vectors_kwargs(served_name("make_vec", name), env_kwargs)
     return MeshVectorEnv(
         name,
         num_envs,
@@ -360,6 +381,7 @@ def make_vec(
         autoreset_mode=autoreset_mode,
         seeding=seeding,
         shards=shards,
+        wait=wait,
         env_kwargs=env_kwargs,
     )
 

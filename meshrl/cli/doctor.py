@@ -1,5 +1,6 @@
 """``meshrl doctor``: what is installed and reachable here, and what to do about the rest."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal
 
 import typer
@@ -13,6 +14,11 @@ from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
 from meshrl.cli.rows import Row
 from meshrl.worker.running import run
 
+# Extra, its package's name, and what needs it.
+EXTRAS = (
+    ("sb3", "stable-baselines3", "meshrl.adapters.sb3.MeshVecEnv"),
+    ("envpool", "envpool", "meshrl serve --vectors envpool"),
+)
 STYLES: dict[Literal["ok", "warning", "error"], str] = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
@@ -36,7 +42,7 @@ def doctor(
     credentials: CredentialsFile = None,
 ) -> None:
     """Say what is installed and reachable, and what to do where something is not. Exit code 1 on an error."""
-    rows = [*installed.rows(url_given=bool(url))]
+    rows = [*installed.rows(url_given=bool(url)), *extras()]
     rows += run(reachable.rows(url, namespace=namespace, credentials=credentials, timeout_s=timeout))
     examination = Examination(ok=all(row.status != "error" for row in rows), rows=rows)
     if as_json:
@@ -45,6 +51,23 @@ def doctor(
         show(Console(highlight=False), examination)
     if not examination.ok:
         raise typer.Exit(1)
+
+
+def extras() -> list[Row]:
+    """Whether the packages of each extra are there, beside those of the demo."""
+    rows = []
+    for extra, package, purpose in EXTRAS:
+        try:
+            row = Row(what=f"extra {extra}", status="ok", found=f"{package} {version(package)}")
+        except PackageNotFoundError:
+            row = Row(
+                what=f"extra {extra}",
+                status="warning",
+                found=f"missing: {package}; needed for {purpose}",
+                remedy=f"pip install 'meshrl[{extra}]'",
+            )
+        rows.append(row)
+    return rows
 
 
 def show(console: Console, examination: Examination) -> None:

@@ -1,6 +1,7 @@
 """``meshrl ls``: who is on the mesh, what they serve and how busy they are."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -15,12 +16,14 @@ from rich.text import Text
 from meshrl.bus.facts import workers
 from meshrl.bus.locate import locate
 from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
-from meshrl.client.context import context_of
+from meshrl.client.context import Context, context_of
 from meshrl.client.mesh import Mesh
-from meshrl.wire.messages import Advertisement, Kind
+from meshrl.wire.messages import Advertisement, Kind, Vectors
 from meshrl.worker.running import run
 
 WATCH_S = 1.0
+# Descriptions are asked for at the first advertisement; what one says is not worth more waiting.
+DESCRIBED_S = 1.0
 
 
 class IdleWorker(BaseModel):
@@ -35,6 +38,17 @@ class IdleWorker(BaseModel):
 
     worker: str
     kind: Kind
+
+
+class ServedEnv(Advertisement):
+    """An env as it is advertised, and who steps vectors of it.
+
+    Attributes:
+        implementation: of vectors: ``meshrl`` (sub-environments hosted one by one), ``gymnasium`` (the env's own vector
+            entry point) or ``envpool``; None where there are no vectors, or the worker has not said so yet.
+    """
+
+    implementation: str | None = None
 
 
 class Listing(BaseModel):
@@ -52,7 +66,7 @@ class Listing(BaseModel):
 
     url: str
     namespace: str
-    envs: list[Advertisement]
+    envs: list[ServedEnv]
     agents: list[Advertisement]
     idle: list[IdleWorker]
 
@@ -91,7 +105,7 @@ async def listed(mesh: Mesh) -> Listing:
     """What is on the mesh at this moment."""
     context = context_of(mesh)
     known = await workers(context.connection, context.subjects)
-    envs, agents = await mesh.envs(), await mesh.agents()
+    envs, agents = await _served_envs(context), await mesh.agents()
     serving = {advertisement.worker for advertisement in (*envs, *agents)}
     return Listing(
         url=context.connection.url,
@@ -104,6 +118,23 @@ async def listed(mesh: Mesh) -> Listing:
             if fact.worker not in serving
         ],
     )
+
+
+async def _served_envs(context: Context) -> list[ServedEnv]:
+    """Each env with what its description says, as far as it comes in time."""
+    registry = context.registry
+    deadline = time.monotonic() + DESCRIBED_S
+    while any(entry.description is None for entry in registry.directory.entries("env")):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        await registry.change(left)
+    served = []
+    for entry in registry.directory.entries("env"):
+        vectors = None if entry.description is None else entry.description.vectors
+        implementation = None if vectors is None else vectors.implementation
+        served.append(ServedEnv(**entry.advertisement.model_dump(), implementation=implementation))
+    return served
 
 
 def tables(listing: Listing) -> RenderableType:
@@ -132,6 +163,11 @@ def _table(title: str, served: Sequence[Advertisement]) -> Table:
     for number in ("slots", "free", "waiting"):
         table.add_column(number, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
+    # Most have no word on it: only where somebody's vectors are not meshrl's own.
+    steppers = {a.worker + a.name: a.implementation for a in served if isinstance(a, ServedEnv) and a.implementation}
+    foreign = {key: name for key, name in steppers.items() if name != Vectors().implementation}
+    if foreign:
+        table.add_column("vectors", no_wrap=True)
     for each in sorted(served, key=lambda a: (a.name, a.worker)):
         table.add_row(
             Text(each.name),
@@ -140,6 +176,7 @@ def _table(title: str, served: Sequence[Advertisement]) -> Table:
             Text(str(each.free), "" if each.free else "yellow"),
             Text(str(each.waiting), "yellow" if each.waiting else ""),
             _state(each),
+            *([foreign.get(each.worker + each.name, "")] if foreign else []),
         )
     return table
 

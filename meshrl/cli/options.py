@@ -36,7 +36,7 @@ CredentialsFile = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the NATS server at the start.", min=0.0, metavar="S")]
-Slots = Annotated[int, typer.Option(help="Sessions held at once by each process, over all names.", min=1, metavar="N")]
+Slots = Annotated[int, typer.Option(help="Envs held at once; a vector of 64 takes 64.", min=1, metavar="N")]
 Processes = Annotated[
     str,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshrl.errors import MeshError, MeshUnreachable, RequestTimeout, UnknownName, UsageError
 from meshrl.protocol.names import near
-from meshrl.protocol.placement import lacking
+from meshrl.protocol.placement import lacking, remedy
 from meshrl.wire.messages import Ask, Description, Kind
 
 if TYPE_CHECKING:
@@ -97,9 +97,10 @@ class Finding:
         lacks = {entry.worker: lacking(said.vectors, form, mode, seeding) for entry, said in known}
         if lacks and len(lacks) == len(entries) and all(lacks.values()):
             shown = "; ".join(f"worker {worker} does not offer {text}" for worker, text in lacks.items())
+            helps = next(filter(None, (remedy(said.vectors, form, mode, seeding) for _, said in known)), "")
             raise UsageError(
                 f"nobody offers {entries[0].name} as asked for, a {form} with autoreset_mode {mode} and seeding "
-                f"{seeding}: {shown}; ask for what they have, or start a worker that offers it",
+                f"{seeding}: {shown}; {f'pass {helps}, or ' if helps else ''}start a worker that offers it",
                 name=entries[0].name,
                 form=form,
                 autoreset_mode=mode,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from gymnasium.envs.registration import EnvSpec
 
-from meshrl.client.session import RemoteSession
+from meshrl.client.session import RemoteSession, close_all
 from meshrl.wire.messages import Description
 
 
@@ -56,9 +56,8 @@ class Leased:
         return dict(self._description.versions)
 
     async def close(self) -> None:
-        """Close all that is leased and free its slots. Safe to call twice."""
-        for session in self._sessions:
-            await session.close()
+        """Close all that is leased and free its slots. Safe to call twice; cancelled, it does so all the same."""
+        await close_all(self._sessions)
 
     async def __aenter__(self) -> Self:
         return self

@@ -58,6 +58,20 @@ class LeasedEnvs(Leased):
         return [(session.grant.worker, session.num_envs) for session in self._sessions]
 
     @property
+    def root(self) -> int | None:
+        """With ``seeding="derived"``, the root of all seeds, given or drawn.
+
+        None before the first reset, and where some were reset with a seed and others go on by an earlier one: see
+        :attr:`roots`.
+        """
+        return self._seeds.root
+
+    @property
+    def roots(self) -> tuple[int | None, ...]:
+        """With ``seeding="derived"``, the root of each sub-environment's seeds; None for one that was never reset."""
+        return self._seeds.roots
+
+    @property
     def single_observation_space(self) -> gymnasium.Space[Any]:
         """Of one sub-environment."""
         return self._single_observation_space

@@ -6,26 +6,27 @@ answers that were there, until the others are.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from meshrl.client.shards import ShardSession
 from meshrl.errors import ConcurrentStep, MeshError, MeshUnreachable, NothingUnsettled, StepUnsettled
 from meshrl.protocol.turn import READING, Begin
-from meshrl.wire.frames import Frame
-
-Mask = NDArray[np.bool_]
+from meshrl.wire.frames import Frame, Indices
 
 
-class _Round(NamedTuple):
-    """A call under way or unsettled: what each shard answered, None for those still to come."""
+class Round(NamedTuple):
+    """A call under way, unsettled, or one whose answers nobody got.
+
+    Attributes:
+        op: of the request.
+        answers: what each shard answered, None for those still to come.
+        ids: the sub-environments that it is about, in the order that was asked for; None for all.
+    """
 
     op: str
     answers: list[Frame | MeshError | None]
-    mask: Mask | None
+    ids: Indices | None
 
 
 class Lockstep:
@@ -37,21 +38,31 @@ class Lockstep:
 
     Attributes:
         began: whether a reset was sent to all shards.
+        untold: steps and resets whose results were not given to anybody, since they were discarded or a shard answered
+            with an error; the oldest first, to be taken away by who needs to know.
     """
 
     def __init__(self, sessions: Sequence[ShardSession], name: str) -> None:
         self.began = False
+        self.untold: list[Round] = []
         self._sessions = sessions
         self._name = name
-        self._round: _Round | None = None
+        self._round: Round | None = None
 
-    async def call(self, op: str, fields: Sequence[Frame], mask: Mask | None = None) -> list[Frame]:
+    async def call(
+        self,
+        op: str,
+        fields: Sequence[Frame],
+        ids: Indices | None = None,
+        sent: Callable[[], None] | None = None,
+    ) -> list[Frame]:
         """One request a shard, with its own fields; gives their replies in the order of env_ids.
 
         Args:
             op: of the request.
             fields: of each shard.
-            mask: of a reset; :meth:`settle` gives it back.
+            ids: the sub-environments that it is about; :meth:`settle` gives them back.
+            sent: is called when the requests have left.
 
         Raises:
             ConcurrentStep: another call is under way.
@@ -75,13 +86,15 @@ class Lockstep:
         # All are encoded before the first is sent: what cannot be encoded has not begun anywhere.
         bodies = [session.encoded(own) for session, own in zip(sessions, fields, strict=True)]
         answers: list[Frame | MeshError | None] = [None] * len(sessions)
-        self._round = _Round(op, answers, mask)
+        self._round = Round(op, answers, ids)
         launched = 0
         try:
             for session, body in zip(sessions, bodies, strict=True):
                 session.launch(op, body)
                 launched += 1
             self.began = self.began or op == "reset"
+            if sent is not None:
+                sent()
             for i, session in enumerate(sessions):
                 answers[i] = await _landed(session.landing())
         except BaseException:
@@ -91,11 +104,10 @@ class Lockstep:
             if not launched:
                 self._round = None
             raise
-        self._round = None
-        return _all_frames(answers)
+        return self._over(self._round)
 
-    async def settle(self) -> tuple[str, list[Frame], Mask | None]:
-        """Wait for the call whose waiting was cancelled; gives its op, replies and mask. It may be cancelled, too.
+    async def settle(self) -> Round:
+        """Wait for the call whose waiting was cancelled; each of its answers is a frame. It may be cancelled, too.
 
         Raises:
             NothingUnsettled: there is none, or only one that changed nothing.
@@ -108,9 +120,10 @@ class Lockstep:
         if unsettled is None:
             raise NothingUnsettled(f"{self._name}: nothing to settle: no step, reset, call or set_attr was cancelled")
         await self._settle(unsettled.answers)
-        return unsettled.op, _all_frames(unsettled.answers), unsettled.mask
+        self._over(unsettled)
+        return unsettled
 
-    def _unsettled(self) -> _Round | None:
+    def _unsettled(self) -> Round | None:
         return None if self._round is None or self._round.op in READING else self._round
 
     async def _settle(self, answers: list[Frame | MeshError | None]) -> None:
@@ -118,13 +131,31 @@ class Lockstep:
         for i, session in enumerate(self._sessions):
             if answers[i] is None:
                 answers[i] = await _landed(_frame_of(session.settle()))
+
+    def _over(self, ended: Round) -> list[Frame]:
+        """All have answered: their answers, if none of them is an error.
+
+        Raises:
+            MeshError: the first that is.
+        """
         self._round = None
+        try:
+            return all_frames(ended.answers)
+        except MeshError:
+            self._was_untold(ended)
+            raise
+
+    def _was_untold(self, ended: Round) -> None:
+        if ended.op in {"step", "reset"}:  # nothing else moves episodes
+            self.untold.append(ended)
 
     async def _discard(self, begins: Sequence[Begin]) -> None:
         """Wait for a cancelled call and drop its result."""
         unsettled = self._unsettled()
         if unsettled is not None:
             await self._settle(unsettled.answers)  # it can be settled until all have answered
+            self._round = None
+            self._was_untold(unsettled)
             return
         for session, begin in zip(self._sessions, begins, strict=True):
             if begin is Begin.AFTER_LAST:
@@ -150,7 +181,7 @@ async def _frame_of(settling: Awaitable[tuple[str, Frame]]) -> Frame:
     return (await settling)[1]
 
 
-def _all_frames(answers: Sequence[Frame | MeshError | None]) -> list[Frame]:
+def all_frames(answers: Sequence[Frame | MeshError | None]) -> list[Frame]:
     """The answers, if none of them is an error.
 
     Raises:

@@ -17,7 +17,8 @@ from meshrl.client.env import RemoteEnv
 from meshrl.client.evaluate import Report, evaluate
 from meshrl.client.opening import Opening
 from meshrl.client.pool import RemotePool
-from meshrl.client.shards import ShardSession, open_shards
+from meshrl.client.session import close_all
+from meshrl.client.shards import open_shards
 from meshrl.client.shielded import shielded
 from meshrl.client.vector import RemoteVectorEnv
 from meshrl.errors import UsageError
@@ -207,7 +208,9 @@ class Mesh:
 
         Raises:
             UnknownName: nobody serves the name, or nobody with those capabilities.
-            UsageError: nobody who serves it has vectors of that mode or seeding.
+            UsageError: nobody who serves it has vectors of that mode or seeding, there is no such mode, or the workers
+                that got shards have vectors of different implementations.
+            SpacesDiffer: the workers that got shards serve envs of different spaces.
             MeshFull: there were not enough free slots within ``wait``.
             MeshUnreachable: the server was away at the end of ``wait``.
             KwargsNotAllowed: the operator does not let clients pass one of ``kwargs``.
@@ -215,7 +218,7 @@ class Mesh:
         """
         if render_mode == "human":
             raise UsageError("a vector is rendered as arrays: render_mode='rgb_array', one frame a sub-environment")
-        mode = AutoresetMode(autoreset_mode)
+        mode = _mode_of(autoreset_mode)
         sessions = await open_shards(
             self._open(),
             name,
@@ -234,7 +237,7 @@ class Mesh:
                 sessions, autoreset_mode=mode, seeding=seeding, render_mode=render_mode, check_actions=check_actions
             )
         except BaseException:
-            await shielded(_close(sessions))
+            await close_all(sessions)
             raise
 
     async def pool(
@@ -275,7 +278,7 @@ class Mesh:
         try:
             return RemotePool(sessions, context.flights, seeding=seeding, fair=fair, check_actions=check_actions)
         except BaseException:
-            await shielded(_close(sessions))
+            await close_all(sessions)
             raise
 
     async def agent(
@@ -348,6 +351,10 @@ class Mesh:
         )
 
 
-async def _close(sessions: list[ShardSession]) -> None:
-    for session in sessions:
-        await session.close()
+def _mode_of(given: object) -> AutoresetMode:
+    try:
+        return AutoresetMode(given)
+    except ValueError:
+        raise UsageError(
+            f"autoreset_mode is NextStep, SameStep or Disabled (or gymnasium.vector.AutoresetMode), not {given!r}"
+        ) from None

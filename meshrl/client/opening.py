@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from meshrl.client.finding import ASK_AGAIN_S, Finding
+from meshrl.client.finding import ASK_AGAIN_S, UNKNOWN_S, Finding
 from meshrl.client.flights import Entry, Flight
 from meshrl.errors import MeshError, MeshFull, SessionLost, UnknownName, WorkerDraining, from_wire
 from meshrl.protocol.placement import Choice, Shard
@@ -36,6 +36,8 @@ LATE_S = 1.0
 MAX_BOUNCES = 3
 # A constructor may take minutes (a simulator that loads its maps).
 CONSTRUCT_S = 600.0
+# What errors say of room.
+MORE_SLOTS = "more --slots (meshrl up --slots, meshrl serve --slots)"
 
 
 class Divided(Exception):
@@ -135,7 +137,7 @@ class Opening(Finding):
         if aim is not None and not self._aimed:
             self._aimed = True
             if placement.believed_free(aim) >= num_envs:
-                # A plan has balanced the load already: the worker need not have more room than it asks for.
+                # A plan has looked at the load already: the worker need not have more room than it asks for.
                 return Choice(aim.worker, num_envs)
         choice = placement.choose(entries, draw=random.random(), num_envs=num_envs)  # noqa: S311
         if choice is None or not choice.believed_free:
@@ -289,30 +291,77 @@ class Opening(Finding):
             self._refused = True
         return None
 
+    def check_slots(self, shards: int | None) -> None:
+        """Where the workers could not hold what is asked for if they were empty: whether others are waited for.
+
+        They may be starting, or replace one that drains.
+
+        Args:
+            shards: in how many it was to be cut; None for any number.
+
+        Raises:
+            MeshFull: they were waited for as long as a name that nobody serves is.
+        """
+        waited_s = time.monotonic() - (self._deadline - self._wait)
+        serving = self._serving()
+        if waited_s < UNKNOWN_S or any(entry.advertisement.draining for entry in serving):
+            return
+        slots = self._slots_in_all(serving)
+        if slots < self.num_envs:
+            raise self.full()
+        if shards is not None:
+            raise MeshFull(
+                f"no room for {self.num_envs} sub-environments in {shards} shards: the workers that serve "
+                f"{self._asked!r} have {slots} slots in all, and too few each for shards of "
+                f"{-(-self.num_envs // shards)}; give more shards, or start workers with {MORE_SLOTS}",
+                name=self._asked,
+                num_envs=self.num_envs,
+                shards=shards,
+                workers={entry.worker: {"slots": entry.advertisement.slots} for entry in serving},
+            )
+
+    def _serving(self) -> list[Served]:
+        name = self._registry.resolve(self._kind, self._asked)
+        return [entry for entry in self._registry.directory.entries(self._kind) if entry.name == name]
+
+    def _slots_in_all(self, serving: list[Served]) -> int:
+        """Of those of these that could ever take what is asked for; one that drains may be replaced by its like."""
+        name = serving[0].name if serving else self._asked
+        able = {e.worker for e in self._able(self._registry.directory.candidates(self._kind, name, self._where))}
+        return sum(e.advertisement.slots for e in serving if e.worker in able or e.advertisement.draining)
+
     def full(self) -> MeshError:
         """The error of this moment where there is no room: what was asked for, and how full each worker is."""
         away = self._away()
         if away is not None:
             return away
-        registry, name = self._registry, self._registry.resolve(self._kind, self._asked)
+        serving = self._serving()
         loads = {
             e.worker: {
                 "slots": e.advertisement.slots,
-                "free": registry.placement.believed_free(e),
+                "free": self._registry.placement.believed_free(e),
                 "waiting": e.advertisement.waiting,
             }
-            for e in registry.directory.entries(self._kind)
-            if e.name == name
+            for e in serving
         }
         shown = ", ".join(
             f"{worker}: {load['free']} of {load['slots']} free, {load['waiting']} waiting"
             for worker, load in loads.items()
         )
-        num_envs = self.num_envs
+        num_envs, slots = self.num_envs, self._slots_in_all(serving)
         what = "no slot" if num_envs == 1 else f"no room for {num_envs} sub-environments"
+        if slots < num_envs:
+            text = (
+                f"{what}: the workers that serve {self._asked!r} have {slots} slots in all ({shown}); start workers "
+                f"with {MORE_SLOTS}"
+            )
+        else:
+            text = (
+                f"{what} for {self._asked!r} became free within {self._wait:g} s ({shown}); wait, close sessions, or "
+                f"start more workers, or some with {MORE_SLOTS}"
+            )
         return MeshFull(
-            f"{what} for {self._asked!r} became free within {self._wait:g} s ({shown}); wait, close sessions or "
-            "start more workers",
+            text,
             name=self._asked,
             num_envs=num_envs,
             wait_s=self._wait,

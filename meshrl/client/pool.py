@@ -7,18 +7,18 @@ Each sub-environment is a lane of its own. :meth:`RemotePool.send` gives some of
 from __future__ import annotations
 
 import asyncio
+import operator
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
-import numpy as np
-from numpy.typing import NDArray
-
 from meshrl.client.leased_envs import LeasedEnvs
 from meshrl.client.ready import PoolBatch, Results
+from meshrl.client.session import close_all
 from meshrl.client.shards import ShardSession
 from meshrl.client.under_way import UnderWay
 from meshrl.errors import (
+    MalformedMessage,
     NothingUnderWay,
     RequestTimeout,
     UsageError,
@@ -58,7 +58,6 @@ class RemotePool(LeasedEnvs):
         super().__init__(sessions, seeding=seeding, check_actions=check_actions)
         self._results = Results(self._single_observation_space, self.num_envs, fair=fair)
         self._under_way = UnderWay(self._sessions, flights, self._results, self._action_batches)
-        self._rooted: NDArray[np.bool_] = np.zeros(self.num_envs, np.bool_)  # seeded with the root of derived seeding
 
     def __repr__(self) -> str:
         return (
@@ -92,7 +91,7 @@ class RemotePool(LeasedEnvs):
 
         Args:
             seed: env_id i gets ``seed + i``; a list has one for each of the pool's. With ``seeding="derived"``, the
-                root of all seeds to come.
+                root of all seeds to come, also of those that are not reset now, from their next reset on.
             options: for the sub-environments' ``reset``.
             env_ids: which; None for all.
 
@@ -109,15 +108,10 @@ class RemotePool(LeasedEnvs):
             await under_way.change(None)
             self._check_open()
             if under_way.stranded and under_way.errors:
-                raise under_way.errors.popleft()
+                raise under_way.next_error()
         if not len(ids):
             return
         seeds = self._seeds.of_reset(seed)
-        rooted = self._rooted
-        if self.seeding == "derived":
-            if seeds is not None:
-                rooted = np.zeros(self.num_envs, np.bool_)
-            seeds = [None if known else self._seeds.root for known in rooted.tolist()]
         fields: Frame = {} if options is None else {"options": dict(options)}
 
         def fields_of(_: Indices, which: Indices) -> Frame:
@@ -125,9 +119,12 @@ class RemotePool(LeasedEnvs):
 
         flights = under_way.flights_of("reset", ids, fields_of)
         self._results.drop(ids)
+        under_way.begun_anew(ids)
         under_way.launch(flights)
-        self._rooted = rooted
-        self._rooted[ids] = True
+        which = ids.tolist()
+        self._seeds.sent(seeds, which)
+        if self.seeding == "derived" and isinstance(seed, SupportsIndex):
+            self._seeds.due(operator.index(seed), which)
 
     async def send(self, actions: Any, env_ids: Sequence[SupportsIndex] | Indices) -> None:
         """Give sub-environments their next actions. Nothing is waited for.
@@ -170,6 +167,9 @@ class RemotePool(LeasedEnvs):
             TimeoutError: nothing was ready in time (a :class:`~meshrl.errors.RequestTimeout`).
             NothingUnderWay: fewer than ``min`` are ready or under way, so that waiting would be in vain.
             ConcurrentStep: another recv or reset is waiting.
+            MalformedMessage: a worker's answer is none, or infos cannot be merged. With ``env_ids`` in its details it
+                has cost the results of those, which have to be reset; without them nothing is lost, and rows whose
+                infos do not go together can be received one by one, with ``max=1``.
             UsageError: ``min`` is not from 1 to ``max``.
         """
         limit = self.num_envs if max is None else max
@@ -196,11 +196,15 @@ class RemotePool(LeasedEnvs):
                 break
             await under_way.change(left, min)
         if results.count:
-            batch = results.take(limit)
+            try:
+                batch = results.take(limit)
+            except MalformedMessage as exc:
+                under_way.unusable(exc.details.get("env_ids", ()))
+                raise
             under_way.handed_out(batch.env_ids)
             return batch
         if under_way.errors:
-            raise under_way.errors.popleft()
+            raise under_way.next_error()
         self._check_open()
         raise RequestTimeout(
             f"{self.name}: none of {under_way.lanes} sub-environments under way was ready within {timeout:g} s",
@@ -220,12 +224,9 @@ class RemotePool(LeasedEnvs):
             yield await self.recv(at_least, max)
 
     async def close(self) -> None:
-        """Close all sub-environments and free their slots. Safe to call twice."""
-        loop = asyncio.get_running_loop()
+        """Close all sub-environments and free their slots. Safe to call twice; cancelled, it does so all the same."""
         self._under_way.end()
-        for session in self._sessions:
-            loop.call_soon(self._under_way.wake)  # as soon as the first is closed, who waits is told
-            await session.close()
+        await close_all(self._sessions, self._under_way.wake)  # who waits is told at once
 
     # ---------------------------------------------------------------- checks
 

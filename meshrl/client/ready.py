@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from meshrl.errors import MalformedMessage
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
+from meshrl.wire.info_forms import read_told
 from meshrl.wire.infos import merge_infos, pick_infos
 
 # Of an answer, a value for each of its lanes.
@@ -38,7 +39,8 @@ class PoolBatch:
         infos: merged by Gymnasium's rules over the rows; ``final_obs`` and ``final_info`` where an episode ended.
         first: bool, whether the row is the result of a reset; any other is that of a step.
         episodes: int64, the number of the episode that the row belongs to, from 1 for each sub-environment; a step that
-            ends an episode belongs to the one it ends.
+            ends an episode belongs to the one it ends. With ``seeding="derived"`` a reset that gives a root begins
+            again from 1, so that the seed of episode e of env_id i is always ``derive(pool.roots[i], i, e - 1)``.
         steps: int64, how many steps that episode had by then; 0 after a reset.
     """
 
@@ -104,6 +106,7 @@ class Results:
             column = _field(ready.frame, field)
             if not isinstance(column, np.ndarray) or column.shape != (ready.size,) or column.dtype != dtype:
                 raise MalformedMessage(f"a pool's {field} are not {ready.size} of {dtype}", field=field)
+        _check_infos(ready.frame.get("infos"), ready.size)
         if type(_field(ready.frame, "first")) is not bool:
             raise MalformedMessage("a pool's answer does not say whether it is a reset's", field="first")
         self._ready.append(ready)
@@ -123,17 +126,46 @@ class Results:
         """Hand out at most ``limit`` of them; there is at least one.
 
         Raises:
-            MalformedMessage: their infos are none, or cannot be merged; nothing was handed out.
+            MalformedMessage: their infos cannot be merged; nothing was handed out. Where ``details`` have
+                ``env_ids``, those have infos that no merging takes, and their results are gone.
         """
         taken = self._take_fairly(limit) if self._fair and self.count > limit else self._take_first(limit)
         try:
             batch = self._batch(taken)
+        except MalformedMessage as exc:
+            self._ready.extendleft(reversed(taken))
+            hopeless = self._hopeless(taken)
+            if not len(hopeless):
+                raise
+            self.drop(hopeless)
+            raise MalformedMessage(
+                f"the infos of sub-environments {hopeless.tolist()} cannot be merged, not even alone: {exc.message}; "
+                "their results are lost, reset them",
+                field="infos",
+                env_ids=hopeless.tolist(),
+            ) from exc
         except BaseException:
             self._ready.extendleft(reversed(taken))
             raise
         self.count -= len(batch)
         self._handed[batch.env_ids] += 1
         return batch
+
+    def _hopeless(self, taken: list[Ready]) -> Indices:
+        """Those of them that cannot be handed out alone either."""
+        hopeless: list[int] = []
+        for part in taken:
+            infos = part.frame.get("infos")
+            picked = None if infos is None else pick_infos(infos, part.rows, part.size)
+            of: dict[int, list[Any]] = {}
+            for k, info in [] if picked is None else picked["entries"]:
+                of.setdefault(k, []).append([0, info])
+            for k, entries in of.items():
+                try:
+                    _merged([({"entries": entries}, 0, 1)], 1)
+                except MalformedMessage:
+                    hopeless.append(int(part.env_ids[k]))
+        return np.array(hopeless, np.int64)
 
     def _take_first(self, limit: int) -> list[Ready]:
         taken: list[Ready] = []
@@ -185,6 +217,22 @@ class Results:
             first=_joined(first),
             **{field: _column(taken, field) for field in _COLUMNS},
         )
+
+
+def _check_infos(infos: object, size: int) -> None:
+    """Whether they are such as :func:`~meshrl.wire.infos.pack_infos` gives, of ``size`` lanes.
+
+    Raises:
+        MalformedMessage: they are not.
+    """
+    if infos is None:
+        return
+    try:
+        told = read_told(infos, 0, size)
+    except RecursionError as exc:
+        raise MalformedMessage("infos that are nested too deeply", field="infos") from exc
+    if told is None:
+        raise MalformedMessage("a pool's infos are neither entries nor columns", field="infos")
 
 
 def _merged(infos: list[tuple[Any, int, int]], total: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -24,25 +24,34 @@ class Seeds:
         name: the env's, for errors.
     """
 
-    __slots__ = ("_name", "_num_envs", "_root", "_seeding")
+    __slots__ = ("_common", "_due", "_name", "_num_envs", "_roots", "_seeding")
 
     def __init__(self, seeding: Seeding, num_envs: int, name: str) -> None:
         self._seeding = seeding
         self._num_envs = num_envs
         self._name = name
-        self._root: int | None = None
+        self._common: int | None = None  # for all that have no root yet
+        self._roots: list[int | None] = [None] * num_envs  # as they were sent
+        self._due: list[int | None] = [None] * num_envs  # what a reset without a seed sends all the same
 
     @property
     def root(self) -> int | None:
-        """Of derived seeding; None before the first reset."""
-        return self._root
+        """Of derived seeding; None before the first reset, and where sub-environments have different ones."""
+        known = {root for root in self._roots if root is not None}
+        return known.pop() if len(known) == 1 else None
+
+    @property
+    def roots(self) -> tuple[int | None, ...]:
+        """Of derived seeding, that of each; None for one that was never reset."""
+        return tuple(self._roots)
 
     def of_reset(self, seed: int | Sequence[int | None] | None) -> list[int | None] | None:
         """A seed for each sub-environment, by env_id; None where each goes on by itself.
 
         Args:
             seed: env_id i gets ``seed + i``; a list has one for each. With ``derived`` seeding it is the root of all
-                seeds to come, and one is drawn for the first reset if none is given.
+                seeds to come, and one is drawn for the first reset if none is given. It counts once
+                it was :meth:`sent`.
 
         Raises:
             InvalidSeed: it is none of these.
@@ -68,8 +77,30 @@ class Seeds:
     def _derived(self, seed: int | Sequence[int | None] | None) -> list[int | None] | None:
         if seed is not None and not isinstance(seed, (int, np.integer)):
             raise InvalidSeed(f'{self._name}: with seeding="derived" a reset takes one seed, the root of all others')
-        if seed is None and self._root is not None:
-            return None  # the next episode of each
-        # One root for all shards: drawn here, where they are known.
-        self._root = secrets.randbits(ROOT_BITS) if seed is None else check_seed(seed)
-        return [self._root] * self._num_envs
+        if seed is not None:
+            return [check_seed(seed)] * self._num_envs
+        if None in self._roots and self._common is None:
+            self._common = secrets.randbits(ROOT_BITS)  # one for all shards: drawn here, where they are known
+        seeds = [self._common if root is None else due for root, due in zip(self._roots, self._due, strict=True)]
+        return None if seeds.count(None) == len(seeds) else seeds
+
+    def sent(self, seeds: Sequence[int | None] | None, env_ids: Iterable[int]) -> None:
+        """These were sent to ``env_ids``, the seeds being those of all."""
+        if self._seeding != "derived" or seeds is None:
+            return
+        for i in env_ids:
+            if seeds[i] is not None:
+                self._roots[i], self._due[i] = seeds[i], None
+
+    def refused(self, env_ids: Iterable[int]) -> None:
+        """A reset of these came to nothing: whether they were told their root is not known, so they are told again."""
+        for i in env_ids:
+            self._due[i] = self._roots[i]
+
+    def due(self, root: int, env_ids: Iterable[int]) -> None:
+        """All but ``env_ids`` get this root when they are reset next, unless another one is given."""
+        others = np.ones(self._num_envs, np.bool_)
+        others[np.fromiter(env_ids, np.int64)] = False
+        self._common = root
+        for i in np.flatnonzero(others).tolist():
+            self._due[i] = root

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meshrl.client.flights import Entry, Flight
+from meshrl.client.shielded import shielded
 from meshrl.errors import (
     MeshError,
     MeshUnreachable,
@@ -278,6 +280,26 @@ class RemoteSession:
             self.closed = True
             self._context.forget(self)
             self._connection.publish(self._subject + "close", Close(epoch=self.grant.epoch).to_wire())
+
+
+async def close_all(sessions: Sequence[RemoteSession], begun: Callable[[], None] | None = None) -> None:
+    """Close sessions, all at once; cancelled, it does so all the same.
+
+    Args:
+        sessions: which.
+        begun: is called once all count as closed, while the workers are told.
+    """
+    await shielded(_close_all(sessions, begun))
+
+
+async def _close_all(sessions: Sequence[RemoteSession], begun: Callable[[], None] | None) -> None:
+    loop = asyncio.get_running_loop()
+    closing = [loop.create_task(session.close()) for session in sessions]
+    if begun is not None:
+        loop.call_soon(begun)  # after each task's first turn, in which its session is closed
+    for outcome in await asyncio.gather(*closing, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 def fields_of(**values: Any) -> Frame:

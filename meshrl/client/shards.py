@@ -11,6 +11,7 @@ takes anything from the other; the one whose ``wait`` is over first gives back w
 from __future__ import annotations
 
 import asyncio
+import operator
 import random
 import time
 import weakref
@@ -18,16 +19,22 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from meshrl.client.finding import ASK_AGAIN_S
 from meshrl.client.opening import Divided, Opening
-from meshrl.client.session import RemoteSession
+from meshrl.client.session import RemoteSession, close_all
 from meshrl.client.shielded import shielded
-from meshrl.errors import MeshError, MeshFull, SessionLost
+from meshrl.errors import MeshError, MeshFull, SessionLost, SpacesDiffer, UsageError
 from meshrl.protocol.placement import Shard
-from meshrl.wire.messages import Grant
+from meshrl.wire import spaces
+from meshrl.wire.messages import Description, Form, Grant, Vectors
 
 if TYPE_CHECKING:
     from meshrl.client.context import Context
+
+
+_REMEDY = "choose workers by where=..., take one by shards=1, or have the same served under the name"
 
 
 def _nobody() -> None:
@@ -97,15 +104,75 @@ async def open_shards(
         the sessions, in the order of their sub-environments.
 
     Raises:
-        UsageError: ``num_envs`` or ``shards`` is no such number, or nobody who serves the name offers such vectors.
+        UsageError: ``num_envs`` or ``shards`` is no such number, or nobody who serves the name offers such vectors,
+            or two shards of a vector have different implementations.
         UnknownName: nobody serves the name, or nobody with those capabilities.
+        SpacesDiffer: two of them have different spaces; all were closed.
         MeshFull: there was no room for all of them within ``wait``.
         MeshUnreachable: the server is away.
         KwargsNotAllowed, EnvError: a worker's answer.
     """
     request["kwargs"] = dict(kwargs or {})
+    num_envs = _whole("num_envs", num_envs)
+    shards = None if shards is None else _whole("shards", shards)
     vector = _Vector(context, name, where, wait, request, num_envs=num_envs, shards=shards)
-    return await vector.open()
+    sessions = await vector.open()
+    try:
+        _check_alike(sessions, request["form"])
+    except BaseException:
+        await close_all(sessions)
+        raise
+    return sessions
+
+
+def _whole(what: str, given: object) -> int:
+    try:
+        if isinstance(given, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(given)  # type: ignore[arg-type]  # or it raises
+    except TypeError:
+        raise UsageError(f"{what} is a whole number, not {given!r}") from None
+
+
+def _check_alike(sessions: Sequence[ShardSession], form: Form) -> None:
+    """Whether these can be shards of one vector: anybody may serve anything under a name.
+
+    Raises:
+        SpacesDiffer: the spaces of two of them differ.
+        UsageError: two of a vector have different implementations.
+    """
+    first = sessions[0].grant
+    told = first.description
+    for other in (session.grant for session in sessions[1:]):
+        said = other.description
+        who = f"{told.name}: the envs of worker {first.worker} and those of worker {other.worker} differ"
+        for what in ("observation_space", "action_space"):
+            one, two = getattr(told, what), getattr(said, what)
+            if _equal(one, two):
+                continue
+            one, two = spaces.rebuild(one), spaces.rebuild(two)  # what is described differently may be equal
+            if one != two:
+                raise SpacesDiffer(
+                    f"{who} in their {what.replace('_', ' ')}: {str(one)[:200]} and {str(two)[:200]}; {_REMEDY}",
+                    workers=[first.worker, other.worker],
+                )
+        if form == "vector" and _implementation(told) != _implementation(said):
+            raise UsageError(
+                f"{who} in their vectors' implementation: {_implementation(told)} and {_implementation(said)}; "
+                f"{_REMEDY}",
+                workers=[first.worker, other.worker],
+            )
+
+
+def _equal(one: object, two: object) -> bool:
+    try:
+        return bool(one == two)
+    except ValueError:  # arrays in them
+        return False
+
+
+def _implementation(description: Description) -> str:
+    return (description.vectors or Vectors()).implementation
 
 
 class _Vector:
@@ -148,6 +215,7 @@ class _Vector:
             plan = placement.spread(entries, self._num_envs, self._shards, draw=random.random())  # noqa: S311
             if plan:
                 return plan
+            self._whole.check_slots(self._shards)
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise self._whole.full()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,11 +45,12 @@ class UnderWay:
         actions: batches of the pool's actions.
 
     Attributes:
-        errors: what went wrong and was not raised yet, the oldest first.
+        errors: what went wrong and was not raised yet, the oldest first, with the env_ids that it is about; none where
+            it is about all.
     """
 
     def __init__(self, sessions: Sequence[ShardSession], flights: Flights, results: Results, actions: Batching) -> None:
-        self.errors: deque[MeshError] = deque()
+        self.errors: deque[tuple[MeshError, frozenset[int]]] = deque()
         self._name = sessions[0].grant.description.name
         self._sessions = sessions
         self._flights = flights
@@ -181,13 +182,15 @@ class UnderWay:
             self._under_way.discard(flight)
         if "error" in frame:
             self._phases[ids] = _HELD if flight.op == "step" else _NEW
-            self._fail_by(session, from_wire(frame["error"]))
+            self._fail_by(session, from_wire(frame["error"]), ids)
             return
         try:
             self._results.add(Ready(frame, len(lanes), rows, ids))
         except MeshError as exc:
+            which = ids.tolist()
             self._phases[ids] = _NEW
-            self._fail_by(session, exc)
+            told = f"{self._name}: worker {session.grant.worker}, sub-environments {which}: {exc.message}"
+            self._fail_by(session, type(exc)(told, **{**exc.details, "env_ids": which}), ids)
             return
         self._phases[ids] = _READY
         if self._results.count >= self._wanted:
@@ -201,17 +204,35 @@ class UnderWay:
             self._stranded.append(flight)
             return
         self._under_way.discard(flight)
-        self._phases[flight.left() + flight.session.first_env_id] = _NEW
-        self._fail_by(flight.session, exc)
+        ids = flight.left() + flight.session.first_env_id
+        self._phases[ids] = _NEW
+        self._fail_by(flight.session, exc, ids)
 
-    def _fail_by(self, session: ShardSession, exc: MeshError) -> None:
+    def _fail_by(self, session: ShardSession, exc: MeshError, ids: Indices) -> None:
         if session.is_open:  # what comes after the error that ended it (steps that were cancelled) says nothing new
-            self._fail(session.judge(exc))
+            told = session.judge(exc)
+            self._fail(told, ids if session.is_open else ())
         self.wake()
 
-    def _fail(self, exc: MeshError) -> None:
-        self.errors.append(exc)
+    def _fail(self, exc: MeshError, ids: Iterable[int] = ()) -> None:
+        self.errors.append((exc, frozenset(map(int, ids))))
         self.wake()
+
+    def next_error(self) -> MeshError:
+        """The oldest of :attr:`errors`, to be raised; there is one."""
+        return self.errors.popleft()[0]
+
+    def begun_anew(self, env_ids: Indices) -> None:
+        """These are reset: errors that are about none but them are out of date."""
+        if not self.errors:
+            return
+        reset = frozenset(env_ids.tolist())
+        kept = [(exc, about - reset, not about) for exc, about in self.errors]
+        self.errors = deque((exc, about) for exc, about, all_ in kept if about or all_)
+
+    def unusable(self, env_ids: Sequence[int]) -> None:
+        """Their results were of no use: they have to be reset."""
+        self._phases[np.array(env_ids, np.int64)] = _NEW
 
     def _is_waiting_for(self, session: ShardSession) -> bool:
         return any(flight.session is session for flight in self._under_way)

@@ -7,8 +7,10 @@ there were.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal, SupportsIndex
 
 import gymnasium
@@ -17,17 +19,18 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from meshrl.client.leased_envs import LeasedEnvs
-from meshrl.client.lockstep import Lockstep
+from meshrl.client.lockstep import Lockstep, all_frames
 from meshrl.client.shards import ShardSession
 from meshrl.errors import (
     MalformedMessage,
+    NotAllowed,
     ResetNeeded,
     UsageError,
 )
 from meshrl.wire.batches import batching
-from meshrl.wire.frames import Frame
+from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.infos import merge_infos
-from meshrl.wire.messages import Seeding
+from meshrl.wire.messages import Seeding, Vectors
 
 # What step gives: observations, rewards, terminations, truncations, infos.
 VectorStep = tuple[Any, NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
@@ -67,7 +70,10 @@ class RemoteVectorEnv(LeasedEnvs):
         self._observation_batches = batching(self._single_observation_space)
         self._ended: NDArray[np.bool_] = np.zeros(self.num_envs, np.bool_)  # where nobody but the caller resets them
         self._lockstep = Lockstep(self._sessions, self.name)
-        self._rooted = False  # whether all know the root of derived seeding
+        offers = [session.grant.description.vectors or Vectors() for session in self._sessions]
+        self._masked = all(offer.reset_mask for offer in offers)
+        self._reached = all(offer.attributes for offer in offers)
+        self._implementation = offers[0].implementation
         # What is made of the shards' infos; faces other than Gymnasium's take those of each sub-environment instead.
         self._infos_of: Callable[[Sequence[tuple[Any, int, int]], int], Any] = merge_infos
 
@@ -80,11 +86,6 @@ class RemoteVectorEnv(LeasedEnvs):
         """The remote envs', without what cannot travel, and ``autoreset_mode``."""
         return {**self._description.metadata, "autoreset_mode": self.autoreset_mode}
 
-    @property
-    def root(self) -> int | None:
-        """With ``seeding="derived"``, the root of all seeds, given or drawn; None before the first reset."""
-        return self._seeds.root
-
     # ---------------------------------------------------------------- a vector env's calls
 
     async def reset(
@@ -94,7 +95,7 @@ class RemoteVectorEnv(LeasedEnvs):
 
         Args:
             seed: sub-environment i gets ``seed + i``; a list has one for each. With ``seeding="derived"``, the root of
-                all seeds to come.
+                all seeds to come; under a mask, of those of the sub-environments that are reset.
             options: for the sub-environments' ``reset``. Under ``"reset_mask"`` it may hold a bool array of shape
                 (num_envs,): only those are reset. The dict is left as it is.
 
@@ -105,6 +106,7 @@ class RemoteVectorEnv(LeasedEnvs):
             InvalidSeed: seeds of another kind or number.
             ValueError, TypeError: a mask of another kind, shape or dtype, as in Gymnasium.
             ResetNeeded: the first reset leaves some out.
+            UsageError: a mask, and the vectors' implementation resets all or none; nothing was sent.
         """
         mask, rest = self._options(options)
         return await self._reset(seed, rest, mask)
@@ -112,17 +114,26 @@ class RemoteVectorEnv(LeasedEnvs):
     async def _reset(
         self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None, mask: NDArray[np.bool_] | None
     ) -> tuple[Any, dict[str, Any]]:
+        if mask is not None and not self._masked:
+            raise UsageError(
+                f"{self.name}: the vectors' implementation {self._implementation} resets all of its sub-environments "
+                "or none; reset without a reset_mask"
+            )
         if mask is not None and not self._lockstep.began and not mask.all():
             left_out = np.flatnonzero(~mask).tolist()
             raise ResetNeeded(
                 f"{self.name}: a first reset leaves out sub-environments {left_out}; reset all of them first",
                 env_ids=left_out,
             )
+        self._take_untold()
         seeds = self._seeds.of_reset(seed)
-        if seeds is None and not self._rooted and self._seeds.root is not None:
-            seeds = [self._seeds.root] * self.num_envs  # it was drawn for a reset that came to nothing
         fields = self._reset_fields(seeds, options, mask)
-        return self._was_reset(await self._lockstep.call("reset", fields, mask), mask)
+        ids = None if mask is None else np.flatnonzero(mask)
+
+        def sent() -> None:
+            self._seeds.sent(seeds, range(self.num_envs) if ids is None else ids.tolist())
+
+        return self._was_reset(await self._lockstep.call("reset", fields, ids, sent), ids)
 
     async def step(self, actions: Any) -> VectorStep:
         """Take one step in each: ``gymnasium.vector.VectorEnv.step``.
@@ -131,7 +142,8 @@ class RemoteVectorEnv(LeasedEnvs):
             actions: a batch, checked against the action space before anything is sent.
 
         Returns:
-            observations, rewards (float64), terminations, truncations (bool), infos. The arrays are the caller's own.
+            observations, rewards (float64, or of the dtype that a vector implementation gives), terminations,
+            truncations (bool), infos. The arrays are the caller's own.
 
         Raises:
             InvalidAction: the action of one is of a wrong shape, structure, dtype or discrete range; the error names
@@ -141,6 +153,7 @@ class RemoteVectorEnv(LeasedEnvs):
             StepUnsettled: a cancelled call has to be settled first.
         """
         actions = self._check(actions)
+        self._take_untold()
         if self._ended.any():
             ended = np.flatnonzero(self._ended).tolist()
             raise ResetNeeded(
@@ -161,25 +174,27 @@ class RemoteVectorEnv(LeasedEnvs):
             NothingUnsettled: no call was cancelled.
             ConcurrentStep: a call is under way that nobody cancelled.
         """
-        op, frames, mask = await self._lockstep.settle()
+        op, answers, ids = await self._lockstep.settle()
+        frames = all_frames(answers)
         if op == "step":
             return self._stepped(frames)
         if op == "reset":
-            return self._was_reset(frames, mask)
-        return _values_of(frames)
+            return self._was_reset(frames, ids)
+        return () if op == "set_attr" else self._values(op, frames, ids)
 
     async def render(self) -> tuple[Any, ...] | None:
         """A frame of each sub-environment, in the order of env_ids: ``gymnasium.vector.VectorEnv.render``."""
         if self.render_mode is None:
             raise UsageError(f"{self.name}: it was leased without a render_mode; pass one to m.vector(...)")
         frames = await self._lockstep.call("render", [{}] * len(self._sessions))
-        return tuple(image for frame in frames for image in _list_of(frame, "frames"))
+        return tuple(chain.from_iterable(self._lists("render", frames, "frames", self._sizes)))
 
     async def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Call a public method of each sub-environment that the workers' operator allows.
 
         Raises:
-            NotAllowed: the operator does not allow it, or there is none.
+            NotAllowed: the operator does not allow it, there is none, or the vectors' implementation does not let its
+                sub-environments be reached; the same goes for the attributes below.
         """
         return await self.call_some(None, name, *args, **kwargs)
 
@@ -213,6 +228,7 @@ class RemoteVectorEnv(LeasedEnvs):
             NotAllowed: the operator does not allow it.
             ValueError: another number of values.
         """
+        self._check_reached("set_attr")
         ids = self._ids(env_ids).tolist()
         each = list(values) if isinstance(values, (list, tuple)) else [values] * len(ids)
         if len(each) != len(ids):
@@ -237,16 +253,48 @@ class RemoteVectorEnv(LeasedEnvs):
 
     async def _of_some(self, op: str, env_ids: Sequence[SupportsIndex] | None, fields: Frame) -> tuple[Any, ...]:
         """Values of some sub-environments, in the order asked for."""
+        self._check_reached(op)
         if env_ids is None:
-            return _values_of(await self._lockstep.call(op, [fields] * len(self._sessions)))
-        ids = self._ids(env_ids).tolist()
-        own = [{**fields, "ids": [i - start for i in ids if start <= i < stop]} for start, stop in self._bounds]
-        by_shard = [iter(_list_of(frame, "values")) for frame in await self._lockstep.call(op, own)]
-        starts = [session.first_env_id for session in self._sessions]
-        try:
-            return tuple(next(by_shard[int(np.searchsorted(starts, i, "right")) - 1]) for i in ids)
-        except StopIteration:
-            raise MalformedMessage(f"a reply to {op} has too few values") from None
+            return self._values(op, await self._lockstep.call(op, [fields] * len(self._sessions)), None)
+        ids = self._ids(env_ids)
+        listed = ids.tolist()
+        own = [{**fields, "ids": [i - start for i in listed if start <= i < stop]} for start, stop in self._bounds]
+        return self._values(op, await self._lockstep.call(op, own, ids), ids)
+
+    def _values(self, op: str, frames: Sequence[Frame], ids: Indices | None) -> tuple[Any, ...]:
+        """What the shards gave for ``ids``, in the order of these; None for all.
+
+        Raises:
+            MalformedMessage: it is another number of values than were asked for.
+        """
+        if ids is None:
+            return tuple(chain.from_iterable(self._lists(op, frames, "values", self._sizes)))
+        of = np.searchsorted([session.first_env_id for session in self._sessions], ids, "right") - 1
+        sizes = np.bincount(of, minlength=len(frames)).tolist()
+        by_shard = [iter(values) for values in self._lists(op, frames, "values", sizes)]
+        return tuple(next(by_shard[shard]) for shard in of.tolist())  # each has as many as there are turns
+
+    def _lists(self, op: str, frames: Sequence[Frame], field: str, sizes: Sequence[int]) -> list[list[Any]]:
+        lists: list[list[Any]] = []
+        for session, frame, size in zip(self._sessions, frames, sizes, strict=True):
+            values = frame.get(field)
+            if not isinstance(values, list) or len(values) != size:
+                got = len(values) if isinstance(values, list) else type(values).__name__
+                raise MalformedMessage(
+                    f"{self.name}: the {field} that worker {session.grant.worker} answered to {op} are not a list of "
+                    f"{size}, but {got}",
+                    worker=session.grant.worker,
+                    field=field,
+                )
+            lists.append(values)
+        return lists
+
+    def _check_reached(self, op: str) -> None:
+        if not self._reached:
+            raise NotAllowed(
+                f"{self.name}: the vectors' implementation {self._implementation} has no {op}; its sub-environments "
+                "cannot be reached"
+            )
 
     # ---------------------------------------------------------------- what they carry
 
@@ -283,10 +331,26 @@ class RemoteVectorEnv(LeasedEnvs):
             fields.append(own)
         return fields
 
-    def _was_reset(self, frames: list[Frame], mask: NDArray[np.bool_] | None) -> tuple[Any, dict[str, Any]]:
-        self._ended[slice(None) if mask is None else mask] = False
-        self._rooted = True
+    def _was_reset(self, frames: list[Frame], ids: Indices | None) -> tuple[Any, dict[str, Any]]:
+        self._take_untold()
+        self._ended[slice(None) if ids is None else ids] = False
         return self._observations(frames), self._infos(frames)
+
+    def _take_untold(self) -> None:
+        """Note what became of episodes in calls whose results nobody got, as far as their shards told of it."""
+        untold, self._lockstep.untold = self._lockstep.untold, []
+        for op, answers, ids in untold:
+            for session, answer in zip(self._sessions, answers, strict=True):
+                own = np.arange(session.first_env_id, session.first_env_id + session.num_envs)
+                if op == "reset" and ids is not None:
+                    own = own[np.isin(own, ids)]
+                if op == "reset" and isinstance(answer, dict):
+                    self._ended[own] = False
+                elif op == "reset":
+                    self._seeds.refused(own.tolist())
+                elif isinstance(answer, dict) and self.autoreset_mode is AutoresetMode.DISABLED:
+                    with contextlib.suppress(ValueError, TypeError, KeyError):  # it is no answer, and tells nothing
+                        self._ended[own] = answer["terminations"] | answer["truncations"]
 
     def _stepped(self, frames: list[Frame]) -> VectorStep:
         terminations = self._column(frames, "terminations")
@@ -322,17 +386,6 @@ class RemoteVectorEnv(LeasedEnvs):
             if "infos" in frame
         ]
         return self._infos_of(parts, self.num_envs)
-
-
-def _values_of(frames: list[Frame]) -> tuple[Any, ...]:
-    return tuple(value for frame in frames for value in _list_of(frame, "values"))
-
-
-def _list_of(frame: Frame, field: str) -> list[Any]:
-    values = frame.get(field, [])
-    if not isinstance(values, list):
-        raise MalformedMessage(f"a reply's {field} are no list")
-    return values
 
 
 def _field(frame: Frame, field: str) -> Any:

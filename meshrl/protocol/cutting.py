@@ -1,8 +1,9 @@
 """Cutting: how the sub-environments of a vector are laid upon several workers (R5).
 
-Every worker with room takes part and all end equally loaded, by the fraction of their slots that is taken. A shard is
-within the room of its worker where the workers have enough together, and always within its slots: else it could never
-be opened.
+Every worker with room takes part, with nearly equal shards: slots say how much a worker can hold, not how fast it is,
+and a step of the vector takes as long as that of its slowest shard. A shard is within the room of its worker where the
+workers have enough together, and always within its slots: else it could never be opened. What does not fit into an
+equal share goes to the others.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Part:
         return (self.taken + own) / self.slots
 
 
-def balanced(workers: Sequence[Part], num_envs: int) -> list[tuple[int, int]]:
-    """Shards as (index, size), one for each worker that has room, with which all end equally loaded."""
+def levelled(workers: Sequence[Part], num_envs: int) -> list[tuple[int, int]]:
+    """Shards as (index, size), one for each worker that has room: as equal as the room is; the least loaded first."""
     if sum(worker.limit for worker in workers) < num_envs:
         return []
     with_room = sorted((worker for worker in workers if worker.room), key=lambda worker: worker.load(0))
@@ -44,14 +45,14 @@ def balanced(workers: Sequence[Part], num_envs: int) -> list[tuple[int, int]]:
     left = num_envs - len(sizes)
     # First what there is room for, then what has to wait.
     for most in ({w.index: w.room for w in workers}, {w.index: w.limit for w in workers}):
-        heap = [(w.load(sizes.get(w.index, 0) + 1), w.index) for w in workers if sizes.get(w.index, 0) < most[w.index]]
+        heap = [(sizes.get(w.index, 0), w.load(0), w.index) for w in workers if sizes.get(w.index, 0) < most[w.index]]
         heapq.heapify(heap)
         while left and heap:
-            index = heap[0][1]
-            size = sizes[index] = sizes.get(index, 0) + 1
+            size, load, index = heap[0]
+            sizes[index] = size + 1
             left -= 1
-            if size < most[index]:
-                heapq.heapreplace(heap, (workers[index].load(size + 1), index))
+            if size + 1 < most[index]:
+                heapq.heapreplace(heap, (size + 1, load, index))
             else:
                 heapq.heappop(heap)
     return sorted(sizes.items())

@@ -26,7 +26,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from meshrl.errors import UsageError
-from meshrl.protocol.cutting import Part, balanced, equal
+from meshrl.protocol.cutting import Part, equal, levelled
 from meshrl.wire.messages import MAX_NUM_ENVS
 
 if TYPE_CHECKING:
@@ -285,10 +285,10 @@ class Placement:
         """How to cut a vector over workers.
 
         Without ``shards``, every worker with room gets one (the least loaded ones, where they are more than
-        sub-environments), and they end equally loaded as far as that goes. With it, there are just so many,
-        whose sizes differ by at most one, on the least loaded workers with room; several on one where there are
-        fewer workers than shards. What the workers have no room for is laid upon them by the same rules, to wait
-        there.
+        sub-environments), all of nearly the same size as far as there is room, the larger ones at the least
+        loaded. With it, there are just so many, whose sizes differ by at most one, on the least loaded workers
+        with room; several on one where there are fewer workers than shards. What the workers have no room for is
+        laid upon them by the same rules, to wait there.
 
         Args:
             entries: the candidates, one for each worker.
@@ -321,7 +321,7 @@ class Placement:
             room = 0 if in_the_way > 0 else min(view.free, view.largest)
             limit = room if within_room else view.largest
             workers.append(Part(index, view.slots, view.slots - view.free, room, limit))
-        cut = balanced(workers, num_envs) if shards is None else equal(workers, num_envs, shards)
+        cut = levelled(workers, num_envs) if shards is None else equal(workers, num_envs, shards)
         return [Shard(views[index].worker, size) for index, size in cut]
 
     def should_move(self, entries: Iterable[Entry], parked_at: str, draw: float, num_envs: int = 1) -> str | None:
@@ -393,6 +393,20 @@ def _drawn(views: list[_View], weights: list[int], draw: float) -> _View:
         if left < 0:
             return view
     return views[-1]  # a product just below the sum may round up to it
+
+
+def remedy(vectors: Vectors | None, form: Form, autoreset_mode: AutoresetName, seeding: Seeding) -> str:
+    """What to pass instead, so that such a worker can do it, as it is written; empty where nothing helps."""
+    if vectors is None or not vectors.seedings or (form == "pool" and not vectors.pool):
+        return ""
+    passed = []
+    if form == "vector" and autoreset_mode not in vectors.autoreset_modes:
+        if not vectors.autoreset_modes:
+            return ""
+        passed.append(f'autoreset_mode="{vectors.autoreset_modes[0]}"')
+    if seeding not in vectors.seedings:
+        passed.append(f'seeding="{vectors.seedings[0]}"')
+    return " and ".join(passed)
 
 
 def lacking(vectors: Vectors | None, form: Form, autoreset_mode: AutoresetName, seeding: Seeding) -> str:

@@ -26,6 +26,7 @@ from gymnasium.wrappers import vector as wrappers
 import meshrl
 from meshrl import errors
 from meshrl.adapters.call import Call
+from meshrl.adapters.gymnasium import MeshEnv
 from meshrl.adapters.held import Held
 from meshrl.adapters.spec import own_metadata
 from meshrl.adapters.vector import MeshVectorEnv
@@ -368,8 +369,53 @@ def test_gymnasium_makes_the_same_remotes_of_its_spec(mesh: dict[str, Any]) -> N
             assert again.autoreset_mode is AutoresetMode.SAME_STEP
             assert again.single_observation_space == gymnasium.spaces.Discrete(64)
             assert not sessions(again) & sessions(envs)
-        with pytest.raises(gymnasium.error.Error, match="entry"):
-            gymnasium.make(envs.spec)
+        with gymnasium.make(envs.spec) as env:
+            assert isinstance(env.unwrapped, MeshEnv)
+            assert env.observation_space == gymnasium.spaces.Discrete(64)
+            assert env.reset(seed=1)[0] == 0
+
+
+def test_a_vectors_spec_has_the_remotes_limit_of_steps_and_asks_nobody_for_it(server: EmbeddedServer) -> None:
+    strict = {"url": server.url, "namespace": "strict"}
+    with (
+        WorkerProcess(server.url, {"CartPole-v1": "CartPole-v1"}, namespace="strict"),
+        meshrl.make_vec("CartPole-v1", 2, mesh=strict) as envs,
+    ):
+        assert envs.spec is not None
+        assert (envs.spec.max_episode_steps, envs.spec.reward_threshold) == (500, 475.0)
+        with gymnasium.make_vec(envs.spec) as again, gymnasium.make(envs.spec) as env:  # type: ignore[attr-defined]
+            assert again.spec == envs.spec
+            assert isinstance(env.unwrapped, MeshEnv)
+        with pytest.raises(errors.KwargsNotAllowed, match="max_episode_steps"):
+            meshrl.make_vec("CartPole-v1", 2, mesh=strict, max_episode_steps=7)
+
+
+def test_a_mesh_may_be_its_url_and_numbers_numpys(mesh: dict[str, Any]) -> None:
+    count: Any = np.int64(2)
+    with meshrl.make_vec("Counter", count, mesh=mesh["url"]) as envs, meshrl.make("Counter", mesh=mesh["url"]) as env:
+        assert count_from_their_own_reset(envs)
+        assert env.reset()[0] == 0
+
+
+def test_wait_is_the_seconds_that_it_waits_and_goes_along(single: dict[str, Any]) -> None:
+    with meshrl.make_vec("Counter", 2, mesh=single, wait=20.0) as envs:
+        assert envs.spec is not None
+        assert envs.spec.kwargs["wait"] == envs.__reduce__()[1][1]["wait"] == 20.0
+        for full in (
+            lambda: meshrl.make_vec("Counter", 2, mesh=single, wait=0.1),
+            lambda: meshrl.make("Counter", mesh=single, wait=0.1),
+        ):
+            with pytest.raises(errors.MeshFull, match=r"within 0\.1 s .*--slots"):
+                full()
+
+
+def test_it_tells_where_it_is_in_the_singular_too(mesh: dict[str, Any]) -> None:
+    envs = meshrl.make_vec("Counter", 2, mesh=mesh, shards=1)
+    assert repr(envs) == "<MeshVectorEnv of 2 Counter: 1 shard at 1 worker>"
+    envs.close()
+    assert repr(envs) == "<MeshVectorEnv of 2 Counter: closed>"
+    with meshrl.make_vec("Counter", 2, mesh=mesh, shards=2) as envs:
+        assert "2 shards at 2 workers" in repr(envs)
 
 
 def test_gymnasium_makes_a_vector_of_a_single_envs_spec(mesh: dict[str, Any]) -> None:
@@ -513,12 +559,14 @@ def test_after_ctrl_c_the_step_is_settled_and_counted_once(gated: MeshVectorEnv,
         interrupted(gated.step_wait, gate)
     else:
         interrupted(lambda: gated.step([1, 0]), gate)
-    with pytest.raises(errors.StepUnsettled):
+    with pytest.raises(errors.StepUnsettled) as unsettled:
         gated.step([0, 0])
+    says = "Gated: a step was interrupted and may have run; `envs.settle()` gives its result, or reset"
+    assert (str(unsettled.value), unsettled.value.details["op"]) == (says, "step")
     gate.open()
     observations, rewards, *_ = gated.settle()
     assert (observations.tolist(), rewards.tolist()) == ([2, 2], [1.0, 1.0])
-    with pytest.raises(errors.NothingUnsettled):
+    with pytest.raises(errors.NothingUnsettled, match="was interrupted"):
         gated.settle()
     assert gated.step([0, 0])[0].tolist() == [3, 3]
 

@@ -313,7 +313,7 @@ async def env_that_nobody_serves(stage: Stage) -> None:
     await stage.mesh.env("conter", wait=0.1)
 
 
-@case(errors.MeshFull, r"0 of 2 free.*; wait, close sessions or start more workers")
+@case(errors.MeshFull, r"0 of 2 free.*; wait, close sessions, or start more workers")
 async def env_of_a_full_mesh(stage: Stage) -> None:
     envs = [await stage.env(), await stage.env()]
     try:

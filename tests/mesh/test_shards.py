@@ -309,12 +309,33 @@ async def test_after_wait_the_error_says_how_many_were_asked_for_and_what_is_fre
 
 async def test_more_than_the_mesh_will_ever_hold_is_waited_for_and_then_refused(url: str) -> None:
     async with serving(url, {}) as (one,), Mesh(url) as m:
-        with pytest.raises(MeshFull, match=r"no room for 12 sub-environments .*8 of 8 free"):
+        with pytest.raises(MeshFull, match=r"no room for 12 sub-environments.* 8 slots in all .*8 of 8 free.*--slots"):
             await opened(m, 12, wait=0.3)
         opening = asyncio.create_task(opened(m, 12))
         async with Serving(url, slots=8) as two:
             assert sorted(session.num_envs for session in await opening) == [6, 6]
             assert one.table.free == two.table.free == 2
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "shards", "says"),
+    [(20, None, "have 12 slots in all "), (17, 1, "have 12 slots in all "), (10, 1, "too few each for shards of 10")],
+)
+async def test_more_than_the_workers_have_in_all_is_refused_long_before_wait_is_over(
+    url: str, num_envs: int, shards: int | None, says: str
+) -> None:
+    async with serving(url, {}, {"slots": 4}) as workers, Mesh(url) as m:
+        await knows(m, *workers)
+        with pytest.raises(MeshFull, match=rf"{says}.*meshrl up --slots, meshrl serve --slots"):
+            await opened(m, num_envs, shards, wait=3600.0)
+        assert all_free(*workers)
+
+
+async def test_workers_of_unequal_slots_have_shards_of_one_size(url: str) -> None:
+    async with serving(url, {}, {"slots": 1024}) as (small, large), Mesh(url) as m:
+        await knows(m, small, large)
+        assert sorted(s.num_envs for s in await opened(m, 12)) == [6, 6]
+        assert (small.table.free, large.table.free) == (2, 1018)
 
 
 async def test_of_two_clients_that_each_hold_what_the_other_needs_the_first_to_give_up_lets_the_other_go_on(
@@ -419,21 +440,27 @@ async def test_a_worker_that_is_killed_between_plan_and_grant_is_replaced_by_oth
 
 
 @pytest.mark.parametrize(
-    ("offers", "asked", "says"),
+    ("offers", "asked", "says", "helps"),
     [
-        (Vectors(autoreset_modes=["NextStep"]), {"autoreset_mode": "SameStep"}, "it has NextStep"),
-        (Vectors(seedings=["gymnasium"]), {"seeding": "derived"}, "it has gymnasium"),
-        (Vectors(pool=False), {"form": "pool"}, "pools"),
+        (
+            Vectors(autoreset_modes=["NextStep"]),
+            {"autoreset_mode": "SameStep"},
+            "it has NextStep",
+            'pass autoreset_mode="NextStep", or',
+        ),
+        (Vectors(seedings=["implementation"]), {}, "it has implementation", 'pass seeding="implementation", or'),
+        (Vectors(pool=False), {"form": "pool"}, "pools", "; start a worker"),
     ],
 )
 async def test_what_nobody_offers_is_refused_before_anything_is_sent(
-    url: str, offers: Vectors, asked: dict[str, Any], says: str
+    url: str, offers: Vectors, asked: dict[str, Any], says: str, helps: str
 ) -> None:
     async with serving(url, {"vectors": offers}, {"vectors": offers}) as workers, Mesh(url) as m:
         with pytest.raises(UsageError, match=says) as caught:
             await opened(m, 4, **asked)
         assert set(caught.value.details["lacks"]) == {worker.id for worker in workers}
         assert all(worker.id in caught.value.message for worker in workers)
+        assert helps in caught.value.message
         assert all(worker.opens == [] for worker in workers)
 
 

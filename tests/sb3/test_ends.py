@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from meshrl import errors
@@ -128,8 +129,9 @@ def test_what_sb3_cannot_take_is_refused_and_frees_its_slots(guarded: dict[str, 
 
 
 def test_vector_implementations_are_refused(hosted: dict[str, Any]) -> None:
-    with pytest.raises(errors.UsageError, match="CartPole-v1"):
+    with pytest.raises(errors.UsageError, match=r"CartPole-v1.*one by one.*meshrl serve --vectors meshrl") as refused:
         MeshVecEnv("CartPole-v1", 2, mesh=hosted)
+    assert "pass " not in refused.value.message, "it has no such arguments"
 
 
 @pytest.mark.parametrize(
@@ -307,4 +309,27 @@ def test_one_that_was_left_open_warns_and_frees_its_slots(guarded: dict[str, Any
             drop()
     venv: VecEnv = MeshVecEnv("Counter", 2, mesh=guarded)
     assert venv.reset().tolist() == [0, 0]
+    venv.close()
+
+
+def test_functions_are_told_that_names_are_wanted() -> None:
+    with pytest.raises(errors.UsageError) as refused:
+        make_vec_env("CartPole-v1", 2, vec_env_cls=MeshVecEnv)
+    assert refused.value.message == (
+        'MeshVecEnv takes the name of a served env, not functions: MeshVecEnv("CartPole-v1", 8)'
+    )
+    with pytest.raises(errors.UsageError, match="num_envs is at least 1, not 0"):
+        MeshVecEnv("CartPole-v1", 0)
+
+
+def test_a_mesh_may_be_its_url_and_it_waits_for_as_long_as_it_is_told(
+    mesh: dict[str, Any], guarded: dict[str, Any]
+) -> None:
+    count: Any = np.int64(2)
+    venv: VecEnv = MeshVecEnv("Counter", count, mesh=mesh["url"])
+    assert repr(venv).startswith("<MeshVecEnv of 2 Counter: ")
+    venv.close()
+    venv = MeshVecEnv("Counter", 2, mesh=guarded)
+    with pytest.raises(errors.MeshFull, match=r"within 0\.1 s"):
+        MeshVecEnv("Counter", 2, mesh=guarded, wait=0.1)
     venv.close()

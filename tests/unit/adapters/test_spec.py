@@ -8,13 +8,16 @@ import pytest
 from meshrl.adapters.spec import ENTRY_POINT, own_metadata, own_spec
 
 
-def test_an_envs_spec_makes_envs_and_vectors_a_vectors_spec_vectors_alone() -> None:
-    env, vector = own_spec("cartpole", ENTRY_POINT, {}, None), own_spec("cartpole", None, {"num_envs": 2}, None)
-    assert (env.entry_point, env.vector_entry_point) == ("meshrl:make", "meshrl:make_vec")
-    assert (vector.entry_point, vector.vector_entry_point) == (None, "meshrl:make_vec")
+def test_any_spec_makes_envs_and_vectors_and_a_vectors_has_the_limit_of_steps() -> None:
+    remote = gymnasium.spec("CartPole-v1")
+    env = own_spec("cartpole", ENTRY_POINT, {}, remote)
+    vector = own_spec("cartpole", ENTRY_POINT, {"num_envs": 2}, remote, vector=True)
+    for spec in (env, vector):
+        assert (spec.entry_point, spec.vector_entry_point) == ("meshrl:make", "meshrl:make_vec")
+        assert spec.reward_threshold == 475.0
+    assert (env.max_episode_steps, vector.max_episode_steps) == (None, 500)
     assert vector.kwargs == {"name": "cartpole", "num_envs": 2}
-    with pytest.raises(gymnasium.error.Error, match="entry_point"):
-        gymnasium.make(vector)
+    assert own_spec("cartpole", ENTRY_POINT, {}, None, vector=True).max_episode_steps is None
 
 
 @pytest.mark.parametrize(

@@ -189,16 +189,27 @@ def test_infos_that_cannot_be_merged_keep_their_results_and_those_can_be_had_one
     assert made.count == 0
 
 
-@pytest.mark.parametrize("infos", ["text", {"entries": 3}, {"entries": [[7, {}]]}, {"merged": {}}, [1]], ids=str)
-def test_infos_that_are_none_are_malformed(infos: Any) -> None:
-    bad = ready([0, 1], [1, 2])
+@pytest.mark.parametrize("infos", ["text", {}, {"entries": 3}, {"entries": [[7, {}]]}, {"merged": {}}, [1]], ids=str)
+def test_an_answer_with_infos_that_are_none_is_not_taken(infos: Any) -> None:
+    made, bad = results(ready([2], [3])), ready([0, 1], [1, 2])
     bad.frame["infos"] = infos
-    made = results(bad)
     with pytest.raises(MalformedMessage):
-        made.take(1)
-    made.drop(np.arange(2))
+        made.add(bad)
     made.add(ready([0], [5]))
-    assert rows(made.take(5)) == [(0, 5)]
+    assert rows(made.take(5)) == [(2, 3), (0, 5)]
+
+
+@pytest.mark.parametrize("fair", [False, True])
+def test_infos_that_no_merging_takes_cost_their_own_rows_alone(fair: bool) -> None:
+    huge = {"a": 1 << 80}
+    made = results(
+        ready([0, 1, 4], [1, 2, 3], size=5, infos=[{"a": 1}, huge, {}]), ready([2], [4], infos=[huge]), fair=fair
+    )
+    with pytest.raises(MalformedMessage) as told:
+        made.take(10)
+    assert sorted(told.value.details["env_ids"]) == [1, 2]
+    assert sorted(rows(made.take(10))) == [(0, 1), (4, 3)]
+    assert made.count == 0
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
