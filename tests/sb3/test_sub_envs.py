@@ -36,7 +36,7 @@ def local() -> DummyVecEnv:
 INDICES: list[Any] = [None, 0, 3, -1, [2, 0], (1, 1), range(3), iter([3, 2]), [], [-4, 3], np.array([1, 3])]
 
 
-@pytest.mark.parametrize("indices", INDICES, ids=repr)
+@pytest.mark.parametrize("indices", INDICES, ids=lambda indices: repr(indices).partition(" object at")[0])
 def test_values_come_in_the_order_of_the_indices(remote: MeshVecEnv, indices: Any) -> None:
     for i in range(4):
         remote.set_attr("wind", float(i), indices=i)
