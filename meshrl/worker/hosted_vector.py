@@ -32,6 +32,8 @@ AWAITABLE = frozenset({"frames", "values"})
 CANCEL_S = 5.0
 # Where an info stands that could not be packed; see pack_infos.
 _IN_ENTRY = re.compile(r"infos\.entries\[(\d+)\]")
+# So many ids may a request name even of fewer sub-environments, some of them more than once.
+FEW_IDS = 64
 # What a spread gives in the end.
 Told = Callable[[Frame | BaseException], None]
 
@@ -254,9 +256,10 @@ class HostedVector:
             return range(count)
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < count for i in ids):
             raise MalformedMessage(f"ids are a list of indices below {count}")
-        if len(ids) > count:  # each may be asked for more than once, but a small request must not make a huge answer
+        most = max(count, FEW_IDS)
+        if len(ids) > most:  # each may be asked for more than once, but a small request must not make a huge answer
             raise MalformedMessage(
-                f"{len(ids)} ids of {count} sub-environments are too many; ask for no more than {count} at once"
+                f"{len(ids)} ids of {count} sub-environments are too many; ask for no more than {most} at once"
             )
         return ids
 
