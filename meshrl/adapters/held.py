@@ -348,8 +348,7 @@ class HeldVector(Held[RemoteVectorEnv]):
     def __repr__(self) -> str:
         if self.closed:
             return "closed"
-        shards, workers = len(self.remote.shards), len({worker for worker, _ in self.remote.shards})
-        return f"{shards} shard{'s' * (shards != 1)} at {workers} worker{'s' * (workers != 1)}"
+        return self.remote.whereabouts
 
     def forgotten(self, face: object, closing: str, warn: Callable[..., None]) -> None:
         """``face`` is garbage: drop the remote, and say so where it should have been closed.

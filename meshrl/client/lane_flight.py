@@ -27,11 +27,12 @@ class LaneFlight(Flight):
     Attributes:
         session: of the shard.
         op: of the request.
-        lanes: int64, of the shard, that are not answered yet.
+        lanes: int64, of the shard.
         seqs: int64, the sequence number on each.
+        waiting: bool, by lane of the shard: whether it is one of these and has no answer yet.
     """
 
-    __slots__ = ("_asked", "_lost", "_received", "_some_of", "_unanswered", "lanes", "op", "seqs", "session")
+    __slots__ = ("_asked", "_lost", "_received", "_some_of", "lanes", "op", "seqs", "session", "waiting")
 
     def __init__(
         self,
@@ -72,7 +73,8 @@ class LaneFlight(Flight):
         self.op = op
         self.lanes = lanes
         self.seqs = seqs
-        self._unanswered = np.ones(len(lanes), np.bool_)
+        self.waiting = np.zeros(session.num_envs, np.bool_)
+        self.waiting[lanes] = True
         self._some_of = some_of
         self._asked = 0
         self._received = received
@@ -87,8 +89,8 @@ class LaneFlight(Flight):
 
     def land(self, lanes: Indices) -> None:
         """These lanes have their answers."""
-        self._unanswered &= ~np.isin(self.lanes, lanes)
-        if not self._unanswered.any():
+        self.waiting[lanes] = False
+        if not self.waiting[self.lanes].any():
             self._flights.landed(self)
             self._landed = b""
 
@@ -102,20 +104,24 @@ class LaneFlight(Flight):
     def relaunch(self) -> None:
         """Send it again, after nothing was heard of it because this client was without a connection for too long."""
         if isinstance(self._landed, MeshUnreachable):
-            rows = np.flatnonzero(self._unanswered)
+            rows = self._rows()
             self._landed = None
             self.body = self.again()
-            self.lanes, self.seqs, self._unanswered = self.lanes[rows], self.seqs[rows], self._unanswered[rows]
+            self.lanes, self.seqs = self.lanes[rows], self.seqs[rows]
             self._flights.relaunch(self)
 
     def left(self) -> Indices:
         """The lanes that have no answer yet."""
-        return self.lanes[self._unanswered]
+        return self.lanes[self._rows()]
+
+    def _rows(self) -> Indices:
+        """Of those, the positions in the request."""
+        return np.flatnonzero(self.waiting[self.lanes])
 
     def awaited(self) -> list[Entry]:
         """The requests in it that are not answered yet; of more than a probe may name, others each time."""
         session, epoch, _, _ = self.entry
-        rows = np.flatnonzero(self._unanswered)
+        rows = self._rows()
         if len(rows) > MAX_BATCH:
             rows = np.roll(rows, -self._asked)[:MAX_BATCH]
             self._asked += MAX_BATCH
@@ -133,7 +139,7 @@ class LaneFlight(Flight):
 
         It is made of what was sent first: the user may have changed his arrays since.
         """
-        rows = np.flatnonzero(self._unanswered)
+        rows = self._rows()
         if len(rows) == len(self.lanes):
             return self.body
         frame = unpack(self.body)

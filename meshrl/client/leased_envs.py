@@ -91,8 +91,11 @@ class LeasedEnvs(Leased):
         """Of all of them: ``batch_space(single_action_space, num_envs)``."""
         return batch_space(self._single_action_space, self.num_envs)
 
-    def _workers(self) -> int:
-        return len({session.grant.worker for session in self._sessions})
+    @property
+    def whereabouts(self) -> str:
+        """How many shards there are at how many workers, in words."""
+        shards, workers = len(self._sessions), len({session.grant.worker for session in self._sessions})
+        return f"{shards} shard{'s' * (shards != 1)} at {workers} worker{'s' * (workers != 1)}"
 
     def _ids(self, env_ids: Sequence[SupportsIndex] | Indices | None) -> Indices:
         """The env_ids that were given, None being all of them.

@@ -61,7 +61,7 @@ class RemotePool(LeasedEnvs):
 
     def __repr__(self) -> str:
         return (
-            f"<RemotePool of {self.num_envs} {self.name} at {self._workers()} workers: {self.under_way} under way, "
+            f"<RemotePool of {self.num_envs} {self.name}: {self.whereabouts}, {self.under_way} under way, "
             f"{self.ready} ready>"
         )
 

@@ -26,7 +26,7 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PoolBatch:
     """Results of some sub-environments of a pool; row k of each field is that of ``env_ids[k]``.
 
@@ -56,6 +56,10 @@ class PoolBatch:
 
     def __len__(self) -> int:
         return len(self.env_ids)
+
+    def __repr__(self) -> str:
+        ended = int(np.count_nonzero(self.terminations | self.truncations))
+        return f"<PoolBatch of {len(self)}: {int(np.count_nonzero(self.first))} first, {ended} ended>"
 
 
 @dataclass(slots=True, eq=False)

@@ -172,7 +172,7 @@ class UnderWay:
             return
         ids = lanes + session.first_env_id
         # A second answer to the same request (it was sent again) or one that came late changes nothing.
-        awaited = (self._seqs[ids] == seqs) & (self._phases[ids] == _UNDER_WAY) & np.isin(lanes, flight.left())
+        awaited = (self._seqs[ids] == seqs) & (self._phases[ids] == _UNDER_WAY) & flight.waiting[lanes]
         rows = np.flatnonzero(awaited)
         if not len(rows):
             return

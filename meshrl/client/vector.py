@@ -78,8 +78,7 @@ class RemoteVectorEnv(LeasedEnvs):
         self._infos_of: Callable[[Sequence[tuple[Any, int, int]], int], Any] = merge_infos
 
     def __repr__(self) -> str:
-        shards, workers = len(self._sessions), self._workers()
-        return f"<RemoteVectorEnv of {self.num_envs} {self.name} in {shards} shards at {workers} workers>"
+        return f"<RemoteVectorEnv of {self.num_envs} {self.name}: {self.whereabouts}>"
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -366,8 +365,7 @@ class RemoteVectorEnv(LeasedEnvs):
         )
 
     def _observations(self, frames: list[Frame]) -> Any:
-        # Copies of an observation on its way here: out of the socket's buffer, out of the message, into an array of its
-        # own, and where there are several shards into the one that holds them all.
+        # Where there are several shards, one copy more than those that meshrl.wire.large counts: into the array of all.
         return self._observation_batches.join([_field(frame, "obs") for frame in frames], self._sizes, "obs")
 
     def _column(self, frames: list[Frame], field: str) -> NDArray[Any]:

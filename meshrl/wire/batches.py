@@ -17,8 +17,7 @@ passes those on too.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import Any, Literal
@@ -79,7 +78,18 @@ class Batching(ABC):
 
     @abstractmethod
     def stack(self, items: list[Any]) -> Any:
-        """See :func:`stack`."""
+        """Single values as a batch: what ``concatenate(space, items, create_empty_array(space, len(items)))`` gives.
+
+        Args:
+            items: one or more; each array is copied once. Values of the form ``items`` are not copied.
+
+        Returns:
+            the batch; its arrays are new, writable, own their memory and have the space's dtype.
+
+        Raises:
+            ValueError, TypeError, KeyError, IndexError: as Gymnasium's functions do, for a value of another shape or
+                structure, or of a dtype that numpy casts to the space's only unsafely.
+        """
 
     @abstractmethod
     def check(self, batched: object, n: int, field: str, *, exact: bool) -> None:
@@ -101,18 +111,40 @@ class Batching(ABC):
 
     @abstractmethod
     def cut(self, batched: Any, start: int, stop: int) -> Any:
-        """See :func:`cut`."""
+        """The values from ``start`` to before ``stop`` of a batch; its arrays are views."""
 
     @abstractmethod
     def pick(self, batched: Any, indices: NDArray[np.integer[Any]]) -> Any:
-        """See :func:`pick`."""
+        """The values at ``indices`` (one axis, one or more of them), in that order; its arrays are copies."""
 
     @abstractmethod
     def rows(self, batched: Any, n: int) -> Iterator[Any]:
-        """See :func:`rows`."""
+        """The single values of a batch, as ``iterate(batch_space(space, n), batched)`` gives them.
+
+        Arrays are views of the batch's rows; values of a space without axes are numpy scalars. A Dict or Tuple without
+        parts, at which Gymnasium fails or ends at once, gives n empty ones.
+
+        Args:
+            batched: a batch; one from a peer goes through :meth:`check` first.
+            n: how many values it holds.
+        """
 
     def join(self, parts: Sequence[Any], sizes: Sequence[int], field: str = "observations") -> Any:
-        """See :func:`join`."""
+        """The batches of several shards as one, in order, after a check of each.
+
+        Args:
+            parts: one batch a shard, as they arrived; one or more.
+            sizes: how many values each must hold.
+            field: of the message they came in, for errors.
+
+        Returns:
+            the batch: new arrays, or those of the only part. Dicts are in the space's order.
+
+        Raises:
+            MalformedMessage: a part is not a batch of that size; ``details["field"]`` says where, as in
+                ``observations['a'][0]``.
+            ValueError: there are not as many sizes as parts.
+        """
         for part, size in zip(parts, sizes, strict=True):
             self.check(part, size, field, exact=True)
         return self.joined(parts, sizes)
@@ -335,90 +367,6 @@ def batching(space: spaces.Space[Any], at: str = "") -> Batching:
         assert isinstance(space, spaces.Tuple)
         return _Tuples(space, at)
     return _Items(space, at) if form == "items" else _Registered(space, at)
-
-
-def stack(space: spaces.Space[Any], items: list[Any]) -> Any:
-    """Single values as a batch: what ``concatenate(space, items, create_empty_array(space, len(items)))`` gives.
-
-    Args:
-        space: of the single values.
-        items: one or more; each array is copied once. Values of the form ``items`` are not copied.
-
-    Returns:
-        the batch; its arrays are new, writable, own their memory and have the space's dtype.
-
-    Raises:
-        ValueError, TypeError, KeyError, IndexError: as Gymnasium's functions do, for a value of another shape or
-            structure, or of a dtype that numpy casts to the space's only unsafely.
-    """
-    return batching(space).stack(items)
-
-
-def stacker(space: spaces.Space[Any]) -> Callable[[list[Any]], Any]:
-    """:func:`stack` for one space, made in advance."""
-    return batching(space).stack
-
-
-def join(space: spaces.Space[Any], parts: Sequence[Any], sizes: Sequence[int], field: str = "observations") -> Any:
-    """The batches of several shards as one, in order, after a check of each.
-
-    Args:
-        space: of the single values.
-        parts: one batch a shard, as they arrived; one or more.
-        sizes: how many values each must hold.
-        field: of the message they came in, for errors.
-
-    Returns:
-        the batch: new arrays, or those of the only part. Dicts are in the space's order.
-
-    Raises:
-        MalformedMessage: a part is not a batch of that size; ``details["field"]`` says where, as in
-            ``observations['a'][0]``.
-        ValueError: there are not as many sizes as parts.
-    """
-    return batching(space).join(parts, sizes, field)
-
-
-def joiner(
-    space: spaces.Space[Any], sizes: Sequence[int], field: str = "observations"
-) -> Callable[[Sequence[Any]], Any]:
-    """:func:`join` for one space and the same sizes again and again, made in advance."""
-    return partial(batching(space).join, sizes=tuple(sizes), field=field)
-
-
-def cut(space: spaces.Space[Any], batched: Any, start: int, stop: int) -> Any:
-    """The values from ``start`` to before ``stop`` of a batch; its arrays are views."""
-    return batching(space).cut(batched, start, stop)
-
-
-def pick(space: spaces.Space[Any], batched: Any, indices: NDArray[np.integer[Any]]) -> Any:
-    """The values at ``indices`` (one axis, one or more of them) of a batch, in that order; its arrays are copies."""
-    return batching(space).pick(batched, indices)
-
-
-def rows(space: spaces.Space[Any], batched: Any, n: int) -> Iterator[Any]:
-    """The single values of a batch, as ``iterate(batch_space(space, n), batched)`` gives them.
-
-    Arrays are views of the batch's rows; values of a space without axes are numpy scalars. A Dict or Tuple without
-    parts, at which Gymnasium fails or ends at once, gives n empty ones.
-
-    Args:
-        space: of the single values.
-        batched: a batch; one from a peer goes through :func:`check_rows` first.
-        n: how many values it holds.
-    """
-    return batching(space).rows(batched, n)
-
-
-def check_rows(space: spaces.Space[Any], batched: object, n: int, field: str = "actions") -> None:
-    """Refuse what :func:`rows` could not give as ``n`` single values of the space's shape and structure.
-
-    Dtypes and ranges are not looked at: the env sees what a local one would.
-
-    Raises:
-        MalformedMessage: ``details["field"]`` says where, as in ``actions['a'][0]``.
-    """
-    batching(space).check(batched, n, field, exact=False)
 
 
 def _gymnasiums_stack(space: spaces.Space[Any], items: list[Any]) -> Any:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from meshrl.errors import MeshError, ResetNeeded
 from meshrl.protocol.autoreset import RULES, Ended, OnEnd
 from meshrl.protocol.seeding import Seeding
-from meshrl.wire.batches import stacker
+from meshrl.wire.batches import batching
 from meshrl.wire.messages import AutoresetName, Open
 from meshrl.worker.drawing import alone, draws
 
@@ -100,7 +100,7 @@ class SubEnvs:
         self.name = open_.name
         self.first = open_.first_env_id
         self.ended = [False] * len(self.envs)
-        self.stack = stacker(self.envs[0].observation_space)
+        self.stack = batching(self.envs[0].observation_space).stack
         self._seeding = Seeding(open_.seeding, open_.first_env_id, len(self.envs), lambda: secrets.randbits(SEED_BITS))
         self._resets_ended = RULES[mode].ended is Ended.RESET
         self._refuses_ended = RULES[mode].ended is Ended.REFUSE

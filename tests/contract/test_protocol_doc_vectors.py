@@ -17,7 +17,7 @@ from meshrl.protocol.lanes import Lanes
 from meshrl.protocol.seeds import derive
 from meshrl.protocol.session import ANY_LANE, SessionTable
 from meshrl.wire import codec, info_forms, infos, messages, spaces
-from meshrl.wire.batches import form_of, stack
+from meshrl.wire.batches import batching, form_of
 from meshrl.wire.codec import unpack
 from meshrl.worker.vector_implementations import IMPLEMENTATIONS
 from schemas.notation import note
@@ -72,7 +72,7 @@ def _kinds(row: Row) -> list[str]:
 
 def test_the_example_of_a_batch_is_what_travels() -> None:
     assert '`{"a": array of n int64, "b": {"py": "tuple", "v": [n texts]}}`' in " ".join(TEXT.split())
-    batched = stack(gs.Dict({"a": gs.Discrete(3), "b": gs.Text(4)}), [{"a": np.int64(1), "b": "x"}] * 2)
+    batched = batching(gs.Dict({"a": gs.Discrete(3), "b": gs.Text(4)})).stack([{"a": np.int64(1), "b": "x"}] * 2)
     plain = msgpack.unpackb(codec.pack(batched))
     assert plain["b"] == {"py": "tuple", "v": ["x", "x"]}
     assert (plain["a"]["type"], plain["a"]["shape"]) == ("<i8", [2])

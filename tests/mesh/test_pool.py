@@ -56,7 +56,7 @@ async def test_the_facts_of_a_pool_are_those_of_its_envs(url: str) -> None:
             assert (pool.num_envs, pool.name, pool.ready, pool.under_way) == (5, "cartpole", 0, 0)
             assert {worker for worker, _ in pool.shards} == {worker.id for worker in both}
             assert [size for _, size in pool.shards] == [3, 2]
-            assert "5 cartpole at 2 workers" in repr(pool)
+            assert "5 cartpole: 2 shards at 2 workers" in repr(pool)
 
 
 # --------------------------------------------------------------------------- the same as local envs

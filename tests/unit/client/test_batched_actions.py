@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from meshrl.client.actions import checker
 from meshrl.client.batched_actions import batched_checker
 from meshrl.errors import InvalidAction
-from meshrl.wire.batches import check_rows, rows, stack
+from meshrl.wire.batches import batching
 from tests.unit.wire.strategies import all_spaces, same
 
 TWO = spaces.Discrete(2)
@@ -73,7 +73,7 @@ FITS: list[tuple[spaces.Space[Any], Any, Any]] = [
 def test_a_batch_that_fits_travels_as_arrays(space: spaces.Space[Any], actions: Any, travels: Any) -> None:
     made = passed(space, actions)
     assert same(made, travels)
-    check_rows(space, made, 2)
+    batching(space).check(made, 2, "actions", exact=False)
 
 
 ARRAYS: list[tuple[spaces.Space[Any], np.ndarray[Any, Any]]] = [
@@ -234,7 +234,7 @@ def test_whatever_the_batched_space_samples_passes_unchanged(space: spaces.Space
     made = passed(space, actions, n, strict=True)
     assert same(actions, before)
     # a Dict's batch may be in another order than the Dict
-    assert same(list(rows(space, made, n)), list(iterate(batched, actions)))
+    assert same(list(batching(space).rows(made, n)), list(iterate(batched, actions)))
 
 
 @st.composite
@@ -300,8 +300,8 @@ def test_the_batch_is_refused_at_the_first_index_whose_action_is(
     bad = first_bad(space, actions, strict=strict)
     if bad is None:
         made = passed(space, given_actions, n, strict=strict)
-        check_rows(space, made, n)
-        assert first_bad(space, list(rows(space, made, n)), strict=strict) is None
+        batching(space).check(made, n, "actions", exact=False)
+        assert first_bad(space, list(batching(space).rows(made, n)), strict=strict) is None
     else:
         with pytest.raises(InvalidAction) as caught:
             passed(space, given_actions, n, strict=strict)
@@ -320,7 +320,7 @@ def test_arrays_are_refused_at_the_first_index_whose_row_is(
     leaves = [space] if space.shape is not None else []
     array = batch if leaves else batch["a"]
     array[data.draw(st.integers(0, n - 1))] = data.draw(st.sampled_from((0, 1, 2, 3, 9, 100)))
-    bad = first_bad(space, list(rows(space, batch, n)), strict=strict)
+    bad = first_bad(space, list(batching(space).rows(batch, n)), strict=strict)
     if bad is None:
         assert same(passed(space, batch, n, strict=strict), batch)
     else:
@@ -330,5 +330,5 @@ def test_arrays_are_refused_at_the_first_index_whose_row_is(
 
 
 def test_what_travels_can_be_stacked_back_from_its_rows() -> None:
-    batch = stack(NESTED, [{"a": 1, "b": (np.ones(2, np.float32), np.array([1, 2]))}] * 3)
+    batch = batching(NESTED).stack([{"a": 1, "b": (np.ones(2, np.float32), np.array([1, 2]))}] * 3)
     assert same(passed(NESTED, batch, 3), batch)

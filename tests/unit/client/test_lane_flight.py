@@ -21,7 +21,9 @@ from meshrl.wire.subjects import Subjects
 SESSION = cast(
     "ShardSession",
     SimpleNamespace(
-        grant=SimpleNamespace(worker="w1", session="s1", epoch=3, step_deadline_s=60.0), subject="session.w1.u.s1."
+        grant=SimpleNamespace(worker="w1", session="s1", epoch=3, step_deadline_s=60.0),
+        subject="session.w1.u.s1.",
+        num_envs=4096,
     ),
 )
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshrl.errors import MalformedMessage
-from meshrl.wire.batches import check_rows, cut, form_of, join, joiner, pick, rows, stack, stacker
+from meshrl.wire.batches import batching, form_of
 from tests.unit.wire.strategies import all_spaces, plain_spaces, same
 
 BOX = spaces.Box(-1, 1, (4,), np.float32)
@@ -121,10 +121,10 @@ def arrays(space: spaces.Space[Any], batched: Any) -> Iterator[np.ndarray[Any, A
 @given(own_spaces, st.integers(1, 5), st.integers(0, 2**31 - 1))
 def test_stack_gives_what_gymnasium_gives_in_arrays_of_its_own(space: spaces.Space[Any], n: int, seed: int) -> None:
     items = samples(space, n, seed)
-    made = stack(space, items)
+    made = batching(space).stack(items)
     assert same(made, gymnasiums_stack(space, items))
     # again, because what was handed out is never reused
-    again = list(arrays(space, stacker(space)(items)))
+    again = list(arrays(space, batching(space).stack(items)))
     for array, other in zip(arrays(space, made), again, strict=True):
         assert array.flags.owndata
         assert array.flags.writeable
@@ -132,7 +132,7 @@ def test_stack_gives_what_gymnasium_gives_in_arrays_of_its_own(space: spaces.Spa
         if array.size:
             array.view(np.uint8)[...] ^= 1
             assert not same(array, other)
-    assert same(stack(space, items), gymnasiums_stack(space, items))
+    assert same(batching(space).stack(items), gymnasiums_stack(space, items))
 
 
 @st.composite
@@ -169,7 +169,7 @@ def test_stack_casts_and_refuses_as_gymnasium_does(data: st.DataObject) -> None:
     items = data.draw(
         st.one_of(st.lists(one, max_size=4), st.builds(lambda item, n: [item] * n, one, st.integers(1, 3)))
     )
-    assert same(outcome(stack, space, items), outcome(gymnasiums_stack, space, items))
+    assert same(outcome(batching(space).stack, items), outcome(gymnasiums_stack, space, items))
 
 
 @pytest.mark.parametrize(
@@ -200,14 +200,14 @@ def test_stack_raises_what_gymnasium_raises(space: spaces.Space[Any], items: lis
     raised = outcome(gymnasiums_stack, space, items)
     assert isinstance(raised, type)
     with pytest.raises(raised):
-        stack(space, items)
+        batching(space).stack(items)
 
 
 def test_stack_keeps_the_bits_of_nan_and_rounds_what_is_wider() -> None:
     odd = np.array([0x7FC00001, 0x80000000, 1, 0xFF800000], np.uint32).view(np.float32)
-    assert stack(BOX, [odd, odd]).tobytes() == odd.tobytes() * 2
+    assert batching(BOX).stack([odd, odd]).tobytes() == odd.tobytes() * 2
     wide = np.array([1.0000001, 0.1, 2.0**-140, -0.0])
-    assert same(stack(BOX, [wide, odd])[0], wide.astype(np.float32))
+    assert same(batching(BOX).stack([wide, odd])[0], wide.astype(np.float32))
 
 
 # --------------------------------------------------------------------------- join, cut, pick
@@ -222,18 +222,18 @@ def test_shards_joined_are_the_whole_and_the_whole_cut_is_the_shards(
     items = samples(space, n, seed)
     ends = np.cumsum(sizes).tolist()
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
-    parts = [stack(space, items[start:stop]) for start, stop in bounds]
+    parts = [batching(space).stack(items[start:stop]) for start, stop in bounds]
     whole = gymnasiums_stack(space, items)
-    joined = joiner(space, sizes)(parts)
+    joined = batching(space).join(parts, sizes)
     assert same(joined, whole)
-    assert same(join(space, parts, sizes), whole)
+    assert same(batching(space).join(parts, sizes), whole)
     for array in arrays(space, joined):
         assert array.flags.owndata
         assert array.flags.writeable
         if len(parts) > 1:
             assert not any(np.shares_memory(array, own) for part in parts for own in arrays(space, part))
     for part, (start, stop) in zip(parts, bounds, strict=True):
-        assert same(cut(space, whole, start, stop), part)
+        assert same(batching(space).cut(whole, start, stop), part)
 
 
 @settings(max_examples=100)
@@ -242,7 +242,7 @@ def test_pick_gives_the_batch_of_the_picked_values(space: spaces.Space[Any], n: 
     items = samples(space, n, 0)
     indices = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=6))
     whole = gymnasiums_stack(space, items)
-    picked = pick(space, whole, np.array(indices))
+    picked = batching(space).pick(whole, np.array(indices))
     assert same(picked, gymnasiums_stack(space, [items[i] for i in indices]))
     for array, source in zip(arrays(space, picked), arrays(space, whole), strict=True):
         assert not np.shares_memory(array, source)
@@ -250,7 +250,7 @@ def test_pick_gives_the_batch_of_the_picked_values(space: spaces.Space[Any], n: 
 
 def test_the_arrays_of_a_single_part_are_given_back_as_they_are() -> None:
     part = {"a": ("x",), "b": (np.zeros((1, 4), np.float32), np.zeros(1, np.int64))}
-    joined = join(NESTED, [part], [1])
+    joined = batching(NESTED).join([part], [1])
     assert list(joined) == list(NESTED.spaces)
     assert joined["b"][0] is part["b"][0]
     assert joined["a"] is part["a"]
@@ -258,7 +258,7 @@ def test_the_arrays_of_a_single_part_are_given_back_as_they_are() -> None:
 
 def test_cut_of_arrays_is_a_view() -> None:
     actions = np.zeros((4, 4), np.float64)
-    assert np.shares_memory(cut(BOX, actions, 1, 3), actions)
+    assert np.shares_memory(batching(BOX).cut(actions, 1, 3), actions)
 
 
 # --------------------------------------------------------------------------- rows
@@ -268,27 +268,29 @@ def test_cut_of_arrays_is_a_view() -> None:
 @given(own_spaces.filter(lambda space: not has_empty(space)), st.integers(1, 5), st.integers(0, 2**31 - 1))
 def test_rows_are_those_of_gymnasiums_iterate(space: spaces.Space[Any], n: int, seed: int) -> None:
     batched = gymnasiums_stack(space, samples(space, n, seed))
-    check_rows(space, batched, n)
-    made = list(rows(space, batched, n))
+    batching(space).check(batched, n, "actions", exact=False)
+    made = list(batching(space).rows(batched, n))
     assert len(made) == n
     assert same(made, list(gymnasiums.iterate(gymnasiums.batch_space(space, n), batched)))
 
 
 def test_rows_of_a_dict_made_of_pairs_are_in_its_batchs_order() -> None:
     space = spaces.Dict([("b", BOX), ("a", spaces.Discrete(2))])
-    batched = stack(space, samples(space, 2, 0))
+    batched = batching(space).stack(samples(space, 2, 0))
     assert list(batched) == ["b", "a"]
-    assert [list(row) for row in rows(space, batched, 2)] == [["a", "b"]] * 2
-    assert same(list(rows(space, batched, 2)), list(gymnasiums.iterate(gymnasiums.batch_space(space, 2), batched)))
+    assert [list(row) for row in batching(space).rows(batched, 2)] == [["a", "b"]] * 2
+    assert same(
+        list(batching(space).rows(batched, 2)), list(gymnasiums.iterate(gymnasiums.batch_space(space, 2), batched))
+    )
 
 
 def test_rows_of_actions_are_of_the_dtype_they_came_in() -> None:
     actions = np.array([[0.1, 0, 0, 0], [1.0000001, 0, 0, 0]])
-    check_rows(BOX, actions, 2)
-    first, second = rows(BOX, actions, 2)
+    batching(BOX).check(actions, 2, "actions", exact=False)
+    first, second = batching(BOX).rows(actions, 2)
     assert first.dtype == np.float64
     assert np.shares_memory(second, actions)
-    assert [type(row) for row in rows(spaces.Discrete(3), np.array([2, 1]), 2)] == [np.int64, np.int64]
+    assert [type(row) for row in batching(spaces.Discrete(3)).rows(np.array([2, 1]), 2)] == [np.int64, np.int64]
 
 
 @pytest.mark.parametrize(
@@ -305,8 +307,8 @@ def test_rows_of_actions_are_of_the_dtype_they_came_in() -> None:
     ids=repr,
 )
 def test_spaces_without_parts_have_rows_too(space: spaces.Space[Any], batched: Any, row: Any) -> None:
-    check_rows(space, batched, 2)
-    assert list(rows(space, batched, 2)) == [row, row]
+    batching(space).check(batched, 2, "actions", exact=False)
+    assert list(batching(space).rows(batched, 2)) == [row, row]
 
 
 # --------------------------------------------------------------------------- what peers send
@@ -350,9 +352,9 @@ WRONG_DTYPES: list[tuple[spaces.Space[Any], Any, str]] = [
 def test_join_refuses_a_part_that_is_no_batch_and_names_the_field(
     space: spaces.Space[Any], batched: Any, why: str, shards: int
 ) -> None:
-    good = [stack(space, samples(space, 3, 0))] * (shards - 1)
+    good = [batching(space).stack(samples(space, 3, 0))] * (shards - 1)
     with pytest.raises(MalformedMessage, match=why) as caught:
-        join(space, [*good, batched], [3, 2][-shards:])
+        batching(space).join([*good, batched], [3, 2][-shards:])
     assert caught.value.message.startswith(caught.value.details["field"])
 
 
@@ -361,19 +363,19 @@ def test_check_rows_refuses_what_has_no_rows_and_names_the_field(
     space: spaces.Space[Any], batched: Any, why: str
 ) -> None:
     with pytest.raises(MalformedMessage, match=why.replace("observations", "actions")) as caught:
-        check_rows(space, batched, 2)
+        batching(space).check(batched, 2, "actions", exact=False)
     assert caught.value.details["field"].startswith("actions")
 
 
 @pytest.mark.parametrize(("space", "batched", "why"), WRONG_DTYPES)
 def test_check_rows_leaves_dtypes_to_the_env(space: spaces.Space[Any], batched: Any, why: str) -> None:
-    check_rows(space, batched, 2)
+    batching(space).check(batched, 2, "actions", exact=False)
 
 
 def test_join_wants_a_size_for_each_part() -> None:
     part = np.zeros((2, 4), np.float32)
     with pytest.raises(ValueError, match="shorter"):
-        join(BOX, [part, part], [2])
+        batching(BOX).join([part, part], [2])
 
 
 # --------------------------------------------------------------------------- forms
