@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshrl.errors import MeshError, MeshUnreachable, RequestTimeout, UnknownName, UsageError
 from meshrl.protocol.names import near
-from meshrl.protocol.placement import lacking, remedy
+from meshrl.protocol.offers import lacking, remedy
 from meshrl.wire.messages import Ask, Description, Kind
 
 if TYPE_CHECKING:

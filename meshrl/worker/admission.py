@@ -20,7 +20,7 @@ from meshrl.errors import (
     WrongEpoch,
 )
 from meshrl.protocol.names import near
-from meshrl.protocol.placement import lacking
+from meshrl.protocol.offers import lacking
 from meshrl.protocol.session import Key, Opening, Session, SessionTable, State
 from meshrl.protocol.waiting import Waiting
 from meshrl.wire.codec import Codec
