@@ -22,7 +22,6 @@ Subclasses of ndarray (a masked array has more than its data) and everything els
 
 from __future__ import annotations
 
-import re
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,12 +32,12 @@ from gymnasium.spaces import GraphInstance
 
 from meshrl.errors import MalformedMessage, UnencodableValue
 from meshrl.wire.arrays import SCALAR_TYPES, KeyStyle, array_map, from_map, scalar_map
+from meshrl.wire.forms import RESERVED, revive
 from meshrl.wire.large import LARGE_BYTES, large_array, pack_ending, unpack_ending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-_RESERVED: frozenset[str | bytes] = frozenset({"nd", "py", "complex", b"nd", b"complex"})
 _TEXT: frozenset[type] = frozenset({str})
 _LEAVES: frozenset[type] = SCALAR_TYPES | {type(None), bool, int, float, str, bytes, complex, np.ndarray}
 _SEQUENCES: frozenset[type] = frozenset({list, tuple, set, frozenset, GraphInstance})
@@ -47,8 +46,6 @@ _ATOMS: frozenset[type] = frozenset({type(None), bool, int, float, str, bytes})
 
 _ARRAY_KEYS: frozenset[str] = frozenset({"nd", "type", "kind", "shape", "data"})
 
-_INT = re.compile(r"-?0x[0-9a-f]+", re.ASCII)
-_MAX_COMPLEX_TEXT = 64
 # What is read without a hook at first may have to be read again: of a small message, that costs little.
 _SMALL_BYTES = 4096
 _MAX_DEPTH = 500  # msgpack's packer stops at 511
@@ -167,10 +164,10 @@ def unpack(data: bytes | memoryview) -> Any:
             if type(body) is dict and _revived(body):
                 return body
         elif len(data) >= LARGE_BYTES and type(data) is bytes:
-            is_one, body = unpack_ending(data, _revive, ext_hook=_refuse_ext, max_ext_len=0)
+            is_one, body = unpack_ending(data, revive, ext_hook=_refuse_ext, max_ext_len=0)
             if is_one:
                 return body
-        return msgpack.unpackb(data, object_hook=_revive, ext_hook=_refuse_ext, max_ext_len=0)
+        return msgpack.unpackb(data, object_hook=revive, ext_hook=_refuse_ext, max_ext_len=0)
     except MalformedMessage:
         raise
     except Exception as exc:  # unpackb raises a dozen classes; hooks TypeError (a list in a set) and more
@@ -183,7 +180,7 @@ def _revived(body: dict[Any, Any]) -> bool:
 
     A hook is a Python call for every map, and that is what most requests and replies of the step path hold.
     """
-    if not _RESERVED.isdisjoint(body):
+    if not RESERVED.isdisjoint(body):
         return False
     for key, value in body.items():
         kind = type(value)
@@ -215,7 +212,7 @@ def _is_native(value: Any, depth: int = 0) -> bool:
     kind = type(value)
     if kind is dict:
         for key, item in value.items():
-            if type(key) is not str or key in _RESERVED:
+            if type(key) is not str or key in RESERVED:
                 return False
             if type(item) not in _LEAVES and (depth == _MAX_DEPTH or not _is_native(item, depth + 1)):
                 return False
@@ -327,7 +324,7 @@ def _lower_dict(value: dict[Any, Any], key_style: KeyStyle, path: str, depth: in
         [_lower(k, key_style, _at(path, k), depth + 1), _lower(v, key_style, _at(path, k), depth + 1)]
         for k, v in dict.items(value)
     ]
-    if all(type(k) is str and k not in _RESERVED for k, _ in pairs):
+    if all(type(k) is str and k not in RESERVED for k, _ in pairs):
         plain = dict(pairs)
         if len(plain) == len(pairs):
             return plain
@@ -346,100 +343,3 @@ def _at(path: str, key: object) -> str:
     if type(key) is str and key.isidentifier():
         return f"{path}.{key}" if path else key
     return f"{path}[{str(key)[:40]!r}]" if isinstance(key, str) else f"{path}[{type(key).__name__}]"
-
-
-# -------------------------------------------------------------------------- in
-
-
-def _revive(form: dict[Any, Any]) -> Any:
-    """A map as it arrived, or the value it is a form of: called by the unpacker for each, innermost first."""
-    if _RESERVED.isdisjoint(form):
-        return form
-    if "nd" in form:
-        return from_map(form, "str")
-    if b"nd" in form:
-        return from_map(form, "bytes")
-    if "py" in form:
-        revive = _REVIVE.get(form["py"])
-        if revive is None or len(form) != 2 or "v" not in form:
-            raise MalformedMessage(f"a value of the unknown kind {str(form['py'])[:40]!r}")
-        return revive(form["v"])
-    return _complex_from_text(form)
-
-
-def _items(value: Any) -> list[Any]:
-    if type(value) is not list:
-        raise MalformedMessage(f"a value of several items, but they are {type(value).__name__}")
-    return value
-
-
-def _complex_from_text(form: dict[Any, Any]) -> complex:
-    flag, text = (form.get("complex"), form.get("data"))
-    if b"complex" in form:
-        flag, text = form[b"complex"], form.get(b"data")
-    if flag is not True or type(text) is not str or len(text) > _MAX_COMPLEX_TEXT or len(form) != 2:
-        raise MalformedMessage("a complex number without its text")
-    return complex(text)
-
-
-def _int(value: Any) -> int:
-    if type(value) is not str or not _INT.fullmatch(value):
-        raise MalformedMessage("a long int that is not hexadecimal")
-    return int(value, 16)
-
-
-def _complex(value: Any) -> complex:
-    items = _items(value)
-    if [type(part) for part in items] != [float, float]:
-        raise MalformedMessage("a complex number that is not two floats")
-    return complex(*items)
-
-
-def _graph(value: Any) -> GraphInstance:
-    items = _items(value)
-    if len(items) != 3:
-        raise MalformedMessage("a graph that is not nodes, edges and links")
-    return GraphInstance(*items)
-
-
-def _map(value: Any) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    for pair in _items(value):
-        if type(pair) is not list or len(pair) != 2:
-            raise MalformedMessage("a map whose entries are not pairs")
-        made[pair[0]] = pair[1]
-    if len(made) != len(value):
-        raise MalformedMessage("a map with a key twice")
-    return made
-
-
-def _set(value: Any) -> set[Any]:
-    made = set(_items(value))
-    if len(made) != len(value):
-        raise MalformedMessage("a set with an item twice")
-    return made
-
-
-def _bytearray(value: Any) -> bytearray:
-    if type(value) is not bytes:
-        raise MalformedMessage("a bytearray that is not bytes")
-    return bytearray(value)
-
-
-def _str(value: Any) -> str:
-    if type(value) is not bytes:
-        raise MalformedMessage("a text with surrogates that is not bytes")
-    return value.decode("utf-8", "surrogatepass")
-
-
-_REVIVE: dict[str, Callable[[Any], Any]] = {
-    "tuple": lambda value: tuple(_items(value)),
-    "set": _set,
-    "frozenset": lambda value: frozenset(_set(value)),
-    "map": _map,
-    "int": _int,
-    "complex": _complex,
-    "graph": _graph,
-    "bytearray": _bytearray,
-    "str": _str,
-}

@@ -18,7 +18,7 @@ from meshrl.protocol.doubt import Do, Doubt
 from meshrl.protocol.lane import Lane
 from meshrl.protocol.session import SessionTable, State
 from meshrl.protocol.turn import READING, Phase, Turn
-from meshrl.wire import codec, frames, messages, spaces
+from meshrl.wire import codec, forms, frames, messages, spaces
 from meshrl.wire.codec import unpack
 from meshrl.wire.messages import Message
 from meshrl.wire.subjects import Subjects
@@ -71,7 +71,7 @@ def test_the_fields_of_control_messages_are_those_of_the_models() -> None:
 
 
 def test_the_forms_of_values_are_those_of_the_codec() -> None:
-    assert {coded(row["form"])[0] for row in table("Encoding", "form")} == set(codec._REVIVE)
+    assert {coded(row["form"])[0] for row in table("Encoding", "form")} == set(forms.REVIVE)
 
 
 def test_the_kinds_of_spaces_are_gymnasiums() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshrl.errors import MalformedMessage, UnencodableValue
-from meshrl.wire import codec
+from meshrl.wire import codec, forms
 from meshrl.wire.codec import Codec, pack, unpack
 from tests.unit.wire.strategies import all_spaces, same, values
 
@@ -361,7 +361,7 @@ def test_a_small_message_never_takes_much_memory(data: Any) -> None:
 def by_the_hook(data: bytes) -> object:
     """What reading every map through the hook gives: the rule that the quick reading must equal."""
     try:
-        return msgpack.unpackb(data, object_hook=codec._revive, ext_hook=codec._refuse_ext, max_ext_len=0)
+        return msgpack.unpackb(data, object_hook=forms.revive, ext_hook=codec._refuse_ext, max_ext_len=0)
     except Exception:
         return MalformedMessage
 
