@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +30,7 @@ from meshrl.errors import (
     TransportError,
 )
 from meshrl.wire.codec import pack
+from tests.freezing import freeze, frozen
 from tests.mesh.conftest import until
 from tests.mesh.envs import Picture
 from tests.mesh.own_server import own_server
@@ -167,16 +164,6 @@ async def test_attempts_that_are_accepted_and_dropped_leave_nothing_open(server:
 # --------------------------------------------------------------------------- flushes
 
 
-@contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    """A process that does not run meanwhile."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="stops the server by signal")
 async def test_a_flush_that_was_given_up_leaves_the_connection_whole(server: EmbeddedServer, path: type[Any]) -> None:
     async with connect(server.url) as bus, connect(server.url) as peer:
@@ -205,7 +192,7 @@ async def test_deadlines_of_nats_py_itself_leave_the_thin_path_whole(server: Emb
 
 async def test_a_flush_ends_when_the_connection_is_lost(server: EmbeddedServer, path: type[Any]) -> None:
     async with connect(server.url) as bus:
-        os.kill(server.pid, signal.SIGSTOP)
+        freeze(server.pid)
         waiting = asyncio.create_task(bus.flush(1000.0))
         await until(lambda: len(bus.raw._pongs) > 0, "a ping is on its way")
         await asyncio.to_thread(server.restart)

@@ -18,6 +18,7 @@ from meshrl.bus.embedded import EmbeddedServer
 from meshrl.cli.demo_parts import BestPolicy
 from meshrl.cli.learner import Episode, Generation, Settings, learn
 from meshrl.errors import UsageError
+from tests.freezing import freeze
 from tests.mesh.family import Family
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -99,7 +100,7 @@ def test_learner_that_hangs_is_ended_and_the_demo_fails(tmp_path: Path) -> None:
     with Family(["-c", program, *arguments], tmp_path) as family:
         family.read_until("learner 1: generation 1")
         [learner] = family.commands("meshrl.cli.demo_parts learner")
-        os.kill(learner, signal.SIGSTOP)
+        freeze(learner)
         code, out, err = family.output()
         assert family.is_gone()
     assert (code, err) == (1, failure(tmp_path, "learner 1"))

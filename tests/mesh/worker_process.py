@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.freezing import freeze
+
 ROOT = Path(__file__).parents[2]
 START_S = 30.0
 STOP_S = 15.0
@@ -82,7 +84,7 @@ class WorkerProcess:
 
     def freeze(self) -> None:
         """Stop it from running, as a hung machine would; :meth:`thaw` lets it go on."""
-        self._process.send_signal(signal.SIGSTOP)
+        freeze(self._process.pid)
 
     def thaw(self) -> None:
         """Let it go on."""

@@ -11,6 +11,7 @@ import pytest
 
 from meshrl.bus import guard
 from meshrl.bus.guard import Guarded
+from tests.freezing import freeze
 
 ROOT = Path(__file__).parents[3]
 DEADLINE_S = 20.0
@@ -155,9 +156,7 @@ def test_stop_kills_a_command_that_ignores_sigterm(tmp_path: Path) -> None:
 @linux
 def test_stop_kills_a_command_that_is_frozen() -> None:
     guarded = Guarded.spawn(SLEEPER)
-    os.kill(guarded.pid, signal.SIGSTOP)
-    while Path(f"/proc/{guarded.pid}/stat").read_text().rpartition(") ")[2][0] != "T":
-        os.sched_yield()  # a SIGTERM that finds it not yet frozen would come first
+    freeze(guarded.pid)  # a SIGTERM that finds it not yet frozen would come first
     assert guarded.stop(timeout_s=0.05) == 128 + signal.SIGKILL
 
 
