@@ -279,30 +279,25 @@ class Gathered:
         narrow: bool,
     ) -> None:
         self._pace = pace
-        self._outcomes: list[Any] = [None] * len(ids)
-        self._left = len(ids)
-        self._worked_s = 0.0
+        self._count = len(ids)
         self._frame = frame
         self._told = told
-        self._spread = Spread(threads, len(ids), job, self._collect, wide=self._pace.wide, narrow=narrow)
+        self._spread = Spread(threads, len(ids), job, self._collect, together=True, wide=self._pace.wide, narrow=narrow)
 
     def stop(self) -> None:
         """Begin no more of them."""
         self._spread.stop()
 
     def _collect(self, finished: list[Finished]) -> None:
-        for number, outcome, seconds in finished:
-            self._outcomes[number] = outcome
-            self._worked_s += seconds
-        self._left -= len(finished)
-        if self._left:
-            return
-        self._pace.took(self._worked_s, len(self._outcomes))
+        self._pace.took(sum(one.seconds for one in finished), self._count)
+        outcomes: list[Any] = [None] * self._count
+        for number, outcome, _ in finished:
+            outcomes[number] = outcome
         try:
-            crashes = [one for one in self._outcomes if isinstance(one, BaseException)]
+            crashes = [one for one in outcomes if isinstance(one, BaseException)]
             # Of those that did not begin any more, nothing is to be told where another says why.
             crash = min(crashes, key=lambda one: isinstance(one, asyncio.CancelledError), default=None)
-            frame = crash if crash is not None else self._frame(Outcomes.of(self._outcomes))
+            frame = crash if crash is not None else self._frame(Outcomes.of(outcomes))
         except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
             frame = exc
         self._told(frame)

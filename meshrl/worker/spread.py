@@ -51,6 +51,7 @@ class Spread:
         job: runs one of them, on any thread, and gives what comes of it.
         collect: called on the event loop with the jobs that have finished since the last call; those that finish
             together come together.
+        together: whether to call ``collect`` once, when all have finished.
         wide: whether to begin on a thread each.
         narrow: whether to stay on one thread, however long it takes.
     """
@@ -67,6 +68,7 @@ class Spread:
         "_seen",
         "_stopped",
         "_threads",
+        "_together",
         "_width",
     )
 
@@ -77,6 +79,7 @@ class Spread:
         job: Callable[[int], Any],
         collect: Callable[[list[Finished]], None],
         *,
+        together: bool = False,
         wide: bool,
         narrow: bool = False,
     ) -> None:
@@ -85,6 +88,7 @@ class Spread:
         self._count = count
         self._job = job
         self._collect = collect
+        self._together = together
         self._numbers = itertools.count()  # to take the next one is atomic
         self._done: list[Finished] = []  # and so is an append
         self._scheduled = False
@@ -114,9 +118,10 @@ class Spread:
             except BaseException as exc:  # noqa: BLE001  # it goes to whoever waits for the job
                 outcome = exc
             self._done.append(Finished(number, outcome, time.monotonic() - began))
-            if not self._scheduled:  # two threads at once cost a second call, which finds nothing new
-                self._scheduled = True
-                self._threads.back(self._take)
+            if self._scheduled or (self._together and len(self._done) < self._count):
+                continue
+            self._scheduled = True  # two threads at once cost a second call, which finds nothing new
+            self._threads.back(self._take)
 
     def _take(self) -> None:
         self._scheduled = False  # before looking: what is appended from now on is told again

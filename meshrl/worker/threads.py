@@ -35,23 +35,24 @@ class Threads:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._name = name
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        # One entry for each thread that waits and to which no job is promised. Its append and pop are atomic: a lock
+        # around a count was held by threads that had lost the interpreter, and every other then queued for both.
+        self._idle: list[None] = []
+        self._lock = threading.Lock()  # of the count alone, which changes when threads begin and end
         self._results: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._told = False  # the loop knows that there are results
-        self._idle = 0
-        self._waiting = 0
         self.count = 0
 
     def submit(self, job: Job) -> None:
         """Run ``job`` on an idle thread, or on a new one."""
-        with self._lock:
-            self._waiting += 1
-            start = self._waiting > self._idle
-            if start:
+        try:
+            self._idle.pop()
+        except IndexError:
+            with self._lock:
                 self.count += 1
+                name = f"{self._name}-{self.count}"
+            threading.Thread(target=self._work, name=name, daemon=True).start()
         self._jobs.put(job)
-        if start:
-            threading.Thread(target=self._work, name=f"{self._name}-{self.count}", daemon=True).start()
 
     def start(self, call: Callable[[], T]) -> asyncio.Future[Outcome[T]]:
         """Make ``call`` on a thread; gives the future of what comes of it, on the running event loop.
@@ -108,20 +109,17 @@ class Threads:
                 self.loop.call_exception_handler({"message": f"{call} failed", "exception": exc})
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                self._idle += 1
+        while True:  # a job is promised to this thread, or to another that waits like it
             try:
                 job = self._jobs.get(timeout=IDLE_S)
             except queue.Empty:
+                try:
+                    self._idle.pop()
+                except IndexError:  # one was promised meanwhile
+                    continue
                 with self._lock:
-                    self._idle -= 1
-                    if self._waiting > self._idle:  # a job was counted on this thread
-                        continue
                     self.count -= 1
                 return
-            with self._lock:
-                self._idle -= 1
-                self._waiting -= 1
             job()
             del job
+            self._idle.append(None)

@@ -204,6 +204,24 @@ async def test_those_that_finish_while_the_loop_is_busy_come_together() -> None:
     assert len(collected.groups) <= 2, "the last may have been about to be told"
 
 
+@BOTH
+async def test_those_that_belong_together_are_told_once_when_the_last_has_finished(wide: bool) -> None:
+    gates = [threading.Event() for _ in range(6)]
+    collected = Collected()
+
+    def job(number: int) -> int:
+        gates[number].wait(30.0)
+        return number
+
+    Spread(collected.threads, 6, job, collected._collect, together=True, wide=wide)
+    for gate in (gates[3], gates[0], *gates[1:]):
+        assert collected.groups == []
+        gate.set()
+        await asyncio.sleep(FAST_S)
+    assert await collected.until(6) == {number: number for number in range(6)}
+    assert len(collected.groups) == 1
+
+
 async def test_many_spreads_at_once_tell_each_its_own() -> None:
     collected = [Collected() for _ in range(20)]
     for n, one in enumerate(collected):

@@ -3,7 +3,11 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import pytest
+
+from meshrl.worker import threads as threads_module
 from meshrl.worker.threads import Threads
+from tests.mesh.conftest import until
 
 
 async def test_jobs_run_at_once_and_their_results_come_back_to_the_loop() -> None:
@@ -43,6 +47,24 @@ async def test_one_thread_serves_jobs_that_come_one_after_another() -> None:
         threads.submit(job)
         await came.wait()
     assert len(names) <= 2, "an idle thread is used again"
+
+
+async def test_threads_without_a_job_end_and_jobs_that_come_at_that_moment_are_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads_module, "IDLE_S", 0.001)
+    threads = Threads("test")
+    threads.loop = asyncio.get_running_loop()
+    ran: list[int] = []
+    for number in range(300):
+        came = asyncio.Event()
+        for one in range(3):
+            threads.submit(lambda n=3 * number + one: ran.append(n))  # type: ignore[misc]
+        threads.submit(lambda came=came: threads.back(came.set))  # type: ignore[misc]
+        await asyncio.wait_for(came.wait(), 30.0)
+        await asyncio.sleep(0.0005 * (number % 4))  # less than a thread waits, as much, and more
+    await until(lambda: not threads.count and len(ran) == 900, "every job was run, and every thread has ended")
+    assert sorted(ran) == list(range(900))
 
 
 async def test_threads_do_not_keep_the_process_alive() -> None:
