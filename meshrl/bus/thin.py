@@ -32,8 +32,10 @@ import nats.errors
 RawHandler = Callable[[str, str, bytes, bytes], None]
 
 # One read of a stream may carry hundreds of messages; what they publish is written once this many have been served,
-# so that the first does not wait for the last.
-MESSAGES_A_WRITE = 16
+# so that those who wait for the first work on while the last are served. With 16 envs of one client, 8 are 15 to 24 %
+# faster than 16, and no slower than 4.
+
+MESSAGES_A_WRITE = 8
 
 # What is published while there is no connection waits for one, up to this; requests are sent again anyway (R9).
 MAX_HELD_BYTES = 8 * 1024 * 1024
