@@ -33,6 +33,9 @@ class Awaited:
     def __len__(self) -> int:
         return len(self._requests)
 
+    def __contains__(self, rid: object) -> bool:
+        return rid in self._requests
+
     def add(self, subject: str, on_reply: OnReply, on_fail: OnFail | None) -> int:
         """A request is about to be sent; gives its number."""
         rid = next(self._ids)

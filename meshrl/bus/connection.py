@@ -22,6 +22,7 @@ from meshrl.bus.events import Events
 from meshrl.bus.heap import keep_large_blocks
 from meshrl.bus.login import Credentials, Login, login
 from meshrl.bus.plain import PlainPath
+from meshrl.bus.polling import Polling, may_poll
 from meshrl.bus.splitting import Joining, Window, whole
 from meshrl.bus.thin import MAX_HELD_BYTES, ThinPath, thin_supported
 from meshrl.errors import (
@@ -66,7 +67,9 @@ class Connection:
         url: the server's address, without a password.
     """
 
-    def __init__(self, login_: Login, name: str, on_error: Callable[[Exception], None] | None) -> None:
+    def __init__(
+        self, login_: Login, name: str, on_error: Callable[[Exception], None] | None, *, polls: bool = False
+    ) -> None:
         self.user = login_.user
         self.url = login_.url
         self.closed = False
@@ -81,6 +84,7 @@ class Connection:
         self.path: ThinPath | PlainPath = path(self._events.failed)
         self._client = self.path.client
         self._awaited = Awaited(f"_INBOX.{login_.user}.{secrets.token_hex(8)}", self._events.tell)
+        self._polling = Polling(self._awaited) if polls and may_poll() else None
         self._subscriptions: list[Any] = []
         self._unconfirmed = contextlib.ExitStack()  # holds the inbox's subscription, until the server agreed to it
         self._refused: list[SubjectNotPermitted] = []
@@ -290,6 +294,8 @@ class Connection:
         except BaseException:
             self._awaited.forget(rid)
             raise
+        if self._polling is not None:
+            self._polling.asked(rid)
         return rid
 
     def again(self, rid: int, subject: str, body: bytes, *, mark: tuple[int, int, int] | None = None) -> None:
@@ -418,14 +424,16 @@ async def dial(
     on_error: Callable[[Exception], None] | None = None,
     confirm: bool = True,
     in_turn: bool = True,
+    polls: bool = False,
 ) -> Connection:
     """The same as :func:`connect`, closed by the caller.
 
     A caller that subscribes at once may leave it to that to wait for the server's consent (``confirm=False``), which
     saves a round trip. One for which others wait that are dialling themselves waits for none of them
-    (``in_turn=False``).
+    (``in_turn=False``). One for whose answers a learner waits looks for them awake (``polls=True``; see
+    :mod:`~meshrl.bus.polling`).
     """
     keep_large_blocks()
-    connection = Connection(login(url, credentials), name, on_error)
+    connection = Connection(login(url, credentials), name, on_error, polls=polls)
     await connection._open(timeout, confirm=confirm, in_turn=in_turn)  # noqa: SLF001
     return connection

@@ -81,7 +81,7 @@ class Mesh:
         url = await locate(self._url, credentials=self._credentials, namespace=self._subjects.namespace)
         connect_s = min(self._timeout, CONNECT_TIMEOUT_S)
         connection = await dial(
-            url, name="meshrl client", credentials=self._credentials, timeout=connect_s, confirm=False
+            url, name="meshrl client", credentials=self._credentials, timeout=connect_s, confirm=False, polls=True
         )
         self._context = Context(connection, url, self._credentials, self._subjects, self._timeout)
         try:

@@ -240,8 +240,8 @@ async def test_dial_that_is_cancelled_at_any_moment_leaves_nothing_open(
     made: list[Connection] = []
     init = Connection.__init__
 
-    def noted(self: Connection, *args: Any) -> None:
-        init(self, *args)
+    def noted(self: Connection, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
         made.append(self)
 
     monkeypatch.setattr(Connection, "__init__", noted)
