@@ -64,7 +64,7 @@ GROUPS: dict[str, list[Turn]] = {
         Turn("gymnasium_vector", "vector4096"),
         Turn("envpool", "vector4096"),
     ],
-    "sleep64": turns("sleep64_vector", "sleep64_halves", "sleep64_pool", "threads"),
+    "sleep64": turns("sleep64_vector", "sleep64_halves", "sleep64_apart", "sleep64_pool", "threads"),
     "lognormal": turns("lognormal_pool", "lognormal_vector", longer=2.0),
     "fair": turns("fair", longer=1.5),
 }

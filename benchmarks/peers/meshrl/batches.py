@@ -55,7 +55,7 @@ async def vector(hosts: Hosts, name: str, size: int, shards: int, seconds: float
     return await counted_batches(lambda number: envs.step(actions[number & 1]), size, seconds)
 
 
-async def two_at_once(vectors: list[Any], size: int, seconds: float) -> driver.Answer:
+async def at_once(vectors: list[Any], size: int, seconds: float) -> driver.Answer:
     """Vectors of ``size`` each, every one stepped by a task of its own: while one is decided, the others step."""
     actions, clock = actions_of(size), time.perf_counter
 
@@ -78,7 +78,7 @@ async def two2048(hosts: Hosts, workers: int, seconds: float) -> driver.Answer:
         await vector_of(hosts, "fast", 2048, shards=1, key=f"{workers} {number}", where=where)
         for number, where in enumerate(wheres)
     ]
-    return await two_at_once(vectors, 2048, seconds)
+    return await at_once(vectors, 2048, seconds)
 
 
 async def pool_of(hosts: Hosts, name: str, size: int, *, shards: int, namespace: str = "default") -> Any:
@@ -99,7 +99,7 @@ async def pool(pool: Any, parts: int, recv: tuple[int, int | None], seconds: flo
     size, clock, count = pool.num_envs, time.perf_counter, 0
     actions, all_ids = actions_of(size), np.arange(size)
     least, most = recv
-    for ids in np.split(all_ids, parts):
+    for ids in (all_ids[part::parts] for part in range(parts)):
         await pool.send(actions[0][: len(ids)], ids)
     for number in range(2 * parts):
         batch = await pool.recv(least, most)
@@ -131,7 +131,18 @@ async def slow_vector(hosts: Hosts, name: str, seconds: float) -> driver.Answer:
 async def slow_halves(hosts: Hosts, name: str, seconds: float) -> driver.Answer:
     """The same as two vectors in flight, 8 of each a worker."""
     vectors = [await vector_of(hosts, name, 32, shards=4, key=str(n), namespace="slow") for n in range(2)]
-    return await two_at_once(vectors, 32, seconds)
+    return await at_once(vectors, 32, seconds)
+
+
+async def slow_apart(hosts: Hosts, name: str, seconds: float) -> driver.Answer:
+    """The same as a vector of 16 at each worker, none of which waits for another: as the processes of ``threads``."""
+    vectors = [
+        await vector_of(
+            hosts, name, 16, shards=1, key=f"apart {number}", where={"host": f"slow{number}"}, namespace="slow"
+        )
+        for number in range(4)
+    ]
+    return await at_once(vectors, 16, seconds)
 
 
 async def slow_pool(hosts: Hosts, name: str, seconds: float) -> driver.Answer:

@@ -57,6 +57,7 @@ def client() -> None:
         "two2048_2": work(batches.two2048, 2),
         "sleep64_vector": work(batches.slow_vector, "sleeping"),
         "sleep64_halves": work(batches.slow_halves, "sleeping"),
+        "sleep64_apart": work(batches.slow_apart, "sleeping"),
         "sleep64_pool": work(batches.slow_pool, "sleeping"),
         "lognormal_vector": work(batches.slow_vector, "lognormal"),
         "lognormal_pool": work(batches.slow_pool, "lognormal"),
