@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import queue
@@ -196,6 +197,9 @@ def obey(works: Mapping[str, Work], *, versions: Mapping[str, str], notes: str) 
         os._exit(0)  # the benchmark is gone or has had enough, perhaps in the middle of a work
 
     threading.Thread(target=listen, daemon=True).start()
+    # What was imported is alike in a trainer and here, and none of a work's own: not to be looked through during one.
+    gc.collect()
+    gc.freeze()
     replies.write(json.dumps({"ready": True, "versions": dict(versions), "notes": notes}) + "\n")
     while True:
         command = json.loads(commands.get())

@@ -105,7 +105,7 @@ def _sessions(name: str, work: str) -> tuple[Part, ...]:
 BATCHED = ("vector4096_1", "vector4096_2")
 TWO = ("two2048_1", "two2048_2")
 CLIENTS16 = ("clients16_one_mesh", "clients16_meshes")
-SLEEP64 = ("sleep64_vector", "sleep64_halves", "sleep64_pool")
+SLEEP64 = ("sleep64_vector", "sleep64_halves", "sleep64_apart", "sleep64_pool")
 
 TARGETS = (
     Target(

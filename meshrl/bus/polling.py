@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Container
 
 # A step's answer comes within this, or is of an env that takes its time.
-POLL_S = 0.0005
+POLL_S = 0.001
 # So many polls are judged together, since one alone may have met anything; fewer where the last were in vain.
 POLLS_JUDGED = 16
 POLLS_ON_TRIAL = 4
@@ -27,7 +27,7 @@ POLLS_ON_TRIAL = 4
 MISSES_ALLOWED = 1 / 3
 # What the thread must get of their time. Measured: half or more where polling pays.
 RUNNING_SHARE = 0.4
-# How long it rests after it was in vain, at first and at most: then a trial of two polls is 1 ms of it.
+# How long it rests after it was in vain, at first and at most: then a trial of two polls is 2 ms of it.
 SHORTEST_REST_S = 0.02
 LONGEST_REST_S = 0.25
 

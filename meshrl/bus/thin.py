@@ -37,6 +37,10 @@ RawHandler = Callable[[str, str, bytes, bytes], None]
 
 MESSAGES_A_WRITE = 8
 
+# A turn of the event loop may be as long as a thousand tasks that begin to open their envs: so many messages of it do
+# not wait for the others.
+MESSAGES_A_TURN = 64
+
 # What is published while there is no connection waits for one, up to this; requests are sent again anyway (R9).
 MAX_HELD_BYTES = 8 * 1024 * 1024
 
@@ -281,6 +285,8 @@ class ThinPath:
         self._out_bytes += len(body)
         self._out += (head.encode(), body, _CRLF)
         if self.reading or self._scheduled:
+            if len(self._out) >= 3 * MESSAGES_A_TURN:
+                self.write_out()
             return
         if self._at_once:
             self._at_once = False

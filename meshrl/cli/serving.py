@@ -17,6 +17,7 @@ from meshrl.bus.login import login
 from meshrl.cli.processes import ServingProcess
 from meshrl.cli.supervisor import Supervisor
 from meshrl.errors import WorkerError
+from meshrl.worker.running import spare_what_stays
 from meshrl.worker.service import Service
 
 W = TypeVar("W", bound=Service)
@@ -36,6 +37,7 @@ async def stay_serving(worker: W, announcement: Callable[[W], str]) -> None:
         MeshError: it cannot start, or its connection ended for good.
     """
     async with worker:
+        spare_what_stays()
         print(announcement(worker), flush=True)
         await worker.serve_forever()
 

@@ -71,14 +71,14 @@ def unpack_ending(data: bytes, revive: Callable[[dict[Any, Any]], Any], **limits
     Raises:
         Exception: whatever the unpacker and ``revive`` raise for what is no message.
     """
-    key = _KEY + _BIN_32
-    at = data.find(key)
-    while at >= 0:
-        start = at + len(key) + _LENGTH_BYTES
-        if start + int.from_bytes(data[at + len(key) : start], "big") == len(data):
+    # By its one byte, for which the C library looks; for all of the key CPython's own search does, ten times slower.
+    end = data.find(_BIN_32)
+    while end >= 0:
+        start = end + 1 + _LENGTH_BYTES
+        if start + int.from_bytes(data[end + 1 : start], "big") == len(data) and data.endswith(_KEY, 0, end):
             break
-        at = data.find(key, at + 1)
-    if at < 0:
+        end = data.find(_BIN_32, end + 1)
+    if end < 0:
         return False, None
     tail: memoryview | None = memoryview(data)[start:]
 
@@ -90,7 +90,7 @@ def unpack_ending(data: bytes, revive: Callable[[dict[Any, Any]], Any], **limits
             form["data"], tail = tail, None
         return revive(form)
 
-    body = msgpack.unpackb(data[: at + len(_KEY)] + _EMPTY_BIN, object_hook=hook, **limits)
+    body = msgpack.unpackb(data[:end] + _EMPTY_BIN, object_hook=hook, **limits)
     # Where nothing took it, these were bytes that somebody called data.
     return tail is None, body
 

@@ -16,7 +16,7 @@ from meshrl.bus.locate import URL_VARIABLE
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.env_worker import EnvWorker
 from meshrl.worker.policies import random_policy
-from meshrl.worker.running import run, until_stopped
+from meshrl.worker.running import run, spare_what_stays, until_stopped
 from meshrl.worker.service import Service
 
 
@@ -52,6 +52,7 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
         for worker in workers:
             await stack.enter_async_context(worker)
+        spare_what_stays()
         if ready is not None:
             await asyncio.to_thread(ready.touch)
         # Whichever ends first ends the process: half a host would go unnoticed, a whole one is replaced.

@@ -2,11 +2,16 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# Objects more than there were, of those that can be in cycles, before Python's collector looks at the newest; it is 700
+# otherwise, some sessions' worth.
+COLLECT_AFTER = 10_000
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -17,6 +22,17 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(main)
     result: T = uvloop.run(main)
     return result
+
+
+def spare_what_stays() -> None:
+    """Keep Python's collector from looking again and again at what was imported and made so far.
+
+    For programs that do nothing but serve, once they do: a quarter of the time in which thousands of sessions come was
+    the collector's.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
 async def until_stopped(main: Coroutine[Any, Any, None]) -> None:

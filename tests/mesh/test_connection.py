@@ -17,7 +17,7 @@ from meshrl.bus.connection import Connection, connect, dial
 from meshrl.bus.dialling import RECONNECT_WAIT_S
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.plain import PlainPath
-from meshrl.bus.thin import MAX_HELD_BYTES, ThinPath
+from meshrl.bus.thin import MAX_HELD_BYTES, MESSAGES_A_TURN, ThinPath
 from meshrl.client.context import context_of
 from meshrl.errors import (
     BusClosed,
@@ -100,6 +100,24 @@ async def test_an_exception_in_a_handler_is_reported_and_harms_nobody_else(url: 
             else:
                 assert await peer.ask("work", body, 5.0) == body
         assert [str(exc) for exc in reported] == ["handler", "handler"]
+
+
+async def test_what_a_long_turn_of_the_loop_publishes_does_not_all_wait_for_its_end(url: str) -> None:
+    written: list[int] = []
+    heard: list[bytes] = []
+    async with connect(url) as bus:
+        await bus.subscribe("turn", lambda _subject, _reply, body: heard.append(body))
+        assert isinstance(bus.path, ThinPath)
+        count = 3 * MESSAGES_A_TURN
+        for number in range(count):
+            bus.publish("turn", str(number).encode())
+            written.append(number + 1 - len(bus.path._out) // 3)
+        await until(lambda: len(heard) == count, "all are there")
+    assert heard == [str(number).encode() for number in range(count)]
+    # The first at once, and then whenever so many have come together.
+    assert written[0] == 1
+    assert written[-1] >= 2 * MESSAGES_A_TURN
+    assert len(set(written)) <= 5
 
 
 async def test_messages_cut_at_every_byte_by_the_network_arrive(url: str) -> None:

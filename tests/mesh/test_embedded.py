@@ -125,6 +125,19 @@ def test_password_is_new_each_time_and_on_no_command_line(server: EmbeddedServer
     assert password not in server.log.read_text()
 
 
+@pytest.mark.parametrize(("set_", "seen"), [({}, {"GOGC=400", "GOMEMLIMIT=1GiB"}), ({"GOGC": "50"}, {"GOGC=50"})])
+def test_its_collector_has_room_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, set_: dict[str, str], seen: set[str]
+) -> None:
+    monkeypatch.delenv("GOGC", raising=False)
+    monkeypatch.delenv("GOMEMLIMIT", raising=False)
+    for name, value in set_.items():
+        monkeypatch.setenv(name, value)
+    with EmbeddedServer.start() as server:
+        environment = Path(f"/proc/{server.pid}/environ").read_text().split("\0")
+    assert seen <= set(environment)
+
+
 def test_files_are_their_users_alone(server: EmbeddedServer) -> None:
     home = server.log.parent
     assert home.stat().st_mode & 0o777 == 0o700

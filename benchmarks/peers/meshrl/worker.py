@@ -9,7 +9,7 @@ from envs import Busy, Lognormal, Nothing, Sleeping, Waiting
 from peers.served import CARTPOLE, Image
 
 from meshrl import EnvWorker
-from meshrl.worker.running import run
+from meshrl.worker.running import run, spare_what_stays
 
 SOURCES: dict[str, Any] = {
     "cartpole": CARTPOLE,
@@ -34,6 +34,7 @@ async def serve(url: str, namespace: str, host: str, names: list[str]) -> None:
         vectors={"fast": "gymnasium"} if "fast" in names else "meshrl",
     )
     async with worker:
+        spare_what_stays()  # as `meshrl serve` does
         await worker.serve_forever()
 
 
