@@ -14,6 +14,7 @@ from meshrl.errors import (
     KwargsNotAllowed,
     MalformedMessage,
     MeshError,
+    SessionUnknown,
     UnknownName,
     UsageError,
     WorkerDraining,
@@ -36,7 +37,8 @@ PARKED_S = 0.1
 # that open at once would all be sent round three times, and be no better off.
 SAME_LOAD = 128
 
-Construct = Callable[[Open, Description], tuple[Held | HostedPool, Description]]
+# Of what was asked for, and a check that is called between envs: it raises once nobody wants them any more.
+Construct = Callable[[Open, Description, Callable[[], None]], tuple[Held | HostedPool, Description]]
 
 
 class Admission:
@@ -177,9 +179,17 @@ class Admission:
         return description
 
     def _begin(self, session: Session, open_: Open, description: Description) -> None:
+        def check_wanted() -> None:  # on a thread
+            if session.state is State.ENDING:
+                raise SessionUnknown(
+                    f"session {session.id} was over before its envs were constructed; open a new session",
+                    session=session.id,
+                    reason="closed",
+                )
+
         def construct() -> None:
             try:
-                held, own = self._construct(open_, description)
+                held, own = self._construct(open_, description, check_wanted)
             except MeshError as exc:
                 self._threads.back(self._not_constructed, session, exc)
             except BaseException as exc:  # noqa: BLE001  # whatever a constructor raises goes to the one who asked

@@ -117,7 +117,10 @@ class AgentWorker(Service):
             )
         return described
 
-    def _construct(self, open_: Open, description: Description) -> tuple[HostedAgent, Description]:
+    def _construct(
+        self, open_: Open, description: Description, check_wanted: Callable[[], None]
+    ) -> tuple[HostedAgent, Description]:
+        check_wanted()
         made = self._classes.get(open_.name)
         if made is None:
             raise NotAllowed(f"agent {open_.name} is stateless: it is not leased; ask for it with stateful=False")

@@ -7,7 +7,7 @@ import inspect
 import logging
 import threading
 import traceback
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,9 @@ class EnvWorker(Service):
                 self._admission.served = {**self._admission.served, found: described}
             return described
 
-    def _construct(self, open_: Open, description: Description) -> tuple[Held | HostedPool, Description]:
+    def _construct(
+        self, open_: Open, description: Description, check_wanted: Callable[[], None]
+    ) -> tuple[Held | HostedPool, Description]:
         factory = self._factories.get(open_.name)
         if factory is None:
             raise UnknownName(f"worker {self.id} serves no env {open_.name!r}", name=open_.name)
@@ -223,7 +225,7 @@ class EnvWorker(Service):
             open_.name,
             open_.num_envs,
             partial(factory.make, open_.kwargs, open_.render_mode),
-            check=partial(self.check_wanted, open_),
+            check=check_wanted,
             let_go=partial(self._let_go, open_.name),
             threads=self._threads,
         )

@@ -11,14 +11,14 @@ import logging
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from meshrl.bus.connection import Connection, dial
 from meshrl.bus.locate import locate
 from meshrl.bus.login import Credentials
-from meshrl.errors import InvalidName, SessionUnknown, UsageError, WorkerError
+from meshrl.errors import InvalidName, UsageError, WorkerError
 from meshrl.protocol.session import GRANT_S, LEASE_S, Session, SessionTable, State
 from meshrl.wire.messages import Description, Kind, Open
 from meshrl.wire.subjects import Subjects
@@ -91,23 +91,10 @@ class Service(ABC):
         """The descriptions of everything served from the start, by name."""
 
     @abstractmethod
-    def _construct(self, open_: Open, description: Description) -> tuple[Held | HostedPool, Description]:
+    def _construct(
+        self, open_: Open, description: Description, check_wanted: Callable[[], None]
+    ) -> tuple[Held | HostedPool, Description]:
         """Make what an open asks for, on a thread; gives it with its own description."""
-
-    def check_wanted(self, open_: Open) -> None:
-        """Whether the session that an open began is still to come; may be called on any thread.
-
-        Raises:
-            SessionUnknown: it is over already: its client closed it, or the worker stops.
-        """
-        # Its user is not known here; an id of two users at once costs no more than envs that nobody needs.
-        mine = [session for session in self.table if (session.id, session.epoch) == (open_.session, open_.epoch)]
-        if all(session.state is State.ENDING for session in mine):
-            raise SessionUnknown(
-                f"session {open_.session} was over before its envs were constructed; open a new session",
-                session=open_.session,
-                reason="closed",
-            )
 
     async def _subscribe(self, connection: Connection) -> None:  # noqa: B027  # not every kind has something
         """Subscribe to what only this kind of worker answers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -47,7 +47,9 @@ class Serving(EnvWorker):
         described = await super()._describe_all()
         return {name: said.model_copy(update={"vectors": self.offers}) for name, said in described.items()}
 
-    def _construct(self, open_: Open, description: Description) -> tuple[HostedEnv, Description]:
+    def _construct(
+        self, open_: Open, description: Description, check_wanted: Callable[[], None]
+    ) -> tuple[HostedEnv, Description]:
         self.opens.append(open_)
         self.gate.wait(60.0)
         if self.broken:

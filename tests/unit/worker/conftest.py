@@ -68,7 +68,9 @@ class Bare:
         self.admission.execution = self.execution
         self.admission.served = {"env": Description(kind="env", name="env", worker="w1", allow_kwargs=["a"])}
 
-    def _construct(self, open_: Open, description: Description) -> tuple[HostedEnv, Description]:
+    def _construct(
+        self, open_: Open, description: Description, check_wanted: Callable[[], None]
+    ) -> tuple[HostedEnv, Description]:
         env = HostedEnv(self.make(), name="env", session=open_.session, worker="w1", allow=(), threads=self.threads)
         return env, description
 

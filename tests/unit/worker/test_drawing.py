@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -82,7 +83,9 @@ class Drawers(Bare):
         super().__init__(lambda: Draws(studio, render_mode), slots=COUNT)
         self.admission.served = {"env": Description(kind="env", name="env", worker="w1", vectors=Vectors())}
 
-    def _construct(self, open_: Open, description: Description) -> tuple[Any, Description]:
+    def _construct(
+        self, open_: Open, description: Description, check_wanted: Callable[[], None]
+    ) -> tuple[Any, Description]:
         envs = [self.make() for _ in range(open_.num_envs)]
         held: Any
         if open_.form == "pool":

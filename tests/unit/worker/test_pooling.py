@@ -33,7 +33,9 @@ class Pools(Bare):
         self.replies.marks = []
         self.admission.served = {"env": Description(kind="env", name="env", worker="w1", vectors=Vectors())}
 
-    def _construct(self, open_: Open, description: Description) -> tuple[Any, Description]:
+    def _construct(
+        self, open_: Open, description: Description, check_wanted: Callable[[], None]
+    ) -> tuple[Any, Description]:
         if open_.form == "single":
             env = HostedEnv(self.make(), name="env", session=open_.session, worker="w1", allow=(), threads=self.threads)
             return env, description
