@@ -203,6 +203,7 @@ def obey(works: Mapping[str, Work], *, versions: Mapping[str, str], notes: str) 
     replies.write(json.dumps({"ready": True, "versions": dict(versions), "notes": notes}) + "\n")
     while True:
         command = json.loads(commands.get())
+        gc.collect()  # what the last work left behind is not the next one's either
         name = command["work"]
         if name == "stop":
             os._exit(0)

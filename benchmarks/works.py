@@ -9,7 +9,7 @@ from dataclasses import dataclass
 OURS = "meshrl"
 VECTOR_SIZES = (1, 4, 16, 64, 256, 1024)
 SESSIONS = 2048
-PPO_STEPS = 20_000
+PPO_STEPS = 100_000
 
 
 @dataclass(frozen=True)
