@@ -150,6 +150,7 @@ def first_ready(results: Results) -> Any:
             "1 ms a step, always",
             (
                 ("meshrl/sleep64_vector", "a vector of 64", ORANGE),
+                ("meshrl/sleep64_apart", "a vector of 16\nat each worker", PURPLE),
                 ("meshrl/sleep64_halves", "two vectors of 32\nin flight", GREEN),
                 ("meshrl/sleep64_pool", "a pool, recv 16", BLUE),
                 ("meshrl/threads", "the same threads\nwithout the bus", GREY),
@@ -159,7 +160,7 @@ def first_ready(results: Results) -> Any:
     )
     if not any(values_of(results, turn) for _, rows, _ in panels for turn, _, _ in rows):
         return None
-    figure, both = plt.subplots(1, 2, figsize=(10.6, 3.3), gridspec_kw={"wspace": 0.5})
+    figure, both = plt.subplots(1, 2, figsize=(10.6, 3.8), gridspec_kw={"wspace": 0.5})
     for axes, (title, rows, most) in zip(both, panels, strict=True):
         for place, (turn, _, colour) in enumerate(rows):
             values = values_of(results, turn)

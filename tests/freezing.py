@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+DEADLINE_S = 10.0
 
 
 def freeze(pid: int) -> None:
@@ -15,23 +19,29 @@ def freeze(pid: int) -> None:
     The signal alone says only that they will: until then another thread than the first may still answer.
     """
     os.kill(pid, signal.SIGSTOP)
-    threads = Path(f"/proc/{pid}/task")
-    while threads.exists() and not all(_stands(thread) for thread in threads.iterdir()):
+    end = time.monotonic() + DEADLINE_S
+    while running := [state for state in _states(pid) if state not in "TtZX"]:
+        assert time.monotonic() < end, f"threads of process {pid} do not stop: {running}"
         os.sched_yield()
 
 
-def _stands(thread: Path) -> bool:
+def _states(pid: int) -> list[str]:
+    states = []
     try:
-        return (thread / "stat").read_text().rpartition(") ")[2][0] in "TZX"
-    except OSError:  # it ended meanwhile
-        return True
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:  # it has ended, or this system shows nothing
+        return []
+    for thread in threads:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            states.append((thread / "stat").read_text().rpartition(") ")[2][0])
+    return states
 
 
 @contextmanager
 def frozen(pid: int) -> Iterator[None]:
     """A process that does not run meanwhile."""
-    freeze(pid)
     try:
+        freeze(pid)
         yield
     finally:
         os.kill(pid, signal.SIGCONT)

@@ -54,8 +54,9 @@ MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
 FEW_CORES = 2
 GO_THREADS = "GOMAXPROCS"
 # A server holds next to nothing, so that Go's collector runs after every few large messages: for 4,096 CartPoles a
-# message that was an eighth of a step. It may grow to five times what it holds, until that is a gigabyte.
-GO_GARBAGE = {"GOGC": "400", "GOMEMLIMIT": "1GiB"}
+# message that was an eighth of a step. It may grow to five times what it holds, until that is three
+# gigabytes: what streams may take of memory, and as much again for slow clients and for garbage.
+GO_GARBAGE = {"GOGC": "400", "GOMEMLIMIT": "3GiB"}
 
 
 def find_nats_server() -> Path:
@@ -332,7 +333,8 @@ def _reachable(host: str) -> str:
 def _environment() -> dict[str, str]:
     """This process's, and what suits a Go program here, unless the user said otherwise."""
     one = {GO_THREADS: "1"} if (os.cpu_count() or 1) <= FEW_CORES else {}
-    return GO_GARBAGE | one | os.environ
+    garbage = {} if "GOGC" in os.environ else GO_GARBAGE
+    return garbage | one | os.environ
 
 
 def _private_file(path: Path) -> TextIO:

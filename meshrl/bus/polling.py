@@ -27,6 +27,10 @@ POLLS_ON_TRIAL = 4
 MISSES_ALLOWED = 1 / 3
 # What the thread must get of their time. Measured: half or more where polling pays.
 RUNNING_SHARE = 0.4
+# Where requests overlap a poll goes on from one to the next; it ends after this to be judged, and begins again.
+LONGEST_POLL_S = POLLS_JUDGED * POLL_S
+# A poll that began so long ago has been lost.
+LOST_S = 1.0
 # How long it rests after it was in vain, at first and at most: then a trial of two polls is 2 ms of it.
 SHORTEST_REST_S = 0.02
 LONGEST_REST_S = 0.25
@@ -66,7 +70,6 @@ class Polling:
         "_ran_s",
         "_running",
         "_soon",
-        "_until",
         "rests_until",
     )
 
@@ -83,9 +86,10 @@ class Polling:
         self._clock = clock
         self._running = running
         self._soon = soon or asyncio.get_running_loop().call_soon
-        self._asked: deque[int] = deque()  # what is polled for, the oldest first
+        # What is polled for, the oldest first, and until when.
+        self._asked: deque[tuple[int, float]] = deque()
         self._on = False
-        self._began = self._until = self._ran = 0.0
+        self._began = self._ran = 0.0
         self._next_rest_s = SHORTEST_REST_S
         self._judged = POLLS_JUDGED
         self._judge_from_here()
@@ -95,8 +99,10 @@ class Polling:
         now = self._clock()
         if now < self.rests_until:
             return
-        self._until = now + POLL_S
-        self._asked.append(rid)
+        if self._on and now - self._began > LOST_S:
+            self._on = False  # an interrupt may have come in the middle of a look, and nobody looks any more
+            self._asked.clear()
+        self._asked.append((rid, now + POLL_S))
         if not self._on:
             self._on = True
             self._began = now
@@ -105,18 +111,18 @@ class Polling:
 
     def _look(self) -> None:
         now, asked = self._clock(), self._asked
-        while asked and asked[0] not in self._awaited:
+        while asked and asked[0][0] not in self._awaited:
             asked.popleft()
-        if asked and now < self._until:
+        overdue = bool(asked) and now >= asked[0][1]
+        if asked and not overdue and now - self._began < LONGEST_POLL_S:
             self._soon(self._look)  # the loop looks at its sockets between this and that
             return
         self._on = False
         self._polls += 1
         self._polled_s += now - self._began
         self._ran_s += self._running() - self._ran
-        if asked:
-            self._misses += 1
-            asked.clear()
+        self._misses += overdue
+        asked.clear()
         if self._polls == self._judged or self._misses > MISSES_ALLOWED * self._judged:
             self._judge(now)
 

@@ -34,7 +34,6 @@ RawHandler = Callable[[str, str, bytes, bytes], None]
 # One read of a stream may carry hundreds of messages; what they publish is written once this many have been served,
 # so that those who wait for the first work on while the last are served. With 16 envs of one client, 8 are 15 to 24 %
 # faster than 16, and no slower than 4.
-
 MESSAGES_A_WRITE = 8
 
 # A turn of the event loop may be as long as a thousand tasks that begin to open their envs: so many messages of it do

@@ -243,11 +243,11 @@ class Flights:
         asked: dict[str, list[Flight]] = defaultdict(list)
         for flight in list(self._quiet):
             doubt = self._doubt(flight)
-            if doubt.due() > now and connected and not late:
-                continue
             if late or self._connection.sending(flight.rid):
                 # Its answer may wait for this process; or the request, and a probe behind it, for the network.
                 doubt.deaf(now)
+                continue
+            if doubt.due() > now and connected:
                 continue
             do = doubt.tick(now, connected=connected)
             if do is Do.PROBE:

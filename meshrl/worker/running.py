@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Objects more than there were, of those that can be in cycles, before Python's collector looks at the newest; it is 700
-# otherwise, some sessions' worth.
+# Objects more than there were, of those that can be in cycles, before Python's collector looks at the newest; its own
+# number is some sessions' worth.
 COLLECT_AFTER = 10_000
 
 

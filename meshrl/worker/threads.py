@@ -38,6 +38,7 @@ class Threads:
         # One entry for each thread that waits and to which no job is promised. Its append and pop are atomic: a lock
         # around a count was held by threads that had lost the interpreter, and every other then queued for both.
         self._idle: list[None] = []
+        self._owed: list[None] = []  # one for each job for which no thread could be started
         self._lock = threading.Lock()  # of the count alone, which changes when threads begin and end
         self._results: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._told = False  # the loop knows that there are results
@@ -51,7 +52,14 @@ class Threads:
             with self._lock:
                 self.count += 1
                 name = f"{self._name}-{self.count}"
-            threading.Thread(target=self._work, name=name, daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name=name, daemon=True).start()
+            except RuntimeError:  # the system has no more of them: whoever is free next runs it
+                with self._lock:
+                    self.count -= 1
+                    if not self.count:
+                        raise
+                self._owed.append(None)
         self._jobs.put(job)
 
     def start(self, call: Callable[[], T]) -> asyncio.Future[Outcome[T]]:
@@ -122,4 +130,7 @@ class Threads:
                 return
             job()
             del job
-            self._idle.append(None)
+            try:
+                self._owed.pop()
+            except IndexError:
+                self._idle.append(None)

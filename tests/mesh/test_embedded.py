@@ -125,7 +125,7 @@ def test_password_is_new_each_time_and_on_no_command_line(server: EmbeddedServer
     assert password not in server.log.read_text()
 
 
-@pytest.mark.parametrize(("set_", "seen"), [({}, {"GOGC=400", "GOMEMLIMIT=1GiB"}), ({"GOGC": "50"}, {"GOGC=50"})])
+@pytest.mark.parametrize(("set_", "seen"), [({}, {"GOGC=400", "GOMEMLIMIT=3GiB"}), ({"GOGC": "50"}, {"GOGC=50"})])
 def test_its_collector_has_room_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, set_: dict[str, str], seen: set[str]
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from meshrl.bus import polling
 from meshrl.bus.polling import LONGEST_REST_S, POLL_S, POLLS_JUDGED, POLLS_ON_TRIAL, SHORTEST_REST_S, Polling, may_poll
 
 TURN_S = POLL_S / 50
@@ -88,6 +89,39 @@ def test_an_answer_that_takes_its_time_is_not_polled_for_all_the_while() -> None
     while stage.soon:
         stage.turn()
     assert stage.turns * TURN_S == pytest.approx(POLL_S, abs=2 * TURN_S)
+
+
+def test_requests_that_overlap_do_not_hide_one_that_is_slow_nor_a_thread_that_cannot_run() -> None:
+    stage = Stage()
+    slow = stage.ask()
+    for _ in range(10 * POLLS_JUDGED):
+        rid = stage.ask()
+        stage.turn()
+        stage.awaited.remove(rid)
+    assert slow in stage.awaited
+    while stage.soon:
+        stage.turn()
+    stage = Stage()
+    stage.share = 0.1
+    older = stage.ask()
+    for _ in range(2 * POLLS_JUDGED * POLLS_JUDGED * 50):  # as many turns as it may take to be judged, twice
+        rid = stage.ask()
+        stage.turn()
+        stage.awaited.remove(older)
+        older = rid
+        if stage.polling.rests_until > stage.now:
+            break
+    assert stage.polling.rests_until > stage.now
+
+
+def test_a_look_that_was_interrupted_is_made_up_for() -> None:
+    stage = Stage()
+    rid = stage.ask()
+    stage.soon.clear()  # as if it had raised
+    stage.awaited.remove(rid)
+    assert not stage.step(POLL_S / 2), "it is believed to be on its way"
+    stage.now += polling.LOST_S
+    assert stage.step(POLL_S / 2)
 
 
 def test_near_answers_are_polled_for_for_ever() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshrl.errors import MalformedMessage
+from meshrl.wire import large
 from meshrl.wire.codec import Codec, pack, unpack
 from meshrl.wire.large import LARGE_BYTES
 
@@ -131,3 +132,23 @@ def test_no_change_of_a_byte_does_more_than_make_another_value_or_none(data: st.
         unpack(bytes(message))
     except MalformedMessage:
         return
+
+
+def test_arrays_full_of_the_byte_that_is_looked_for_are_not_looked_through_byte_by_byte(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[int] = []
+    is_head = large._is_head
+
+    def counted(data: bytes, end: int) -> bool:
+        looked.append(end)
+        return is_head(data, end)
+
+    monkeypatch.setattr(large, "_is_head", counted)
+    full = np.full((300, 300, 3), 0xC6, np.uint8)
+    frames: list[dict[str, Any]] = [{"obs": full, "seq": 3}, {"a": full[:50], "obs": full}, {"seq": 0xC6, "obs": full}]
+    for frame in frames:
+        read = unpack(Codec().pack_batch(frame))
+        assert read.keys() == frame.keys()
+        assert all(np.array_equal(read[key], value) for key, value in frame.items())
+    assert len(looked) < 20

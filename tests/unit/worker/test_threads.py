@@ -67,6 +67,47 @@ async def test_threads_without_a_job_end_and_jobs_that_come_at_that_moment_are_r
     assert sorted(ran) == list(range(900))
 
 
+async def test_job_for_which_no_thread_can_be_started_is_run_by_one_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = Threads("test")
+    threads.loop = asyncio.get_running_loop()
+    start = threading.Thread.start
+    refused = 0
+
+    def refusing(self: threading.Thread) -> None:
+        nonlocal refused
+        if self.name.startswith("test-") and threads.count > 1:
+            refused += 1
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refusing)
+    gate = threading.Event()
+    ran: list[int] = []
+
+    def wait() -> None:
+        gate.wait(30.0)
+
+    threads.submit(wait)
+    for number in range(5):
+        threads.submit(lambda n=number: ran.append(n))  # type: ignore[misc]
+    assert (refused, threads.count) == (5, 1)
+    gate.set()
+    await until(lambda: len(ran) == 5, "all were run")
+    monkeypatch.undo()
+    barrier = threading.Barrier(2)
+    came = asyncio.Event()
+
+    def meet() -> None:
+        barrier.wait(30.0)
+        threads.back(came.set)
+
+    threads.submit(meet)
+    threads.submit(meet)  # which is promised to no thread that is not there
+    await asyncio.wait_for(came.wait(), 30.0)
+
+
 async def test_threads_do_not_keep_the_process_alive() -> None:
     threads = Threads("test")
     threads.loop = asyncio.get_running_loop()
