@@ -23,9 +23,9 @@ POLL_S = 0.001
 # So many polls are judged together, since one alone may have met anything; fewer where the last were in vain.
 POLLS_JUDGED = 16
 POLLS_ON_TRIAL = 4
-# Of those, this part may end without an answer. Measured: up to a sixth where polling pays, half where it does not.
+# Of those, this part may end without an answer. Measured with 0.5 ms: to a sixth where it pays, half where not.
 MISSES_ALLOWED = 1 / 3
-# What the thread must get of their time. Measured: half or more where polling pays.
+# What the thread must get of their time. Measured with 0.5 ms: half or more where polling pays.
 RUNNING_SHARE = 0.4
 # Where requests overlap a poll goes on from one to the next; it ends after this to be judged, and begins again.
 LONGEST_POLL_S = POLLS_JUDGED * POLL_S
