@@ -19,13 +19,11 @@ from typing import Any, SupportsIndex
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 try:
     from stable_baselines3.common.vec_env import VecEnv
-    from stable_baselines3.common.vec_env.util import obs_space_info
 except ModuleNotFoundError as exc:
     raise ModuleNotFoundError(
         f"meshrl.adapters.sb3 needs Stable-Baselines3 ({exc}): pip install 'meshrl[sb3]'", name=exc.name
@@ -36,7 +34,7 @@ from meshrl.adapters.held import HeldVector
 from meshrl.adapters.sb3_vector import Resets, ended, groups_of, lease, only, reset_groups
 from meshrl.client.mesh import Mesh
 from meshrl.client.vector import RemoteVectorEnv
-from meshrl.errors import InvalidAction, NotAllowed, UnencodableValue, UnsupportedSpace
+from meshrl.errors import InvalidAction, NotAllowed, UnencodableValue
 from meshrl.wire.batches import batching, form_of
 
 # As the types of stable_baselines3.common.vec_env.base_vec_env say.
@@ -373,31 +371,7 @@ def _observations(batch: Any) -> Observations:
 
 async def _lease(name: str, made_of: Mapping[str, Any], mesh: Mesh) -> RemoteVectorEnv:
     request = {"kwargs" if key == "env_kwargs" else key: value for key, value in made_of.items() if key != "mesh"}
-    remote = await lease(mesh, name, **request)
-    try:
-        _check(remote)
-    except BaseException:
-        await remote.close()
-        raise
-    return remote
-
-
-def _check(remote: RemoteVectorEnv) -> None:
-    """Whether SB3 can have it.
-
-    Raises:
-        NotImplementedError, UnsupportedSpace: it cannot.
-    """
-    space = remote.single_observation_space
-    obs_space_info(space)  # refuses what is nested, in SB3's words
-    parts: Iterable[gymnasium.Space[Any]] = [space]
-    if isinstance(space, spaces.Dict):
-        parts = space.spaces.values()
-    elif isinstance(space, spaces.Tuple):
-        parts = space.spaces
-    for part in parts:
-        if form_of(part) != "array":
-            raise UnsupportedSpace(f"{remote.name}: SB3 takes observations that are arrays, not {type(part).__name__}")
+    return await lease(mesh, name, **request)
 
 
 # What get_attr cannot fetch, and a client knows.

@@ -7,16 +7,19 @@ options differ there are several resets after one another, each of the sub-envir
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from meshrl.client.mesh import Mesh
 from meshrl.client.vector import RemoteVectorEnv
-from meshrl.errors import MalformedMessage, UsageError
+from meshrl.errors import MalformedMessage, UnsupportedSpace, UsageError
+from meshrl.wire.batches import form_of
 from meshrl.wire.codec import pack
 from meshrl.wire.infos import split_infos
 
@@ -38,6 +41,8 @@ async def lease(mesh: Mesh, name: str, num_envs: int, **request: Any) -> RemoteV
 
     Raises:
         UsageError: its workers host it as a whole.
+        NotImplementedError: Dicts or Tuples within one another, which SB3 does not take.
+        UnsupportedSpace: observations that are no arrays.
         MeshError: as :meth:`meshrl.Mesh.vector` does.
     """
     try:
@@ -51,15 +56,35 @@ async def lease(mesh: Mesh, name: str, num_envs: int, **request: Any) -> RemoteV
             "that hosts them one by one (meshrl serve --vectors meshrl)",
             **exc.details,
         ) from None
-    vectors = remote._description.vectors  # noqa: SLF001  # nobody else asks
-    if vectors is not None and not vectors.attributes:
+    try:
+        _check(remote)
+    except BaseException:
         await remote.close()
-        raise UsageError(
-            f"{name}: its workers host it by {vectors.implementation}'s vector implementation, which merges infos and "
-            "hides the sub-environments; this needs a worker that hosts them one by one"
-        )
+        raise
     remote._infos_of = split_infos  # noqa: SLF001  # merged ones have lost the types that the envs gave
     return remote
+
+
+def _check(remote: RemoteVectorEnv) -> None:
+    """Whether SB3 can have it."""
+    from stable_baselines3.common.vec_env.util import obs_space_info  # noqa: PLC0415  # nothing else here needs SB3
+
+    vectors = remote._description.vectors  # noqa: SLF001  # nobody else asks
+    if vectors is not None and not vectors.attributes:
+        raise UsageError(
+            f"{remote.name}: its workers host it by {vectors.implementation}'s vector implementation, which merges "
+            "infos and hides the sub-environments; this needs a worker that hosts them one by one"
+        )
+    space = remote.single_observation_space
+    obs_space_info(space)  # refuses what is nested, in SB3's words
+    parts: Iterable[gymnasium.Space[Any]] = [space]
+    if isinstance(space, spaces.Dict):
+        parts = space.spaces.values()
+    elif isinstance(space, spaces.Tuple):
+        parts = space.spaces
+    for part in parts:
+        if form_of(part) != "array":
+            raise UnsupportedSpace(f"{remote.name}: SB3 takes observations that are arrays, not {type(part).__name__}")
 
 
 def groups_of(options: Sequence[Mapping[str, Any] | None]) -> list[Group]:

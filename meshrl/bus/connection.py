@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import nats.errors
@@ -19,8 +18,7 @@ import nats.errors
 from meshrl.bus.awaited import Awaited, OnFail, OnReply
 from meshrl.bus.dialling import few_at_once, first_connection
 from meshrl.bus.events import Events
-from meshrl.bus.heap import keep_large_blocks
-from meshrl.bus.login import Credentials, Login, login
+from meshrl.bus.login import Login
 from meshrl.bus.plain import PlainPath
 from meshrl.bus.polling import Polling, may_poll
 from meshrl.bus.splitting import Joining, Window, whole
@@ -38,7 +36,6 @@ from meshrl.errors import (
 # subject, reply subject, body
 Handler = Callable[[str, str, bytes], None]
 
-CONNECT_TIMEOUT_S = 5.0
 # A connection that is closed waits this long for the server to take what is left.
 CLOSE_S = 1.0
 
@@ -60,7 +57,7 @@ class Subscription:
 
 
 class Connection:
-    """One connection to NATS; make it with :func:`connect`, use it from its own event loop alone.
+    """One connection to NATS; made by :mod:`~meshrl.bus.connect`, used from its own event loop alone.
 
     Attributes:
         user: the token of this login in subjects.
@@ -99,7 +96,8 @@ class Connection:
 
     # ---------------------------------------------------------------- life
 
-    async def _open(self, timeout: float, *, confirm: bool, in_turn: bool) -> None:
+    async def open(self, timeout: float, *, confirm: bool = True, in_turn: bool = True) -> None:
+        """Reach the server, once; see :func:`~meshrl.bus.connect.dial`. After an error it is closed."""
         try:
             async with few_at_once() if in_turn else contextlib.nullcontext():
                 await self._dial(timeout, confirm=confirm)
@@ -384,56 +382,3 @@ class Connection:
     def give_up(self, why: MeshError) -> None:
         """The connection does not come back."""
         self._begin_close(why)
-
-
-@contextlib.asynccontextmanager
-async def connect(
-    url: str,
-    *,
-    name: str = "meshrl",
-    credentials: str | Path | Credentials | None = None,
-    timeout: float = CONNECT_TIMEOUT_S,
-    on_error: Callable[[Exception], None] | None = None,
-) -> AsyncIterator[Connection]:
-    """Connect to NATS for the length of an ``async with``.
-
-    Args:
-        url: ``nats://host:port``, several separated by commas; ``tls://``, ``ws://`` and ``wss://`` too.
-        name: what the server's monitoring shows.
-        credentials: a file (credentials or NKEY seed) or a :class:`~meshrl.bus.login.Credentials`.
-        timeout: seconds to wait for a server at first; later the connection comes back for ever.
-        on_error: is told of errors that no caller waits for; they are logged otherwise.
-
-    Raises:
-        MeshUnreachable: no server answers.
-        LoginRefused: a server answers and refuses the login.
-    """
-    connection = await dial(url, name=name, credentials=credentials, timeout=timeout, on_error=on_error)
-    try:
-        yield connection
-    finally:
-        await connection.close()
-
-
-async def dial(
-    url: str,
-    *,
-    name: str = "meshrl",
-    credentials: str | Path | Credentials | None = None,
-    timeout: float = CONNECT_TIMEOUT_S,
-    on_error: Callable[[Exception], None] | None = None,
-    confirm: bool = True,
-    in_turn: bool = True,
-    polls: bool = False,
-) -> Connection:
-    """The same as :func:`connect`, closed by the caller.
-
-    A caller that subscribes at once may leave it to that to wait for the server's consent (``confirm=False``), which
-    saves a round trip. One for which others wait that are dialling themselves waits for none of them
-    (``in_turn=False``). One for whose answers a learner waits looks for them awake (``polls=True``; see
-    :mod:`~meshrl.bus.polling`).
-    """
-    keep_large_blocks()
-    connection = Connection(login(url, credentials), name, on_error, polls=polls)
-    await connection._open(timeout, confirm=confirm, in_turn=in_turn)  # noqa: SLF001
-    return connection

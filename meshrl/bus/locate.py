@@ -12,7 +12,7 @@ import os
 import socket
 from pathlib import Path
 
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.embedded import URL_VARIABLE as EMBEDDED_VARIABLE
 from meshrl.bus.login import Credentials
 from meshrl.bus.record import read_record

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.locate import locate
 from meshrl.errors import MeshUnreachable
 

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.bus.facts import Found, found, jetstream_problem, round_trip_s, workers
 from meshrl.cli.rows import Row
 from meshrl.client.mesh import Mesh

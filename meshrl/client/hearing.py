@@ -12,7 +12,8 @@ import asyncio
 import weakref
 from pathlib import Path
 
-from meshrl.bus.connection import Connection, dial
+from meshrl.bus.connect import dial
+from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
 from meshrl.client.registry import Registry
 from meshrl.errors import MeshError

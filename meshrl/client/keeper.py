@@ -17,7 +17,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
 from meshrl.errors import MeshError
 from meshrl.wire.messages import MAX_BATCH, Renew, Renewed, parse

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from gymnasium.vector import AutoresetMode
 
-from meshrl.bus.connection import CONNECT_TIMEOUT_S, dial
+from meshrl.bus.connect import CONNECT_TIMEOUT_S, dial
 from meshrl.bus.locate import locate
 from meshrl.bus.login import Credentials
 from meshrl.client.agent import RemoteAgent, open_agent

@@ -28,6 +28,7 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array,
 from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage
+from meshrl.wire.large import large_rows
 
 # mypy calls decorated functions by their first overload; what matters here is how they dispatch
 _batch_space: Any = batch_space
@@ -90,6 +91,10 @@ class Batching(ABC):
             ValueError, TypeError, KeyError, IndexError: as Gymnasium's functions do, for a value of another shape or
                 structure, or of a dtype that numpy casts to the space's only unsafely.
         """
+
+    def rows_or_stack(self, items: list[Any]) -> Any:
+        """As :meth:`stack`, for who packs it and does nothing else: large arrays as they are, one after another."""
+        return self.stack(items)
 
     @abstractmethod
     def check(self, batched: object, n: int, field: str, *, exact: bool) -> None:
@@ -167,6 +172,10 @@ class _Arrays(Batching):
         except (TypeError, ValueError):
             out = None  # Gymnasium's function raises its own, or knows better
         return _gymnasiums_stack(self.space, items) if out is None else out
+
+    def rows_or_stack(self, items: list[Any]) -> Any:
+        rows = large_rows(items, self._shape, self._dtype)
+        return self.stack(items) if rows is None else rows
 
     def _from_arrays(self, items: list[Any]) -> NDArray[Any] | None:
         n, shape = len(items), self._shape

@@ -22,6 +22,7 @@ Subclasses of ndarray (a masked array has more than its data) and everything els
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from gymnasium.spaces import GraphInstance
 from meshrl.errors import MalformedMessage, UnencodableValue
 from meshrl.wire.arrays import SCALAR_TYPES, KeyStyle, array_map, from_map, scalar_map
 from meshrl.wire.forms import RESERVED, revive
-from meshrl.wire.large import LARGE_BYTES, large_array, pack_ending, unpack_ending
+from meshrl.wire.large import LARGE_BYTES, Rows, large_array, pack_ending, unpack_ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -99,17 +100,20 @@ class Codec:
         return body
 
     def pack_batch(self, frame: dict[str, Any]) -> bytes:
-        """The same for a map with a batch of observations under ``obs``, which goes to its end if it is large."""
+        """The same for a map with a batch of observations under ``obs``, which goes to its end if it is large.
+
+        They may be :class:`~meshrl.wire.large.Rows` as well.
+        """
         obs = large_array(frame.get("obs"))
-        if obs is None or self.key_style != "str":
-            return self.pack(frame)
-        rest = {key: value for key, value in frame.items() if key != "obs"}
-        if not _is_native(rest):
-            return self.pack(frame)
-        try:
-            return pack_ending(self._packer.pack, rest, "obs", obs)
-        except (UnencodableValue, _NotNative, ValueError, OverflowError, RecursionError, RuntimeError):
-            return self.pack(frame)  # as there: something needs the slow way, or has none
+        if obs is not None and self.key_style == "str":
+            rest = {key: value for key, value in frame.items() if key != "obs"}
+            # Where something needs the slow way, or has none, all of it goes there.
+            with contextlib.suppress(
+                UnencodableValue, _NotNative, ValueError, OverflowError, RecursionError, RuntimeError
+            ):
+                if _is_native(rest):
+                    return pack_ending(self._packer.pack, rest, "obs", obs)
+        return self.pack({**frame, "obs": obs.stacked()} if type(obs) is Rows else frame)
 
     def _pack_lowered(self, obj: Any) -> bytes:
         try:

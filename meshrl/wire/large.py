@@ -7,7 +7,7 @@ and this reader reads what others write.
 
 Copies of a large observation from a worker's array to its client's::
 
-    into the message        1   (by msgpack's packer: 2)
+    into the message        1   (by msgpack's packer: 2; of :class:`Rows`, the first of all, by a batch: 1 more)
     to and from the server  2   the kernel's, a side each
     out of the socket       1   into what the event loop reads
     into one message        1   with the reads joined
@@ -16,7 +16,8 @@ Copies of a large observation from a worker's array to its client's::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgpack
@@ -34,14 +35,54 @@ _EMPTY_BIN = b"\xc4\x00"
 _LENGTH_BYTES = 4
 
 
-def large_array(value: object) -> np.ndarray[Any, Any] | None:
+class Rows:
+    """Arrays that a message takes one after another: the rows of a large array that is never made.
+
+    Attributes:
+        items: one or more, of one shape and dtype and in C order; see :func:`large_rows`.
+        shape: of the array.
+        dtype: of it.
+        nbytes: of it.
+    """
+
+    __slots__ = ("dtype", "items", "nbytes", "shape")
+
+    def __init__(self, items: Sequence[np.ndarray[Any, Any]]) -> None:
+        self.items = items
+        self.shape = (len(items), *items[0].shape)
+        self.dtype = items[0].dtype
+        self.nbytes = len(items) * items[0].nbytes
+
+    def __repr__(self) -> str:
+        return f"<Rows of {self.shape} {self.dtype}>"
+
+    def stacked(self) -> np.ndarray[Any, Any]:
+        """The array."""
+        return np.stack(self.items)
+
+
+def large_rows(items: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Rows | None:
+    """``items`` as rows if each is such an array and all together are worth it, else None."""
+    if not shape or dtype.kind in "Mm" or len(items) * math.prod(shape) * dtype.itemsize < LARGE_BYTES:
+        return None
+    for item in items:
+        if type(item) is not np.ndarray or item.shape != shape or item.dtype != dtype or not item.flags.c_contiguous:
+            return None
+    return Rows(items)
+
+
+def large_array(value: object) -> np.ndarray[Any, Any] | Rows | None:
     """``value`` in C order if it is an array for which this is worth it, else None."""
+    if type(value) is Rows:
+        return value
     if type(value) is not np.ndarray or value.nbytes < LARGE_BYTES or value.dtype.kind in "Mm":
         return None  # datetimes have no buffer protocol
     return value if value.flags.c_contiguous else np.ascontiguousarray(value)
 
 
-def pack_ending(pack: Callable[[Any], bytes], rest: dict[str, Any], key: str, array: np.ndarray[Any, Any]) -> bytes:
+def pack_ending(
+    pack: Callable[[Any], bytes], rest: dict[str, Any], key: str, array: np.ndarray[Any, Any] | Rows
+) -> bytes:
     """The map ``rest`` with ``array`` under ``key`` behind it.
 
     Args:
@@ -57,7 +98,8 @@ def pack_ending(pack: Callable[[Any], bytes], rest: dict[str, Any], key: str, ar
     head = pack({**rest, key: form})
     assert head.endswith(_EMPTY_BIN), "the array's data is the last of the message"
     length = array.nbytes.to_bytes(_LENGTH_BYTES, "big")
-    return b"".join((head[: -len(_EMPTY_BIN)], _BIN_32, length, array.data))
+    data = array.items if type(array) is Rows else (array,)
+    return b"".join((head[: -len(_EMPTY_BIN)], _BIN_32, length, *data))
 
 
 def unpack_ending(data: bytes, revive: Callable[[dict[Any, Any]], Any], **limits: Any) -> tuple[bool, Any]:

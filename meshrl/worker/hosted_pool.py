@@ -210,7 +210,7 @@ class HostedPool:
             self.episodes[lanes] += 1
             self.steps[lanes] = 0
         frame = {
-            "obs": self._subs.stack(out.obs),
+            "obs": self._subs.rows_or_stack(out.obs),
             "rewards": rewards_of(out.rewards),
             "terminations": terminations,
             "truncations": truncations,

@@ -182,7 +182,7 @@ class HostedVector:
     def _stepped(self, out: Outcomes) -> Frame:
         self._obs = out.obs
         frame = {
-            "obs": self._subs.stack(out.obs),
+            "obs": self._subs.rows_or_stack(out.obs),
             "rewards": rewards_of(out.rewards),
             "terminations": flags_of(out.terminated),
             "truncations": flags_of(out.truncated),
@@ -213,7 +213,7 @@ class HostedVector:
         for i, one in zip(ids, out.obs, strict=True):
             obs[i] = one
         self._obs = obs
-        frame: Frame = {"obs": self._subs.stack(obs)}
+        frame: Frame = {"obs": self._subs.rows_or_stack(obs)}
         if out.infos:
             frame["infos"] = pack_infos([(ids[k], info) for k, info in out.infos], len(obs))
         return frame

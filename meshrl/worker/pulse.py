@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
 from meshrl.bus.micro import MicroService, advertise_service
 from meshrl.errors import BusClosed, MeshError, MeshUnreachable, WorkerError

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from meshrl.bus.connection import Connection, dial
+from meshrl.bus.connect import dial
+from meshrl.bus.connection import Connection
 from meshrl.bus.locate import locate
 from meshrl.bus.login import Credentials
 from meshrl.errors import InvalidName, UsageError, WorkerError

@@ -100,7 +100,8 @@ class SubEnvs:
         self.name = open_.name
         self.first = open_.first_env_id
         self.ended = [False] * len(self.envs)
-        self.stack = batching(self.envs[0].observation_space).stack
+        batches = batching(self.envs[0].observation_space)
+        self.stack, self.rows_or_stack = batches.stack, batches.rows_or_stack
         self._seeding = Seeding(open_.seeding, open_.first_env_id, len(self.envs), lambda: secrets.randbits(SEED_BITS))
         self._resets_ended = RULES[mode].ended is Ended.RESET
         self._refuses_ended = RULES[mode].ended is Ended.REFUSE

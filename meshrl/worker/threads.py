@@ -39,7 +39,7 @@ class Threads:
         # around a count was held by threads that had lost the interpreter, and every other then queued for both.
         self._idle: list[None] = []
         self._owed: list[None] = []  # one for each job for which no thread could be started
-        self._lock = threading.Lock()  # of the count alone, which changes when threads begin and end
+        self._lock = threading.Lock()  # of what threads do when they begin and end: their count, and what is owed then
         self._results: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._told = False  # the loop knows that there are results
         self.count = 0
@@ -59,7 +59,7 @@ class Threads:
                     self.count -= 1
                     if not self.count:
                         raise
-                self._owed.append(None)
+                    self._owed.append(None)
         self._jobs.put(job)
 
     def start(self, call: Callable[[], T]) -> asyncio.Future[Outcome[T]]:
@@ -126,8 +126,12 @@ class Threads:
                 except IndexError:  # one was promised meanwhile
                     continue
                 with self._lock:
-                    self.count -= 1
-                return
+                    try:
+                        self._owed.pop()  # there may be nobody else to run it
+                    except IndexError:
+                        self.count -= 1
+                        return
+                continue
             job()
             del job
             try:

@@ -11,7 +11,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.mesh import Mesh
 from meshrl.errors import MalformedMessage, MeshError

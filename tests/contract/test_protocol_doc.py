@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from meshrl import errors
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.errors import MeshError
 from meshrl.protocol.doubt import Do, Doubt

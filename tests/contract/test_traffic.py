@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.mesh import Mesh
 from meshrl.errors import MeshError

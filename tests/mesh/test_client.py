@@ -18,7 +18,8 @@ from gymnasium import spaces
 
 import meshrl
 from meshrl import AgentWorker, EnvWorker, Mesh
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.context import context_of
 from meshrl.client.keeper import Keeper

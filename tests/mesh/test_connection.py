@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from meshrl import EnvWorker, Factory, Mesh
-from meshrl.bus.connection import Connection, connect, dial
+from meshrl.bus.connect import connect, dial
+from meshrl.bus.connection import Connection
 from meshrl.bus.dialling import RECONNECT_WAIT_S
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.plain import PlainPath

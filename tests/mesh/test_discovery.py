@@ -8,7 +8,7 @@ import json
 import nats
 
 from meshrl import AgentWorker, EnvWorker, Mesh
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.flights import Entry, Flight, Flights
 from meshrl.errors import BusClosed, MeshUnreachable, SubjectNotPermitted

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from meshrl import Credentials, EnvWorker, Factory, Mesh, RemoteEnv
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.errors import (
     EnvError,
     InvalidAction,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 
 SIZE = 900_000
 # Without the heap's lesson, 600 a message; with it, none. What the interpreter does in between is within this.
@@ -16,7 +16,7 @@ MAX_FAULTS = 60
 
 CLIENT = """
 import asyncio, resource, sys
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 
 async def main(url):
     async with connect(url, name="asks") as connection:

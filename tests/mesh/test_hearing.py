@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from meshrl import EnvWorker, Mesh
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.context import context_of
 from meshrl.client.keeper import Keeper

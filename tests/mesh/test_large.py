@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meshrl import AgentWorker, EnvWorker, Mesh
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.context import context_of
 from meshrl.errors import MessageTooLarge

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from meshrl import EnvWorker, Mesh
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.context import context_of
 from meshrl.errors import MeshFull, SessionLost

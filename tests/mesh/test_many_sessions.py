@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from meshrl import EnvWorker, Mesh
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.errors import MeshFull
 from meshrl.wire.messages import Renew, parse
 from tests.mesh.conftest import until

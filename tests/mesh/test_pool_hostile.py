@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from meshrl import EnvWorker
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.errors import (
     MalformedMessage,
     MeshError,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.mesh import Mesh
 from meshrl.wire.codec import unpack

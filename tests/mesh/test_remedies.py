@@ -18,7 +18,8 @@ import pytest
 from gymnasium import spaces
 
 from meshrl import AgentWorker, EnvWorker, Mesh, RemoteEnv, errors
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.cli.supervisor import Supervisor, WorkerProcess
 from meshrl.errors import MeshError, from_wire
 from meshrl.wire.codec import pack, unpack

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from meshrl import EnvWorker, Mesh
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.context import context_of
 from meshrl.client.shards import ShardSession, open_shards

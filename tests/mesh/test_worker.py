@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from meshrl import AgentWorker, EnvWorker, Mesh
-from meshrl.bus.connection import Connection, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Connection
 from meshrl.client.context import context_of
 from meshrl.errors import (
     AgentError,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from meshrl.bus.connection import Handler, connect
+from meshrl.bus.connect import connect
+from meshrl.bus.connection import Handler
 from meshrl.worker.running import run
 
 FRAME_BYTES = 84 * 84 * 4

@@ -11,7 +11,7 @@ from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
 
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.plain import PlainPath
 from meshrl.bus.thin import ThinPath, thin_supported

@@ -9,7 +9,7 @@ from pathlib import Path
 import nkeys
 import pytest
 
-from meshrl.bus.connection import connect
+from meshrl.bus.connect import connect
 from meshrl.bus.login import ANONYMOUS, Credentials, login
 from meshrl.errors import InvalidName, LoginRefused
 from tests.mesh.own_server import own_server

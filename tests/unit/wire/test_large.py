@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage
 from meshrl.wire import large
+from meshrl.wire.arrays import KeyStyle
 from meshrl.wire.codec import Codec, pack, unpack
-from meshrl.wire.large import LARGE_BYTES
+from meshrl.wire.large import LARGE_BYTES, Rows, large_rows
 
 ITEMS = LARGE_BYTES // 4
 KEY = b"\xa4data\xc6"
@@ -22,6 +24,28 @@ KEY = b"\xa4data\xc6"
 def read_plainly(data: bytes) -> Any:
     """What a reader sees that knows nothing of large arrays."""
     return msgpack.unpackb(data)
+
+
+@pytest.mark.parametrize("dtype", ["|u1", "<f4", "|b1", "<c8"])
+@pytest.mark.parametrize("style", ["str", "bytes"])
+def test_rows_are_written_as_the_array_that_they_are(dtype: str, style: KeyStyle) -> None:
+    obs = np.arange(6 * ITEMS).reshape(3, 2, -1).astype(dtype)
+    items = [row.copy() for row in obs]
+    rows = large_rows(items, items[0].shape, items[0].dtype)
+    assert type(rows) is Rows
+    for rest in ({"rewards": np.zeros(3)}, {"infos": {1: "a key that msgpack takes alone in the slow way"}}):
+        packed = Codec(style).pack_batch({**rest, "obs": rows})
+        assert packed == Codec(style).pack_batch({**rest, "obs": obs})
+        assert np.array_equal(unpack(packed)["obs"], obs)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, ITEMS), ">f4"), np.zeros((ITEMS, 2), "f4").T, np.zeros((1, ITEMS), "f4")])
+def test_what_is_not_just_such_an_array_makes_no_rows(bad: NDArray[Any]) -> None:
+    good = np.zeros((2, ITEMS), np.float32)
+    assert large_rows([good, good], good.shape, good.dtype) is not None
+    assert large_rows([good, bad], good.shape, good.dtype) is None
+    assert large_rows([good, good.tolist()], good.shape, good.dtype) is None
+    assert large_rows([good[:, :4], good[:, :4]], (2, 4), good.dtype) is None  # too small to be worth it
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "|u1", "|b1", "<U3", "|S5", "<c8"])

@@ -103,6 +103,42 @@ async def test_job_for_which_no_thread_can_be_started_is_run_by_one_that_is_ther
     await asyncio.wait_for(came.wait(), 30.0)
 
 
+async def test_last_thread_does_not_end_while_a_job_is_owed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_module, "IDLE_S", 0.001)
+    threads = Threads("test")
+    threads.loop = asyncio.get_running_loop()
+    ending, go = threading.Event(), threading.Event()
+
+    class Gate:
+        """The lock, before which a thread that ends waits."""
+
+        def __init__(self, lock: threading.Lock) -> None:
+            self._lock = lock
+
+        def __enter__(self) -> None:
+            if threading.current_thread().name == "test-1":
+                ending.set()
+                go.wait(30.0)
+            self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+
+    def refusing(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ran: list[int] = []
+    threads.submit(lambda: ran.append(1))
+    threads._lock = Gate(threads._lock)  # type: ignore[assignment]
+    assert await asyncio.to_thread(ending.wait, 30.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refusing)
+        threads.submit(lambda: ran.append(2))
+    go.set()
+    await until(lambda: ran == [1, 2], "the job was run")
+    await until(lambda: not threads.count, "and then the thread ended")
+
+
 async def test_threads_do_not_keep_the_process_alive() -> None:
     threads = Threads("test")
     threads.loop = asyncio.get_running_loop()
