@@ -15,6 +15,7 @@ from meshrl.client.window import Latest, Window
 from meshrl.errors import (
     ConcurrentStep,
     MeshError,
+    MeshUnreachable,
     NothingUnderWay,
     NothingUnsettled,
     ResetNeeded,
@@ -27,8 +28,12 @@ from meshrl.protocol.turn import READING
 class Remote(Protocol):
     """What can be held: a remote env, or a vector of them."""
 
+    @property
+    def unsettled(self) -> str:
+        """The op of the call whose waiting was cancelled."""
+
     async def settle(self) -> Any:
-        """The result of the call whose waiting was cancelled."""
+        """The result of it."""
 
     async def close(self) -> None:
         """Free its slots."""
@@ -63,7 +68,7 @@ class Held(Generic[R]):
         self._opened = opened
         self._begun: Call[Any] | None = None
         self._interrupted: Call[Any] | None = None
-        self._op = ""  # of the last interrupted call, beside a settle
+        self._op = ""  # of the last interrupted call; where that is a settle, of what it settles
         self._lease()
 
     def __repr__(self) -> str:
@@ -106,11 +111,6 @@ class Held(Generic[R]):
 
     def _show(self) -> None:
         """Show what a call left to be shown on this thread."""
-
-    @property
-    def _unshown(self) -> str:
-        """The op that ran, and whose result the remote keeps because its frame could not be fetched."""
-        return ""
 
     # ---------------------------------------------------------------- calls
 
@@ -251,17 +251,19 @@ class Held(Generic[R]):
             raise NothingUnsettled(f"{self._name}: nothing to settle: its episode belongs to the parent process")
         if self._begun is not None:
             return self._begun.op, self.finish()
-        op, call = self._unshown or self._op, self._interrupted
-        if call is None or self.closed:
-            return op, self.do("settle", self.remote.settle)
-        call.wait()
-        value = self.do("settle", self.remote.settle) if call.cancelled else call.result()
-        self._interrupted = None
-        return op, value
+        call = self._interrupted
+        if call is not None and not self.closed:
+            call.wait()
+            if not call.cancelled and not isinstance(call.error, MeshUnreachable):
+                value = call.result()
+                self._interrupted = None
+                return self._op, value
+        op = self._op = self.remote.unsettled
+        return op, self.do("settle", self.remote.settle)
 
     def may_settle(self, op: str) -> bool:
         """Whether the last call was ``op``, and ran although it raised."""
-        return op == (self._unshown or (self._op if self._interrupted is not None else ""))
+        return op == (self.remote.unsettled if self._interrupted is None else self._op)
 
     # ---------------------------------------------------------------- the end
 
@@ -327,11 +329,6 @@ class HeldEnv(Held[RemoteEnv]):
         frame = self._frames.take()
         if frame is not None and self._window is not None:
             self._window.show(frame)
-
-    @property
-    def _unshown(self) -> str:
-        unshown = self.remote._unshown  # noqa: SLF001  # one keeping of results for both faces
-        return "" if unshown is None else unshown[0]
 
     def close(self) -> None:
         """Close the env, its window with it."""

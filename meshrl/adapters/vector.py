@@ -2,7 +2,8 @@
 
 What Gymnasium's ``SyncVectorEnv`` gives, this gives, bit for bit: the same spaces, batches, infos and errors. What
 cannot be the same is said here: the generators are the workers' (:attr:`MeshVectorEnv.np_random`), frames are not shown
-by themselves (``gymnasium.wrappers.vector.HumanRendering`` shows them), and ``envs`` there is none.
+by themselves (``gymnasium.wrappers.vector.HumanRendering`` shows them), ``get_attr`` of a method is an error (``call``
+calls it), and ``envs`` there is none.
 """
 
 from __future__ import annotations
@@ -232,11 +233,11 @@ class MeshVectorEnv(Seeded, VectorEnv[Any, Any, Any]):
     def render(self) -> tuple[Any, ...] | None:
         """What each sub-environment renders in this mode, in the order of env_ids.
 
-        Without a mode it is None and a warning, as Gymnasium's own envs have it.
+        Without a mode it is None for each, and a warning, as Gymnasium's own envs have it.
         """
         if self.render_mode is None:
             gymnasium.logger.warn(f"{self._name}: render was called on envs made without a render_mode")
-            return None
+            return (None,) * self.num_envs
         return self._held.do("render", self._held.remote.render)
 
     def close_extras(self, **_kwargs: Any) -> None:

@@ -79,6 +79,11 @@ class RemoteEnv(Leased):
             self._action_space = spaces.rebuild(self._description.action_space)
         return self._action_space
 
+    @property
+    def unsettled(self) -> str:
+        """The op whose result :meth:`settle` gives, such as ``step``; empty if there is none."""
+        return self._session.unsettled if self._unshown is None else self._unshown[0]
+
     # ---------------------------------------------------------------- an env's calls
 
     async def reset(

@@ -106,6 +106,12 @@ class Lockstep:
             raise
         return self._over(self._round)
 
+    @property
+    def unsettled(self) -> str:
+        """The op whose result :meth:`settle` gives, if no call is under way; empty if there is none."""
+        unsettled = self._unsettled()
+        return "" if unsettled is None else unsettled.op
+
     async def settle(self) -> Round:
         """Wait for the call whose waiting was cancelled; each of its answers is a frame. It may be cancelled, too.
 

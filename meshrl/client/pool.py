@@ -104,11 +104,11 @@ class RemotePool(LeasedEnvs):
         self._check_open()
         under_way = self._under_way
         while under_way.holds(ids):
+            if under_way.stranded and under_way.errors:
+                raise under_way.next_error()
             under_way.take_up()
             await under_way.change(None)
             self._check_open()
-            if under_way.stranded and under_way.errors:
-                raise under_way.next_error()
         if not len(ids):
             return
         seeds = self._seeds.of_reset(seed)

@@ -108,6 +108,11 @@ class RemoteSession:
         return self._turn.may_begin(op)
 
     @property
+    def unsettled(self) -> str:
+        """The op whose result :meth:`settle` gives; empty if there is none."""
+        return self._turn.unsettled
+
+    @property
     def under_way(self) -> bool:
         """Whether somebody waits for a request."""
         return self._turn.phase is Phase.WAITING

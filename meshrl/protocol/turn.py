@@ -53,6 +53,11 @@ class Turn:
     def __repr__(self) -> str:
         return f"<Turn {self.who}: {self.op or 'nothing'} {self.seq}, {self.phase.value}>"
 
+    @property
+    def unsettled(self) -> str:
+        """The op that was cancelled and whose result may be had; empty if there is none."""
+        return self.op if self.phase is Phase.UNSETTLED and self.op not in READING else ""
+
     def may_begin(self, op: str) -> Begin:
         """Whether ``op`` may be requested now.
 

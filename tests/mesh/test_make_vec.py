@@ -218,7 +218,7 @@ def test_human_rendering_takes_it(mesh: dict[str, Any]) -> None:
 def test_render_without_a_mode_is_nothing_and_a_warning(counters: MeshVectorEnv) -> None:
     counters.reset()
     with pytest.warns(UserWarning, match="render_mode"):
-        assert counters.render() is None
+        assert counters.render() == (None, None)
 
 
 # ---------------------------------------------------------------- resets, attributes, errors

@@ -191,6 +191,33 @@ async def test_polling_goes_on_with_what_was_under_way_when_the_server_was_away_
             await until(polled, "the steps are there")
 
 
+async def test_reset_says_that_the_server_is_away_where_that_was_found_while_nobody_waited(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshrl.protocol.doubt.DISCONNECTED_S", 0.3)
+    async with Mesh(server.url, timeout=0.3) as m, workers(server.url, 1):
+        async with await m.pool("cartpole", 2) as pool:
+            await pool.reset(seed=0)
+            await soon(pool.recv(min=2))
+            await asyncio.to_thread(server.kill)
+            await pool.send([0, 1], [0, 1])
+            await until(lambda: bool(pool._under_way.errors), "it was given up")
+            for _ in range(2):  # the second takes it up again, and is told the same
+                with pytest.raises(MeshUnreachable):
+                    await soon(pool.reset())
+            await asyncio.to_thread(server.restart)
+
+            async def reset() -> bool:
+                try:
+                    await pool.reset(seed=1)
+                except MeshUnreachable:
+                    return False
+                return True
+
+            await until(reset, "the server is back")
+            assert (await soon(pool.recv(min=2))).first.all()
+
+
 # --------------------------------------------------------------------------- sessions that are lost
 
 

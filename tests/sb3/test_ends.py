@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 from stable_baselines3.common.env_util import make_vec_env
@@ -19,8 +20,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from meshrl import errors
 from meshrl.adapters.sb3 import MeshVecEnv
+from meshrl.bus.embedded import EmbeddedServer
+from tests.mesh.being_away import away, mesh_of, patiently
 from tests.mesh.envs import Nested
 from tests.mesh.test_vector_parity import different
+
+__all__ = ["away"]
 
 ZEROS = np.zeros(2, np.int64)
 
@@ -206,6 +211,21 @@ def test_after_ctrl_c_a_step_is_settled_and_counted_once(mesh: dict[str, Any], g
     assert (rewards.dtype, dones.tolist()) == (np.float32, [False, False])
     assert infos == [{"TimeLimit.truncated": False}] * 2
     assert venv.step(ZEROS)[0].tolist() == [3, 3]
+    venv.close()
+
+
+def test_step_that_found_the_server_away_is_settled_as_sb3_has_it(away: EmbeddedServer) -> None:
+    local = DummyVecEnv([lambda: gymnasium.make("CartPole-v1")] * 2)
+    venv = MeshVecEnv("CartPole-v1", 2, mesh=mesh_of(away))
+    for envs in (venv, local):
+        envs.seed(3)
+        envs.reset()
+    away.kill()
+    with pytest.raises(errors.MeshUnreachable):
+        venv.step(ZEROS)
+    away.restart()
+    assert not different(patiently(venv.settle), local.step(ZEROS))
+    assert not different(venv.step(ZEROS), local.step(ZEROS))
     venv.close()
 
 
