@@ -19,7 +19,7 @@ from meshrl.errors import UsageError
 from meshrl.wire import spaces
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Indices
-from meshrl.wire.messages import Seeding
+from meshrl.wire.messages import Seeding, Vectors
 
 
 class LeasedEnvs(Leased):
@@ -50,7 +50,8 @@ class LeasedEnvs(Leased):
         self._check = batched_checker(
             self._single_action_space, self.num_envs, description.name, strict=check_actions == "strict"
         )
-        self._seeds = Seeds(seeding, self.num_envs, description.name)
+        self._implementation = (description.vectors or Vectors()).implementation
+        self._seeds = Seeds(seeding, self.num_envs, description.name, self._implementation)
 
     @property
     def shards(self) -> list[tuple[str, int]]:

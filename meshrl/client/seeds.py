@@ -13,6 +13,8 @@ from meshrl.wire.messages import Seeding
 
 # A root that is drawn has the bits of every seed that is.
 ROOT_BITS = 31
+# Vector implementations that take one seed for all, so that they can follow seed + i alone; all of it is below this.
+ONE_SEED = {"gymnasium": None, "envpool": 1 << 31}
 
 
 class Seeds:
@@ -22,14 +24,16 @@ class Seeds:
         seeding: how sub-environments are seeded.
         num_envs: how many there are.
         name: the env's, for errors.
+        implementation: what hosts the sub-environments; see :class:`meshrl.wire.messages.Vectors`.
     """
 
-    __slots__ = ("_common", "_due", "_name", "_num_envs", "_roots", "_seeding")
+    __slots__ = ("_common", "_due", "_implementation", "_name", "_num_envs", "_roots", "_seeding")
 
-    def __init__(self, seeding: Seeding, num_envs: int, name: str) -> None:
+    def __init__(self, seeding: Seeding, num_envs: int, name: str, implementation: str = "meshrl") -> None:
         self._seeding = seeding
         self._num_envs = num_envs
         self._name = name
+        self._implementation = implementation
         self._common: int | None = None  # for all that have no root yet
         self._roots: list[int | None] = [None] * num_envs  # as they were sent
         self._due: list[int | None] = [None] * num_envs  # what a reset without a seed sends all the same
@@ -54,14 +58,21 @@ class Seeds:
                 it was :meth:`sent`.
 
         Raises:
-            InvalidSeed: it is none of these.
+            InvalidSeed: it is none of these, or the vectors' implementation cannot follow it.
         """
         if self._seeding == "derived":
             return self._derived(seed)
+        seeds = self._given(seed)
+        if seeds is not None and self._implementation in ONE_SEED:
+            self._check_one_seed(seeds)
+        return seeds
+
+    def _given(self, seed: int | Sequence[int | None] | None) -> list[int | None] | None:
         if seed is None:
             return None
         if isinstance(seed, (int, np.integer)):
             first = check_seed(seed)
+            check_seed(first + self._num_envs - 1)
             return [first + i for i in range(self._num_envs)]
         try:
             given = list(seed)
@@ -73,6 +84,24 @@ class Seeds:
                 f"{self._name}: a list of seeds has one for each of {self._num_envs} sub-environments, not {len(seeds)}"
             )
         return seeds
+
+    def _check_one_seed(self, seeds: Sequence[int | None]) -> None:
+        """Refuse what cannot be followed. Asked of all of them: a shard sees its own alone, and others would begin."""
+        first = seeds[0]
+        if first is None and seeds.count(None) == len(seeds):
+            return
+        if first is None or list(seeds) != list(range(first, first + len(seeds))):
+            raise InvalidSeed(
+                f"{self._name}: the vectors' implementation {self._implementation} takes seeds that are consecutive "
+                "(seed + i) or none at all; give reset one seed"
+            )
+        end = ONE_SEED[self._implementation]
+        if end is not None and first + len(seeds) > end:
+            raise InvalidSeed(
+                f"{self._name}: the vectors' implementation {self._implementation} keeps seeds below {end}, and the "
+                f"last of these is {first + len(seeds) - 1}; give reset one of at most {end - len(seeds)}",
+                seed=first,
+            )
 
     def _derived(self, seed: int | Sequence[int | None] | None) -> list[int | None] | None:
         if seed is not None and not isinstance(seed, (int, np.integer)):

@@ -72,8 +72,8 @@ class RemoteVectorEnv(LeasedEnvs):
         self._lockstep = Lockstep(self._sessions, self.name)
         offers = [session.grant.description.vectors or Vectors() for session in self._sessions]
         self._masked = all(offer.reset_mask for offer in offers)
+        self._optioned = all(offer.options for offer in offers)
         self._reached = all(offer.attributes for offer in offers)
-        self._implementation = offers[0].implementation
         # What is made of the shards' infos; faces other than Gymnasium's take those of each sub-environment instead.
         self._infos_of: Callable[[Sequence[tuple[Any, int, int]], int], Any] = merge_infos
 
@@ -102,10 +102,12 @@ class RemoteVectorEnv(LeasedEnvs):
             observations of all sub-environments, batched, and infos.
 
         Raises:
-            InvalidSeed: seeds of another kind or number.
+            InvalidSeed: seeds of another kind or number, or a list that the vectors' implementation cannot follow;
+                nothing was sent.
             ValueError, TypeError: a mask of another kind, shape or dtype, as in Gymnasium.
             ResetNeeded: the first reset leaves some out.
-            UsageError: a mask, and the vectors' implementation resets all or none; nothing was sent.
+            UsageError: a mask, and the vectors' implementation resets all or none; or options, and it takes none.
+                Nothing was sent.
         """
         mask, rest = self._options(options)
         return await self._reset(seed, rest, mask)
@@ -117,6 +119,11 @@ class RemoteVectorEnv(LeasedEnvs):
             raise UsageError(
                 f"{self.name}: the vectors' implementation {self._implementation} resets all of its sub-environments "
                 "or none; reset without a reset_mask"
+            )
+        if options and not self._optioned:
+            raise UsageError(
+                f"{self.name}: the vectors' implementation {self._implementation} takes no reset options, and was "
+                f"given {', '.join(map(repr, options))}; reset without them"
             )
         if mask is not None and not self._lockstep.began and not mask.all():
             left_out = np.flatnonzero(~mask).tolist()
@@ -165,6 +172,11 @@ class RemoteVectorEnv(LeasedEnvs):
         else:
             fields = [{"actions": self._action_batches.cut(actions, *at)} for at in self._bounds]
         return self._stepped(await self._lockstep.call("step", fields))
+
+    @property
+    def unsettled(self) -> str:
+        """The op whose result :meth:`settle` gives, such as ``step``; empty if there is none."""
+        return self._lockstep.unsettled
 
     async def settle(self) -> Any:
         """The result of the call whose waiting was cancelled: for a step, its tuple.

@@ -134,6 +134,7 @@ class Vectors(BaseModel):
         autoreset_modes: the modes there are.
         seedings: the seedings there are.
         reset_mask: whether some sub-environments can be reset alone.
+        options: whether reset takes options.
         attributes: whether call, get_attr, set_attr and render reach the sub-environments.
         pool: whether the sub-environments can be lanes of their own.
     """
@@ -144,6 +145,7 @@ class Vectors(BaseModel):
     autoreset_modes: list[AutoresetName] = Field(default_factory=lambda: list(AUTORESET_MODES))
     seedings: list[Seeding] = Field(default_factory=lambda: list(SEEDINGS[:2]))
     reset_mask: bool = True
+    options: bool = True
     attributes: bool = True
     pool: bool = True
 

@@ -8,8 +8,8 @@
 Either takes one seed: of a list of seeds nothing but ``seed + i`` can be followed, and any other is refused. Their
 actions are one array, so spaces of other forms (Dict, Tuple, Text) are refused where they are described.
 
-What they cannot do (other autoreset modes, masks, attributes of sub-environments, lanes of their own) their worker
-advertises, and refuses at open.
+What they cannot do (other autoreset modes, masks, attributes of sub-environments, lanes of their own, options of a
+reset where it is EnvPool) their worker advertises, and refuses.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def describe_implementation(name: str, factory: Factory, implementation: str) ->
         autoreset_modes=[known for known in AUTORESET_MODES if known == mode],
         seedings=["implementation"] if implementation == "gymnasium" else ["gymnasium", "implementation"],
         reset_mask=False,
+        options=implementation != "envpool",
         attributes=False,
         pool=False,
     )
@@ -96,6 +97,7 @@ def make_implementation(
 
     Raises:
         InvalidName: the env has none, or its package is not installed.
+        UsageError: a render mode, and it is EnvPool.
     """
     source = factory.source
     if not isinstance(source, str) or not is_gymnasium_id(source):
@@ -107,8 +109,15 @@ def make_implementation(
         except ImportError as exc:
             raise InvalidName("EnvPool is not installed; pip install 'meshrl[envpool]'") from exc
         if render_mode is not None:
-            raise UsageError(f"{source}: EnvPool renders nothing", render_mode=render_mode)
-        made: VectorEnv[Any, Any, Any] = envpool.make_gymnasium(source, num_envs=num_envs, seed=seed, **merged)
+            # EnvPool itself can: render gives a frame of its first sub-environment unless it is told which to draw.
+            raise UsageError(
+                f"{source}: vectors that EnvPool hosts are not rendered; lease them without a render_mode",
+                render_mode=render_mode,
+            )
+        try:
+            made: VectorEnv[Any, Any, Any] = envpool.make_gymnasium(source, num_envs=num_envs, seed=seed, **merged)
+        except AssertionError as exc:  # of an id that it does not know
+            raise InvalidName(f"EnvPool does not make {source}: {exc}") from exc
         return made
     if render_mode is not None:
         merged["render_mode"] = render_mode
@@ -130,7 +139,7 @@ class HostedImplementation:
     Args:
         make: makes it; gets a seed.
         open_: what was asked for.
-        seeded_at_construction: a seeded reset makes it anew.
+        seeded_at_construction: a seeded reset makes it anew, and no reset takes options: EnvPool.
         threads: where what takes its time runs.
 
     Attributes:
@@ -208,6 +217,8 @@ class HostedImplementation:
         options, seeds = body.get("options"), body.get("seeds")
         if options is not None and not isinstance(options, dict):
             raise MalformedMessage(f"reset options are a map or nothing, not {type(options).__name__}")
+        if options and self._seeded_at_construction:
+            raise UsageError(f"{self.name}: this vector implementation takes no reset options")
         if seeds is not None and (not isinstance(seeds, list) or len(seeds) != self._count):
             raise MalformedMessage(f"the seeds of {self._count} sub-environments are a list of as many, or nothing")
         seed = self._seed(seeds)

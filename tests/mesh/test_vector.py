@@ -672,15 +672,21 @@ async def test_a_vector_implementation_that_there_is_not_is_an_error_at_the_star
             pass
 
 
-async def test_a_vector_implementation_takes_no_list_of_seeds_that_it_cannot_follow(url: str) -> None:
-    async with EnvWorker({"cartpole": "CartPole-v1"}, url, vectors="gymnasium"), Mesh(url) as m:
-        envs = await m.vector("cartpole", 3, seeding="implementation")
+@pytest.mark.parametrize("shards", [1, 2], ids="{}_shards".format)
+async def test_seeds_that_a_vector_implementation_cannot_follow_are_refused_before_anything_is_sent(
+    url: str, shards: int
+) -> None:
+    async with serving(url, *["CartPole-v1"] * 2, vectors="gymnasium") as (m, workers):
+        envs = await m.vector("env", 4, seeding="implementation", shards=shards)
         first = (await envs.reset(seed=5))[0]
-        assert not different((await envs.reset(seed=[5, 6, 7]))[0], first), "what seed=5 means"
-        for seeds in ([5, 6, 8], [5, 5, 5], [5, None, 7], [None, 6, 7]):
+        assert not different((await envs.reset(seed=[5, 6, 7, 8]))[0], first), "what seed=5 means"
+        # Of some of these one shard of two could follow its own, of some both.
+        for seeds in ([1, 2, 3, 5], [1, 2, 9, 10], [5] * 4, [5, None, 7, 8], [None, 6, 7, 8], [None, None, 7, 8]):
             with pytest.raises(InvalidSeed, match="consecutive"):
                 await envs.reset(seed=seeds)
-        await envs.step([0, 1, 0])
+        assert sent(workers) == [2] * shards
+        await envs.reset(seed=[None] * 4)
+        await envs.step([0, 1, 0, 1])
 
 
 class Recorded:
@@ -706,12 +712,51 @@ async def test_envpool_gets_drawn_seeds_and_no_list_that_it_cannot_follow(
                 await envs.reset()
         assert len(set(envpool.seeds)) == 3
         envs = await m.vector("cartpole", 3)
+        envpool.seeds.clear()
         for seeds in ([3, 99, 7], [None, 5, 5], [1 << 31, (1 << 31) + 1, (1 << 31) + 2]):
             with pytest.raises(InvalidSeed):
                 await envs.reset(seed=seeds)
-        envpool.seeds.clear()
+        assert envpool.seeds == []
         await envs.reset(seed=[3, 4, 5])
         assert envpool.seeds == [3]
+
+
+async def test_seeds_that_envpool_has_no_room_for_are_refused_before_anything_is_sent(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "envpool", Recorded())
+    async with serving(url, *["CartPole-v1"] * 2, vectors="envpool") as (m, workers):
+        envs = await m.vector("env", 4, shards=2)
+        with pytest.raises(InvalidSeed, match=f"the last of these is {1 << 31}"):
+            await envs.reset(seed=(1 << 31) - 3)  # the first shard has room for its own
+        assert sent(workers) == [0, 0]
+        await envs.reset(seed=(1 << 31) - 4)
+
+
+async def test_options_of_a_reset_that_envpool_would_drop_are_refused_before_anything_is_sent(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "envpool", Recorded())
+    async with serving(url, *["CartPole-v1"] * 2, vectors="envpool") as (m, workers):
+        vectors = (await m.describe("env")).vectors
+        assert vectors is not None
+        assert not vectors.options
+        envs = await m.vector("env", 4, shards=2)
+        with pytest.raises(UsageError, match="envpool takes no reset options, and was given 'low', 'high'"):
+            await envs.reset(seed=1, options={"low": -0.1, "high": 0.1})
+        assert sent(workers) == [0, 0]
+        await envs.reset(seed=1, options=None)
+        await envs.reset(seed=1, options={})
+
+
+async def test_the_options_of_a_reset_reach_the_envs_own_vector_implementation(url: str) -> None:
+    async with serving(url, "CartPole-v1", vectors="gymnasium") as (m, _):
+        vectors = (await m.describe("env")).vectors
+        assert vectors is not None
+        assert vectors.options
+        envs = await m.vector("env", 4, seeding="implementation")
+        observations, _ = await envs.reset(seed=1, options={"low": 0.02, "high": 0.03})
+        assert ((observations >= 0.02) & (observations <= 0.03)).all()
 
 
 class Grouped(VectorEnv[Any, Any, Any]):
@@ -786,15 +831,17 @@ async def test_a_small_request_is_not_answered_a_thousand_times(url: str) -> Non
         await envs.step([1, 1])
 
 
-async def test_a_seed_of_a_megabyte_is_refused_by_both_sides(url: str) -> None:
-    async with serving(url, Hooked) as (m, workers):
-        envs = await m.vector("env", 2)
+@SHARDS
+async def test_a_seed_of_a_megabyte_is_refused_by_both_sides(url: str, shards: int) -> None:
+    async with serving(url, *[Hooked] * 3) as (m, workers):
+        envs = await m.vector("env", N, shards=shards)
+        for seed in (1 << 8_000_000, (1 << 256) - 1):  # seed + 1 is too long
+            with pytest.raises(InvalidSeed, match="bits"):
+                await envs.reset(seed=seed)
+        assert sent(workers) == [0] * shards
         with pytest.raises(InvalidSeed, match="bits"):
-            await envs.reset(seed=1 << 8_000_000)
-        assert sent(workers) == [0]
-        with pytest.raises(InvalidSeed, match="bits"):
-            await envs.reset(seed=(1 << 256) - 1)  # seed + 1 is longer
-        await envs.reset(seed=[1, 2])
+            await envs._lockstep.call("reset", [{"seeds": [1 << 256] * (N // shards)}] * shards)
+        await envs.reset(seed=(1 << 256) - N)
 
 
 async def test_sub_environments_that_nobody_waits_for_are_not_constructed(url: str, gate: Gate) -> None:

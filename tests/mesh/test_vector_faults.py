@@ -164,12 +164,14 @@ async def test_shards_of_different_implementations_are_refused_and_given_back(ur
 
 
 async def test_what_an_implementation_does_not_have_is_refused_before_anything_is_sent(url: str) -> None:
-    none = Vectors(implementation="other", reset_mask=False, attributes=False)
+    none = Vectors(implementation="other", reset_mask=False, options=False, attributes=False)
     async with serving(url, Counts, Counts, offers=(none, none)) as (m, workers):
         envs = await m.vector("env", num_envs=6, shards=2)
         await envs.reset(seed=1)
         with pytest.raises(UsageError, match="reset_mask"):
             await envs.reset(options={"reset_mask": np.arange(6) < 3})
+        with pytest.raises(UsageError, match="implementation other takes no reset options, and was given 'low'"):
+            await envs.reset(options={"low": 1})
         for call in (
             envs.call("close"),
             envs.call_some([0], "close"),
