@@ -16,7 +16,7 @@ help: ## this list
 demo: $(VENV)/.demo ## four learners share a pool of CartPoles over a real nats-server, and learn it
 	$(BIN)/meshrl demo
 
-test: $(VENV)/.dev ## the whole suite, against a real nats-server
+test: $(VENV)/.dev ## the suite, against a real nats-server; what needs torch or EnvPool runs where they are installed
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## five minutes of sessions that come and go, which may leave no memory behind
@@ -24,7 +24,7 @@ soak: $(VENV)/.dev ## five minutes of sessions that come and go, which may leave
 
 setup: $(VENV)/.dev ## the environment alone, with the tools of the checks
 
-check: lint types layers test ## lint, types, import layers, tests: what CI runs
+check: lint types layers test ## lint, types, import layers, tests: the first part of what CI runs
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check

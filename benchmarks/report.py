@@ -26,6 +26,7 @@ TITLES = {
     "gymnasium_async": "AsyncVectorEnv, local",
     "gymnasium_vector": "CartPole's vector implementation, local",
     "envpool": "EnvPool, local",
+    "echo": "bare echo on our bus, no env",
     "tcp": "bare TCP, no env",
 }
 """Rows of the comparison, in their order."""
@@ -40,7 +41,7 @@ class Column:
         quantity: of each turn.
         work: the name of it at the peers; ours unless ``ours`` says otherwise.
         ours: our turns, of which the best is taken.
-        other: by system, another name for it.
+        other: by system, another name for it, or a turn of another system.
     """
 
     title: str
@@ -53,19 +54,19 @@ class Column:
         """The turn of a system: the best of ours; empty where it has no figures."""
         works = (self.ours or (self.work,)) if system == "meshrl" else (dict(self.other).get(system, self.work),)
         found = {}
-        for work in works:
-            values = results["series"].get(f"{system}/{work}", {}).get(self.quantity, ())
+        for turn in (work if "/" in work else f"{system}/{work}" for work in works):
+            values = results["series"].get(turn, {}).get(self.quantity, ())
             if estimates.present(values):
-                found[f"{system}/{work}"] = estimates.median(values)
+                found[turn] = estimates.median(values)
         if not found:
             return ""
         return (min if self.quantity == "p50_us" else max)(found, key=lambda turn: found[turn])
 
 
 COLUMNS = (
-    Column("CartPole, one env: p50", "p50_us", "single", other=(("tcp", "echo"),)),
+    Column("CartPole, one env: p50", "p50_us", "single", other=(("tcp", "echo"), ("echo", "meshrl/echo"))),
     Column("16 clients: steps/s", "rate", "clients16", ("clients16_one_mesh", "clients16_meshes")),
-    Column("84×84×4 picture: steps/s", "rate", "image"),
+    Column("84×84×4 picture: steps/s", "rate", "image", other=(("echo", "meshrl/echo_image"),)),
     Column("64 CartPoles: steps/s", "rate", "vector64", ("vector64_1", "vector64_2")),
     Column("256: steps/s", "rate", "vector256", ("vector256_1", "vector256_2", "pool256_1", "pool256_2")),
     Column("4,096: steps/s", "rate", "vector4096", ("vector4096_1", "vector4096_2", "two2048_1", "two2048_2")),
