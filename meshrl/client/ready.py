@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from meshrl.errors import MalformedMessage
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
-from meshrl.wire.info_forms import read_told
+from meshrl.wire.info_forms import Columns, Entries, read_told
 from meshrl.wire.infos import merge_infos, pick_infos
 
 # Of an answer, a value for each of its lanes.
@@ -71,12 +71,14 @@ class Ready:
         size: how many lanes it is of.
         rows: their positions in it, that were not handed out yet.
         env_ids: of those.
+        told: its infos as they were read, for who takes all of it at once.
     """
 
     frame: Frame
     size: int
     rows: Indices
     env_ids: Indices
+    told: Entries | Columns | None = None
 
 
 class Results:
@@ -110,7 +112,7 @@ class Results:
             column = _field(ready.frame, field)
             if not isinstance(column, np.ndarray) or column.shape != (ready.size,) or column.dtype != dtype:
                 raise MalformedMessage(f"a pool's {field} are not {ready.size} of {dtype}", field=field)
-        _check_infos(ready.frame.get("infos"), ready.size)
+        ready.told = _told(ready.frame.get("infos"), ready.size)
         if type(_field(ready.frame, "first")) is not bool:
             raise MalformedMessage("a pool's answer does not say whether it is a reset's", field="first")
         self._ready.append(ready)
@@ -210,6 +212,8 @@ class Results:
             if size < part.size:
                 obs = self._batches.pick(obs, part.rows)
                 info = None if info is None else pick_infos(info, part.rows, part.size)
+            elif part.told is not None:
+                info = part.told
             observations.append(obs)
             infos.append((info, at, size))
             at += size
@@ -223,20 +227,21 @@ class Results:
         )
 
 
-def _check_infos(infos: object, size: int) -> None:
-    """Whether they are such as :func:`~meshrl.wire.infos.pack_infos` gives, of ``size`` lanes.
+def _told(infos: object, size: int) -> Entries | Columns | None:
+    """Infos such as :func:`~meshrl.wire.infos.pack_infos` gives, of ``size`` lanes.
 
     Raises:
         MalformedMessage: they are not.
     """
     if infos is None:
-        return
+        return None
     try:
         told = read_told(infos, 0, size)
     except RecursionError as exc:
         raise MalformedMessage("infos that are nested too deeply", field="infos") from exc
     if told is None:
         raise MalformedMessage("a pool's infos are neither entries nor columns", field="infos")
+    return told
 
 
 def _merged(infos: list[tuple[Any, int, int]], total: int) -> dict[str, Any]:

@@ -56,6 +56,12 @@ class Received(NamedTuple):
 _NOBODY = np.empty(0, np.int64)
 
 
+def _counted(each: list[Any]) -> Iterable[tuple[Any, int]]:
+    """Which there are and how often; nearly always it is one."""
+    often = each.count(each[0])
+    return [(each[0], often)] if often == len(each) else Counter(each).items()
+
+
 class Lanes:
     """All lanes of one session.
 
@@ -125,13 +131,13 @@ class Lanes:
         """Keep the answer of lanes that ran; gives the reply subjects that it goes to."""
         self.cached_bytes += len(packed)
         self.running[lanes] = False
-        for before, count in Counter(self._answers[lanes].tolist()).items():
+        for before, count in _counted(self._answers[lanes].tolist()):
             if before is not None:
                 before.held_by -= count
                 if not before.held_by:
                     self.cached_bytes -= len(before.packed)
         self._answers[lanes] = Answer(packed, len(lanes), int(lanes[0]), int(self.seqs[lanes[0]]))
-        return set(self._reply_to[lanes].tolist())
+        return {subject for subject, _ in _counted(self._reply_to[lanes].tolist())}
 
     def refusal(self, refused: Iterable[tuple[int, Verdict]], lanes: Indices, seqs: Indices, session: str) -> MeshError:
         """The error for lanes that were refused: that of the first, which names the others."""

@@ -26,10 +26,10 @@ _MAX_COMPLEX_TEXT = 64
 
 def revive(form: dict[Any, Any]) -> Any:
     """A map as it arrived, or the value it is a form of: called by the unpacker for each, innermost first."""
+    if "nd" in form:  # what most of them are
+        return from_map(form, "str")
     if RESERVED.isdisjoint(form):
         return form
-    if "nd" in form:
-        return from_map(form, "str")
     if b"nd" in form:
         return from_map(form, "bytes")
     if "py" in form:

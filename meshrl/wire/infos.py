@@ -163,8 +163,9 @@ def merge_infos(parts: Sequence[tuple[Any, int, int]], num_envs: int) -> dict[st
     The parts are used up: values of theirs may be in the result.
 
     Args:
-        parts: of each shard, what travelled under ``infos`` (None if nothing did), the index of its first
-            sub-environment, and how many it has; the last two are the client's own knowledge.
+        parts: of each shard, what travelled under ``infos`` (None if nothing did) or what
+            :func:`~meshrl.wire.info_forms.read_told` made of it, the index of its first sub-environment, and how many
+            it has; the last two are the client's own knowledge.
         num_envs: sub-environments of the whole vector.
 
     Returns:
@@ -322,6 +323,8 @@ def pick_infos(part: Any, rows: Sequence[int] | NDArray[np.int64], num_envs: int
 
 def _read(part: object, offset: int, count: int) -> Entries | Columns | Merged:
     """What travelled, checked so that nothing in it can fail later but Gymnasium's own merging."""
+    if isinstance(part, Entries | Columns):  # it was read before
+        return replace(part, offset=offset)
     told = read_told(part, offset, count)
     if told is not None:
         return told
