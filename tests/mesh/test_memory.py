@@ -92,6 +92,7 @@ def grown(before: Standing, after: Standing) -> int:
 
 async def test_sessions_that_come_and_go_leave_nothing_behind(url: str) -> None:
     async with MeasuredWorker(url) as worker, Mesh(url) as m:
+        idle = await worker.ask()
         for _ in range(10):  # what is made once is there, and every table has had its say
             await turn(m)
         before, worker_before = standing(), await worker.ask()
@@ -104,5 +105,6 @@ async def test_sessions_that_come_and_go_leave_nothing_behind(url: str) -> None:
         assert after.tasks <= before.tasks
         assert after.threads <= before.threads
         assert worker_after.tasks <= worker_before.tasks
-        # Threads of envs stay for half a minute, as many as were busy at once at some moment.
-        assert worker_after.threads <= worker_before.threads + 2 * SIZE
+        # Threads of envs stay for half a minute, as many as were busy at once at some moment: with single envs, a
+        # vector and a pool, and with the envs of a pool that was closed just before.
+        assert worker_after.threads <= idle.threads + 4 * SIZE
