@@ -36,7 +36,7 @@ types: $(VENV)/.dev ## mypy, strict
 layers: $(VENV)/.dev ## import-linter: imports only point down
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## meshrl and every peer in one run, about twenty minutes; writes docs/benchmarks.md
+bench: $(VENV)/.dev ## meshrl and every peer in one run, about half an hour; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --write-docs
 
 schemas: $(VENV)/.dev ## write schemas/v1 anew from the code

@@ -117,4 +117,6 @@ def _figure(part: dict[str, object]) -> str:
     value, bound = float(estimate["value"]), float(str(part["bound"]))
     sign = {">=": "at least", "<=": "at most"}[str(part["sense"])]
     unit = f" {part['unit']}" if part["unit"] else ""
-    return f"{report.short(value)}{unit} (target: {sign} {bound:g}{unit})"
+    # One that is missed by less than what is written shows by how little.
+    text = report.short(value) if report.short(value) != report.short(bound) else f"{value:.3f}"
+    return f"{text}{unit} (target: {sign} {bound:g}{unit})"

@@ -1,6 +1,6 @@
 """`make bench`: meshrl and every peer in one run, interleaved, each figure as a ratio to ours.
 
-python benchmarks/run.py                           all of it, about twenty minutes
+python benchmarks/run.py                           all of it, about half an hour
 python benchmarks/run.py --quick                   a look, about three minutes; not for quoting
 python benchmarks/run.py --only single openenv     works and systems by name
 python benchmarks/run.py --write-docs              tables and plots of this run into the documentation
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=0.7, help="of each turn")
-    parser.add_argument("--long-rounds", type=int, default=3, help="of the sessions and of PPO")
+    parser.add_argument("--long-rounds", type=int, default=10, help="of the sessions and of PPO")
     parser.add_argument("--sessions", type=int, default=works.SESSIONS, help="at once")
     parser.add_argument("--ppo-steps", type=int, default=works.PPO_STEPS, help="a side; the target is of 100000")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="systems, works or groups of works")

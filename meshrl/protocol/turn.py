@@ -104,7 +104,7 @@ class Turn:
         """
         if self.phase is Phase.WAITING:
             raise ConcurrentStep(f"{self.who}: settle was called while {self.op} is under way", under_way=self.op)
-        if self.phase is Phase.FREE or self.op in READING:
+        if not self.unsettled:
             raise NothingUnsettled(f"{self.who}: nothing to settle: no step, reset, call or set_attr was cancelled")
         return self.discarding()
 

@@ -171,9 +171,7 @@ def from_map(form: Mapping[Any, Any], key_style: KeyStyle) -> np.ndarray[Any, An
 
 
 def _array(text: object, shape: object, data: bytes | memoryview) -> np.ndarray[Any, Any]:
-    dtype = _FIXED.get(text) if type(text) is str else None
-    if dtype is None:
-        dtype = dtype_of(text)
+    dtype = dtype_of(text)
     if type(shape) is not list or len(shape) > 64:
         raise MalformedMessage("an array without a shape, or with more dimensions than there are")
     size = dtype.itemsize  # Python's integers do not overflow; numpy itself refuses more dimensions than it has

@@ -7,7 +7,7 @@ and this reader reads what others write.
 
 Copies of a large observation from a worker's array to its client's::
 
-    into the message        1   (by msgpack's packer: 2; of :class:`Rows`, the first of all, by a batch: 1 more)
+    into the message        1   (by msgpack's packer: 2; of a batch that was stacked before: 1 more)
     to and from the server  2   the kernel's, a side each
     out of the socket       1   into what the event loop reads
     into one message        1   with the reads joined

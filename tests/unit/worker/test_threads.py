@@ -128,8 +128,8 @@ async def test_last_thread_does_not_end_while_a_job_is_owed(monkeypatch: pytest.
         raise RuntimeError("can't start new thread")
 
     ran: list[int] = []
-    threads.submit(lambda: ran.append(1))
     threads._lock = Gate(threads._lock)  # type: ignore[assignment]
+    threads.submit(lambda: ran.append(1))
     assert await asyncio.to_thread(ending.wait, 30.0)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refusing)
