@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, SupportsIndex
 from urllib.parse import ParseResult
@@ -39,6 +40,11 @@ MESSAGES_A_WRITE = 8
 # A turn of the event loop may be as long as a thousand tasks that begin to open their envs: so many messages of it do
 # not wait for the others.
 MESSAGES_A_TURN = 64
+
+# What took longer than this to make leaves as soon as it is there: so much work is worth a write of its own. Of two
+# batches that were read together the first would else leave with the second, and be read with it again at the other
+# side, for ever: nobody would work while the other does.
+LONG_S = 0.0002
 
 # What is published while there is no connection waits for one, up to this; requests are sent again anyway (R9).
 MAX_HELD_BYTES = 8 * 1024 * 1024
@@ -78,6 +84,7 @@ class _Reader(asyncio.StreamReader):
             chunks = [data]
         path = self._path
         path.reading = True
+        path.began = time.monotonic()
         served = 0
         try:
             if self._have >= LARGE_BYTES and len(chunks) > 2:
@@ -253,6 +260,7 @@ class ThinPath:
         self._scheduled = False
         self._at_once = True
         self.reading = False
+        self.began = 0.0  # the making of what is published next
         self._flushing: set[asyncio.Future[Any]] = set()
 
     async def subscribe(self, subject: str, queue: str, handler: RawHandler, *, confirm: bool = True) -> Any:
@@ -278,14 +286,16 @@ class ThinPath:
         """Send now if it is the first since a read that brought one message or none, else with others.
 
         What is published while a read is dispatched leaves together at its end; what else, at the end of this turn of
-        the event loop.
+        the event loop; both earlier where there is much of it, or it took long to make.
         """
         head = f"PUB {subject} {reply} {len(body)}\r\n" if reply else f"PUB {subject} {len(body)}\r\n"
         self._out_bytes += len(body)
         self._out += (head.encode(), body, _CRLF)
         if self.reading or self._scheduled:
-            if len(self._out) >= 3 * MESSAGES_A_TURN:
+            now = time.monotonic()
+            if now - self.began > LONG_S or len(self._out) >= 3 * MESSAGES_A_TURN:
                 self.write_out()
+            self.began = now
             return
         if self._at_once:
             self._at_once = False
@@ -307,6 +317,7 @@ class ThinPath:
 
     def _write_soon(self) -> None:
         self._scheduled = True
+        self.began = time.monotonic()
         asyncio.get_running_loop().call_soon(self._turn_over)
 
     def _turn_over(self) -> None:

@@ -12,6 +12,8 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
+import numpy as np
+
 from meshrl.client.leased_envs import LeasedEnvs
 from meshrl.client.ready import PoolBatch, Results
 from meshrl.client.session import close_all
@@ -239,6 +241,8 @@ class RemotePool(LeasedEnvs):
 
     def _ids(self, env_ids: Sequence[SupportsIndex] | Indices | None) -> Indices:
         ids = super()._ids(env_ids)
-        if len(set(ids.tolist())) != len(ids):
+        once = np.zeros(self.num_envs, np.bool_)
+        once[ids] = True
+        if np.count_nonzero(once) != len(ids):
             raise UsageError(f"{self.name}: each env_id stands once, not as in {env_ids}")
         return ids

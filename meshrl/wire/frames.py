@@ -96,9 +96,12 @@ def check_lanes(body: Frame, count: int) -> tuple[int, Indices, Indices]:
         and lanes.shape == seqs.shape
         and len(lanes)
     ):
-        each = set(lanes.tolist())
-        if len(each) == len(lanes) and min(each) >= 0 and max(each) < count and int(seqs.min()) > 0:
-            return epoch, lanes, seqs
+        named = np.zeros(count, np.bool_)
+        # A third of the time of a set. Below 0 would be counted from the end.
+        if not np.count_nonzero(lanes < 0) and not np.count_nonzero(lanes >= count):
+            named[lanes] = True
+            if np.count_nonzero(named) == len(lanes) and not np.count_nonzero(seqs < 1):
+                return epoch, lanes, seqs
     raise MalformedMessage(
         f"a pool's message names lanes, each once, below {count}, and a sequence number for each, as arrays of int64"
     )

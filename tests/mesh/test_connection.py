@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from meshrl import EnvWorker, Factory, Mesh
+from meshrl.bus import thin
 from meshrl.bus.connect import connect, dial
 from meshrl.bus.connection import Connection
 from meshrl.bus.dialling import RECONNECT_WAIT_S
@@ -103,7 +106,10 @@ async def test_an_exception_in_a_handler_is_reported_and_harms_nobody_else(url: 
         assert [str(exc) for exc in reported] == ["handler", "handler"]
 
 
-async def test_what_a_long_turn_of_the_loop_publishes_does_not_all_wait_for_its_end(url: str) -> None:
+async def test_what_a_long_turn_of_the_loop_publishes_does_not_all_wait_for_its_end(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thin, "LONG_S", math.inf)  # by number alone
     written: list[int] = []
     heard: list[bytes] = []
     async with connect(url) as bus:
@@ -119,6 +125,28 @@ async def test_what_a_long_turn_of_the_loop_publishes_does_not_all_wait_for_its_
     assert written[0] == 1
     assert written[-1] >= 2 * MESSAGES_A_TURN
     assert len(set(written)) <= 5
+
+
+@pytest.mark.parametrize(("long_s", "held"), [(0.0002, [0, 0, 0]), (math.inf, [0, 1, 2])])
+async def test_what_took_long_to_make_does_not_wait_for_what_was_read_with_it(
+    url: str, monkeypatch: pytest.MonkeyPatch, long_s: float, held: list[int]
+) -> None:
+    """Two batches that arrive together: the first one's answer leaves before the second is worked at."""
+    monkeypatch.setattr(thin, "LONG_S", long_s)
+    held_then: list[int] = []
+    async with connect(url) as bus:
+        assert isinstance(bus.path, ThinPath)
+        path = bus.path
+
+        def work(_subject: str, reply: str, body: bytes) -> None:
+            held_then.append(len(path._out) // 3)
+            time.sleep(0.001)
+            bus.publish(reply, body)
+
+        await bus.subscribe("work", work)
+        sid = next(reversed(path.handlers))
+        bus.raw._transport._io_reader.feed_data(b"MSG work %s done 4\r\nbody\r\n" % sid * 3)
+    assert held_then == held
 
 
 async def test_messages_cut_at_every_byte_by_the_network_arrive(url: str) -> None:
