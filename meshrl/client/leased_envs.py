@@ -50,8 +50,10 @@ class LeasedEnvs(Leased):
         self._check = batched_checker(
             self._single_action_space, self.num_envs, description.name, strict=check_actions == "strict"
         )
-        self._implementation = (description.vectors or Vectors()).implementation
-        self._seeds = Seeds(seeding, self.num_envs, description.name, self._implementation)
+        said = [session.grant.description.vectors or Vectors() for session in sessions]
+        self._vectors = [vectors for i, vectors in enumerate(said) if vectors not in said[:i]]  # nearly always one
+        self._implementation = self._vectors[0].implementation
+        self._seeds = Seeds(seeding, self.num_envs, description.name, self._vectors)
 
     @property
     def shards(self) -> list[tuple[str, int]]:

@@ -9,12 +9,10 @@ import numpy as np
 
 from meshrl.errors import InvalidSeed
 from meshrl.protocol.seeds import check_seed
-from meshrl.wire.messages import Seeding
+from meshrl.wire.messages import Seeding, Vectors
 
 # A root that is drawn has the bits of every seed that is.
 ROOT_BITS = 31
-# Vector implementations that take one seed for all, so that they can follow seed + i alone; all of it is below this.
-ONE_SEED = {"gymnasium": None, "envpool": 1 << 31}
 
 
 class Seeds:
@@ -24,16 +22,16 @@ class Seeds:
         seeding: how sub-environments are seeded.
         num_envs: how many there are.
         name: the env's, for errors.
-        implementation: what hosts the sub-environments; see :class:`meshrl.wire.messages.Vectors`.
+        vectors: what those who host the sub-environments say of seeds.
     """
 
-    __slots__ = ("_common", "_due", "_implementation", "_name", "_num_envs", "_roots", "_seeding")
+    __slots__ = ("_common", "_due", "_name", "_num_envs", "_roots", "_seeding", "_vectors")
 
-    def __init__(self, seeding: Seeding, num_envs: int, name: str, implementation: str = "meshrl") -> None:
+    def __init__(self, seeding: Seeding, num_envs: int, name: str, vectors: Sequence[Vectors] = ()) -> None:
         self._seeding = seeding
         self._num_envs = num_envs
         self._name = name
-        self._implementation = implementation
+        self._vectors = vectors
         self._common: int | None = None  # for all that have no root yet
         self._roots: list[int | None] = [None] * num_envs  # as they were sent
         self._due: list[int | None] = [None] * num_envs  # what a reset without a seed sends all the same
@@ -63,8 +61,9 @@ class Seeds:
         if self._seeding == "derived":
             return self._derived(seed)
         seeds = self._given(seed)
-        if seeds is not None and self._implementation in ONE_SEED:
-            self._check_one_seed(seeds)
+        if seeds is not None:
+            for vectors in self._vectors:
+                self._check(seeds, vectors)
         return seeds
 
     def _given(self, seed: int | Sequence[int | None] | None) -> list[int | None] | None:
@@ -85,23 +84,15 @@ class Seeds:
             )
         return seeds
 
-    def _check_one_seed(self, seeds: Sequence[int | None]) -> None:
+    def _check(self, seeds: Sequence[int | None], vectors: Vectors) -> None:
         """Refuse what cannot be followed. Asked of all of them: a shard sees its own alone, and others would begin."""
-        first = seeds[0]
-        if first is None and seeds.count(None) == len(seeds):
-            return
-        if first is None or list(seeds) != list(range(first, first + len(seeds))):
-            raise InvalidSeed(
-                f"{self._name}: the vectors' implementation {self._implementation} takes seeds that are consecutive "
-                "(seed + i) or none at all; give reset one seed"
-            )
-        end = ONE_SEED[self._implementation]
-        if end is not None and first + len(seeds) > end:
-            raise InvalidSeed(
-                f"{self._name}: the vectors' implementation {self._implementation} keeps seeds below {end}, and the "
-                f"last of these is {first + len(seeds) - 1}; give reset one of at most {end - len(seeds)}",
-                seed=first,
-            )
+        who = f"{self._name}: the vectors' implementation {vectors.implementation}"
+        given = [seed for seed in seeds if seed is not None]
+        if vectors.one_seed and given and list(seeds) != list(range(given[0], given[0] + len(seeds))):
+            raise InvalidSeed(f"{who} takes seeds that are consecutive (seed + i) or none at all; give reset one seed")
+        end, largest = vectors.seeds_below, max(given, default=0)
+        if end is not None and largest >= end:
+            raise InvalidSeed(f"{who} keeps seeds below {end}, and one of these is {largest}", seed=largest)
 
     def _derived(self, seed: int | Sequence[int | None] | None) -> list[int | None] | None:
         if seed is not None and not isinstance(seed, (int, np.integer)):

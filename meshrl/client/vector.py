@@ -30,7 +30,7 @@ from meshrl.errors import (
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.infos import merge_infos
-from meshrl.wire.messages import Seeding, Vectors
+from meshrl.wire.messages import Seeding
 
 # What step gives: observations, rewards, terminations, truncations, infos.
 VectorStep = tuple[Any, NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
@@ -70,10 +70,9 @@ class RemoteVectorEnv(LeasedEnvs):
         self._observation_batches = batching(self._single_observation_space)
         self._ended: NDArray[np.bool_] = np.zeros(self.num_envs, np.bool_)  # where nobody but the caller resets them
         self._lockstep = Lockstep(self._sessions, self.name)
-        offers = [session.grant.description.vectors or Vectors() for session in self._sessions]
-        self._masked = all(offer.reset_mask for offer in offers)
-        self._optioned = all(offer.options for offer in offers)
-        self._reached = all(offer.attributes for offer in offers)
+        self._masked = all(vectors.reset_mask for vectors in self._vectors)
+        self._optioned = all(vectors.options for vectors in self._vectors)
+        self._reached = all(vectors.attributes for vectors in self._vectors)
         # What is made of the shards' infos; faces other than Gymnasium's take those of each sub-environment instead.
         self._infos_of: Callable[[Sequence[tuple[Any, int, int]], int], Any] = merge_infos
 
@@ -330,17 +329,9 @@ class RemoteVectorEnv(LeasedEnvs):
     def _reset_fields(
         self, seeds: list[int | None] | None, options: dict[str, Any] | None, mask: NDArray[np.bool_] | None
     ) -> list[Frame]:
-        fields: list[Frame] = []
-        for start, stop in self._bounds:
-            own: Frame = {}
-            if seeds is not None:
-                own["seeds"] = seeds[start:stop]
-            if options is not None:
-                own["options"] = options
-            if mask is not None:
-                own["mask"] = mask[start:stop]
-            fields.append(own)
-        return fields
+        common = {} if options is None else {"options": options}
+        of_each = {name: of for name, of in (("seeds", seeds), ("mask", mask)) if of is not None}
+        return [{**common, **{name: of[i:j] for name, of in of_each.items()}} for i, j in self._bounds]
 
     def _was_reset(self, frames: list[Frame], ids: Indices | None) -> tuple[Any, dict[str, Any]]:
         self._take_untold()

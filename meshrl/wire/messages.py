@@ -135,6 +135,8 @@ class Vectors(BaseModel):
         seedings: the seedings there are.
         reset_mask: whether some sub-environments can be reset alone.
         options: whether reset takes options.
+        one_seed: whether a reset can follow nothing but one seed for all, sub-environment i having seed + i.
+        seeds_below: what every seed must be below; None: any that there is.
         attributes: whether call, get_attr, set_attr and render reach the sub-environments.
         pool: whether the sub-environments can be lanes of their own.
     """
@@ -146,6 +148,8 @@ class Vectors(BaseModel):
     seedings: list[Seeding] = Field(default_factory=lambda: list(SEEDINGS[:2]))
     reset_mask: bool = True
     options: bool = True
+    one_seed: bool = False
+    seeds_below: Annotated[int, Field(gt=0)] | None = None
     attributes: bool = True
     pool: bool = True
 

@@ -43,7 +43,9 @@ from meshrl.worker.factories import Factory, is_gymnasium_id
 from meshrl.worker.threads import Threads
 
 IMPLEMENTATIONS = ("meshrl", "gymnasium", "envpool")
-# A drawn seed; seed + i has to fit a signed 32-bit integer.
+# EnvPool keeps seeds in signed 32-bit integers.
+SEEDS_BELOW = 1 << 31
+# A drawn seed; seed + i has to be below that.
 DRAWN_BITS = 30
 # An array of frames has the shape (n, height, width, channels).
 FRAMES_NDIM = 4
@@ -80,6 +82,8 @@ def describe_implementation(name: str, factory: Factory, implementation: str) ->
         seedings=["implementation"] if implementation == "gymnasium" else ["gymnasium", "implementation"],
         reset_mask=False,
         options=implementation != "envpool",
+        one_seed=True,
+        seeds_below=SEEDS_BELOW if implementation == "envpool" else None,
         attributes=False,
         pool=False,
     )
@@ -251,8 +255,8 @@ class HostedImplementation:
                 f"{self.name}: a vector implementation takes seeds that are consecutive (seed + i) or none at all; "
                 "give reset one seed"
             )
-        if self._seeded_at_construction and first + self._count > 1 << DRAWN_BITS + 1:
-            raise InvalidSeed(f"{self.name}: EnvPool keeps seeds in 32-bit integers; give one below 2**31", seed=first)
+        if self._seeded_at_construction and first + self._count > SEEDS_BELOW:
+            raise InvalidSeed(f"{self.name}: EnvPool keeps seeds below {SEEDS_BELOW}; give a smaller one", seed=first)
         return first
 
     def _render(self, _body: Frame) -> Frame:

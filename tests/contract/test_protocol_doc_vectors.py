@@ -41,8 +41,9 @@ def test_what_workers_say_of_their_vectors_is_told_with_its_defaults() -> None:
     assert rows["autoreset_modes"]["default"] == "all"
     assert set(default.autoreset_modes) == set(messages.AUTORESET_MODES)
     assert coded(rows["seedings"]["default"]) == default.seedings
-    for field in ("implementation", "reset_mask", "attributes", "pool"):
+    for field in ("implementation", "reset_mask", "options", "one_seed", "attributes", "pool"):
         assert coded(rows[field]["default"]) == [str(getattr(default, field)).lower()]
+    assert (rows["seeds_below"]["default"], default.seeds_below) == ("nil", None)
     assert set(coded(rows["implementation"][""])) == set(IMPLEMENTATIONS)
 
 

@@ -42,6 +42,8 @@ async def test_spaces_are_envpools_and_what_it_can_do_is_said(url: str, name: st
             seedings=["gymnasium", "implementation"],
             reset_mask=False,
             options=False,
+            one_seed=True,
+            seeds_below=1 << 31,
             attributes=False,
             pool=False,
         )

@@ -4,6 +4,7 @@ import pytest
 
 from meshrl.client.seeds import Seeds
 from meshrl.errors import InvalidSeed
+from meshrl.wire.messages import Vectors
 
 
 def test_a_root_counts_once_it_was_sent() -> None:
@@ -54,3 +55,20 @@ def test_with_gymnasiums_seeding_there_is_no_root() -> None:
     seeds = Seeds("gymnasium", 2, "env")
     seeds.sent(seeds.of_reset(5), range(2))
     assert (seeds.root, seeds.of_reset(None), seeds.of_reset([3, None])) == (None, None, [3, None])
+
+
+@pytest.mark.parametrize("good", [7, [4, 5, 6], [None, None, None], None])
+def test_of_what_follows_one_seed_a_list_of_what_comes_of_one_may_be_asked(good: object) -> None:
+    seeds = Seeds("gymnasium", 3, "env", [Vectors(implementation="own", one_seed=True, seeds_below=10)])
+    assert seeds.of_reset(good) == ([7, 8, 9] if good == 7 else good)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [([4, 6, 5], "consecutive"), ([4, None, 6], "consecutive"), ([None, 5, 6], "consecutive"), (8, "below 10")],
+)
+def test_what_workers_say_of_seeds_is_asked_of_all_before_any_is_sent(bad: object, why: str) -> None:
+    others = [Vectors(), Vectors(implementation="own", one_seed=True), Vectors(implementation="own", seeds_below=10)]
+    with pytest.raises(InvalidSeed, match=f"implementation own.*{why}"):
+        Seeds("gymnasium", 3, "env", others).of_reset(bad)  # type: ignore[arg-type]
+    assert Seeds("gymnasium", 3, "env", [Vectors()]).of_reset(bad)  # type: ignore[arg-type]
