@@ -8,6 +8,8 @@ import os
 import random
 import time
 import weakref
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from meshrl import Mesh
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.context import context_of
+from meshrl.client.pool import RemotePool
 from meshrl.errors import (
     ConcurrentStep,
     EnvError,
@@ -121,34 +124,41 @@ async def test_a_server_that_restarts_costs_a_pause_and_no_step(server: Embedded
         assert gates.at == {0: 6, 1: 6}
 
 
+@asynccontextmanager
+async def cut_off(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, num_envs: int) -> AsyncIterator[RemotePool]:
+    """A pool that was reset and received, and whose server is gone since."""
+    monkeypatch.setattr("meshrl.protocol.doubt.DISCONNECTED_S", 0.3)
+    async with Mesh(server.url, timeout=0.3) as m, workers(server.url, 1):
+        async with await m.pool("cartpole", num_envs) as pool:
+            await pool.reset(seed=0)
+            await soon(pool.recv(min=num_envs))
+            await asyncio.to_thread(server.kill)
+            yield pool
+
+
 async def test_a_server_that_is_away_for_too_long_is_told_once_and_then_nothing_is_lost(
     server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meshrl.protocol.doubt.DISCONNECTED_S", 0.3)
-    async with Mesh(server.url, timeout=0.3) as m, workers(server.url, 1):
-        async with await m.pool("cartpole", 3) as pool:
-            await pool.reset(seed=0)
-            await soon(pool.recv(min=3))
-            await asyncio.to_thread(server.kill)
-            await pool.send([0, 1], [0, 1])
+    async with cut_off(server, monkeypatch, 3) as pool:
+        await pool.send([0, 1], [0, 1])
+        await pool.send([0], [2])
+        with pytest.raises(MeshUnreachable):
+            await pool.recv(min=3)
+        with pytest.raises(ConcurrentStep, match="under way"):
             await pool.send([0], [2])
-            with pytest.raises(MeshUnreachable):
-                await pool.recv(min=3)
-            with pytest.raises(ConcurrentStep, match="under way"):
-                await pool.send([0], [2])
-            await asyncio.to_thread(server.restart)
-            got: list[int] = []
-            async with asyncio.timeout(60.0):
-                while len(got) < 3:
-                    try:
-                        batch = await pool.recv()
-                    except MeshUnreachable:
-                        continue
-                    assert batch.steps.tolist() == [1] * len(batch)
-                    got += batch.env_ids.tolist()
-            assert sorted(got) == [0, 1, 2]
-            await pool.reset(seed=1)
-            assert (await soon(pool.recv(min=3))).first.all()
+        await asyncio.to_thread(server.restart)
+        got: list[int] = []
+        async with asyncio.timeout(60.0):
+            while len(got) < 3:
+                try:
+                    batch = await pool.recv()
+                except MeshUnreachable:
+                    continue
+                assert batch.steps.tolist() == [1] * len(batch)
+                got += batch.env_ids.tolist()
+        assert sorted(got) == [0, 1, 2]
+        await pool.reset(seed=1)
+        assert (await soon(pool.recv(min=3))).first.all()
 
 
 async def test_answers_larger_than_a_message_may_be_arrive_and_are_repeated_in_parts(url: str) -> None:
@@ -170,52 +180,42 @@ async def test_answers_larger_than_a_message_may_be_arrive_and_are_repeated_in_p
 async def test_polling_goes_on_with_what_was_under_way_when_the_server_was_away_for_too_long(
     server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meshrl.protocol.doubt.DISCONNECTED_S", 0.3)
-    async with Mesh(server.url, timeout=0.3) as m, workers(server.url, 1):
-        async with await m.pool("cartpole", 2) as pool:
-            await pool.reset(seed=0)
-            await soon(pool.recv(min=2))
-            await asyncio.to_thread(server.kill)
-            await pool.send([0, 1], [0, 1])
-            with pytest.raises(MeshUnreachable):
-                await pool.reset()
-            await asyncio.to_thread(server.restart)
+    async with cut_off(server, monkeypatch, 2) as pool:
+        await pool.send([0, 1], [0, 1])
+        with pytest.raises(MeshUnreachable):
+            await pool.reset()
+        await asyncio.to_thread(server.restart)
 
-            async def polled() -> bool:
-                try:
-                    batch = await pool.recv(min=2, timeout=0)
-                except (TimeoutError, MeshUnreachable):
-                    return False
-                return bool((batch.steps == 1).all())
+        async def polled() -> bool:
+            try:
+                batch = await pool.recv(min=2, timeout=0)
+            except (TimeoutError, MeshUnreachable):
+                return False
+            return bool((batch.steps == 1).all())
 
-            await until(polled, "the steps are there")
+        await until(polled, "the steps are there")
 
 
 async def test_reset_says_that_the_server_is_away_where_that_was_found_while_nobody_waited(
     server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meshrl.protocol.doubt.DISCONNECTED_S", 0.3)
-    async with Mesh(server.url, timeout=0.3) as m, workers(server.url, 1):
-        async with await m.pool("cartpole", 2) as pool:
-            await pool.reset(seed=0)
-            await soon(pool.recv(min=2))
-            await asyncio.to_thread(server.kill)
-            await pool.send([0, 1], [0, 1])
-            await until(lambda: bool(pool._under_way.errors), "it was given up")
-            for _ in range(2):  # the second takes it up again, and is told the same
-                with pytest.raises(MeshUnreachable):
-                    await soon(pool.reset())
-            await asyncio.to_thread(server.restart)
+    async with cut_off(server, monkeypatch, 2) as pool:
+        await pool.send([0, 1], [0, 1])
+        await until(lambda: bool(pool._under_way.errors), "it was given up")
+        for _ in range(2):  # the second takes it up again, and is told the same
+            with pytest.raises(MeshUnreachable):
+                await soon(pool.reset())
+        await asyncio.to_thread(server.restart)
 
-            async def reset() -> bool:
-                try:
-                    await pool.reset(seed=1)
-                except MeshUnreachable:
-                    return False
-                return True
+        async def reset() -> bool:
+            try:
+                await pool.reset(seed=1)
+            except MeshUnreachable:
+                return False
+            return True
 
-            await until(reset, "the server is back")
-            assert (await soon(pool.recv(min=2))).first.all()
+        await until(reset, "the server is back")
+        assert (await soon(pool.recv(min=2))).first.all()
 
 
 # --------------------------------------------------------------------------- sessions that are lost
