@@ -3,6 +3,10 @@
 An env starts on a thread. After a hundred steps in a row under a millisecond it is stepped inline, which saves two
 thread switches a step; one step over ten milliseconds sends it back, and it has to earn the loop again.
 
+Where many fight for the interpreter, each looks slow on its thread by itself, and none would ever earn it. So one that
+is fast there now and then is tried inline for some steps, where it has the interpreter; where that shows it slow, the
+next trial comes after twice as many steps.
+
 The sub-environments of one message are fast if they are on average, and stepped inline if all of them together take
 less than those ten milliseconds. Slow ones are stepped on threads of their own, at once.
 """
@@ -14,6 +18,14 @@ SLOW_S = 0.010
 FAST_STEPS = 100
 
 
+# A trial begins after so many steps on a thread, one of which at least was fast; the next ones ever more rarely.
+TRIAL_AFTER = 200
+TRIAL_AFTER_AT_MOST = 6400
+# It has so many steps, of which some may be slowed down by other threads, and none may take long.
+TRIAL_STEPS = 20
+TRIAL_MISSES = 3
+
+
 class Pace:
     """The pace of one sub-environment.
 
@@ -21,23 +33,55 @@ class Pace:
         inline: step it on the event loop.
     """
 
-    __slots__ = ("_fast", "inline")
+    __slots__ = ("_fast", "_misses", "_on_thread", "_seen_fast", "_trial", "_trial_after", "inline")
 
     def __init__(self) -> None:
         self.inline = False
-        self._fast = 0
+        self._fast = 0  # in a row
+        self._on_thread = 0  # steps since it is on a thread
+        self._seen_fast = False  # one of those
+        self._trial = 0  # steps that are left of it
+        self._misses = 0
+        self._trial_after = TRIAL_AFTER
 
     def took(self, seconds: float) -> None:
         """A step took that long."""
-        if seconds < FAST_S:
-            if not self.inline:
-                self._fast += 1
-                self.inline = self._fast >= FAST_STEPS
+        if not self.inline:
+            self._took_on_thread(seconds)
         elif seconds > SLOW_S:
+            self._send_back(failed=self._trial > 0)
+        elif self._trial:
+            self._tried(seconds)
+
+    def _took_on_thread(self, seconds: float) -> None:
+        self._on_thread += 1
+        if seconds < FAST_S:
+            self._fast += 1
+            self._seen_fast = True
+        else:
             self._fast = 0
-            self.inline = False
-        elif not self.inline:
-            self._fast = 0
+        if self._fast >= FAST_STEPS:
+            self.inline = True
+            self._trial_after = TRIAL_AFTER
+        elif self._seen_fast and self._on_thread >= self._trial_after:
+            self.inline = True
+            self._trial = TRIAL_STEPS
+            self._misses = 0
+
+    def _tried(self, seconds: float) -> None:
+        self._trial -= 1
+        self._misses += seconds >= FAST_S
+        if self._misses > TRIAL_MISSES:
+            self._send_back(failed=True)
+        elif not self._trial:
+            self._trial_after = TRIAL_AFTER
+
+    def _send_back(self, *, failed: bool) -> None:
+        self.inline = False
+        self._seen_fast = False
+        self._fast = self._on_thread = self._trial = 0
+        if failed:
+            self._trial_after = min(2 * self._trial_after, TRIAL_AFTER_AT_MOST)
 
 
 # Where threads fight for the interpreter, each looks slow by itself: so wide messages are tried narrow now and then.

@@ -4,7 +4,18 @@ import math
 
 import pytest
 
-from meshrl.protocol.pace import FAST_S, FAST_STEPS, NARROW_AGAIN, SLOW_S, BatchPace, Pace
+from meshrl.protocol.pace import (
+    FAST_S,
+    FAST_STEPS,
+    NARROW_AGAIN,
+    SLOW_S,
+    TRIAL_AFTER,
+    TRIAL_AFTER_AT_MOST,
+    TRIAL_MISSES,
+    TRIAL_STEPS,
+    BatchPace,
+    Pace,
+)
 
 FAST, BETWEEN, SLOW = FAST_S / 2, (FAST_S + SLOW_S) / 2, SLOW_S * 2
 
@@ -15,6 +26,11 @@ def paced(*runs: tuple[float, int]) -> Pace:
         for _ in range(times):
             pace.took(seconds)
     return pace
+
+
+def inline_after(pace: Pace, seconds: float) -> bool:
+    pace.took(seconds)
+    return pace.inline
 
 
 def test_an_env_starts_on_a_thread() -> None:
@@ -47,6 +63,45 @@ def test_one_slow_step_loses_the_loop_which_has_to_be_earned_again(seconds: floa
 def test_a_step_of_exactly_a_millisecond_is_not_fast() -> None:
     assert not paced((FAST_S, 1000)).inline
     assert paced((math.nextafter(FAST_S, 0), FAST_STEPS)).inline
+
+
+# --------------------------------------------------------------------------- where threads fight for the interpreter
+
+CROWDED = [(BETWEEN, TRIAL_AFTER - 1), (FAST, 1)]  # slow nearly always, as it looks from its thread
+
+
+def test_one_that_is_fast_now_and_then_on_its_thread_is_tried_inline() -> None:
+    assert not paced((BETWEEN, 1000)).inline
+    assert not paced((FAST, 1), (BETWEEN, TRIAL_AFTER - 2)).inline
+    assert paced((FAST, 1), (BETWEEN, TRIAL_AFTER - 1)).inline
+    assert paced((BETWEEN, 5000), (FAST, 1)).inline
+
+
+def test_a_trial_that_shows_it_fast_earns_the_loop() -> None:
+    assert paced(*CROWDED, (BETWEEN, TRIAL_MISSES), (FAST, TRIAL_STEPS - TRIAL_MISSES), (BETWEEN, 1000)).inline
+
+
+@pytest.mark.parametrize("shown", [[(SLOW, 1)], [(FAST, 5), (SLOW, 1)], [(FAST, 5), (FAST_S, TRIAL_MISSES + 1)]])
+def test_a_trial_that_shows_it_slow_ends_there_and_the_next_comes_after_twice_as_many_steps(
+    shown: list[tuple[float, int]],
+) -> None:
+    assert paced(*CROWDED, *shown[:-1], (shown[-1][0], shown[-1][1] - 1)).inline
+    steps, pace = TRIAL_AFTER, paced(*CROWDED, *shown)
+    for _ in range(10):
+        assert not pace.inline
+        steps = min(2 * steps, TRIAL_AFTER_AT_MOST)
+        before = [inline_after(pace, BETWEEN) for _ in range(steps - 1)]
+        assert (any(before), inline_after(pace, FAST)) == (False, True)
+        for seconds, times in shown:
+            for _ in range(times):
+                pace.took(seconds)
+
+
+def test_a_trial_that_went_well_forgives_those_that_did_not() -> None:
+    failed = (*CROWDED, (SLOW, 1))
+    passed = ((BETWEEN, 2 * TRIAL_AFTER - 1), (FAST, 1), (FAST, TRIAL_STEPS))
+    assert not paced(*failed, *passed, (SLOW, 1), *CROWDED[:-1]).inline
+    assert paced(*failed, *passed, (SLOW, 1), *CROWDED).inline
 
 
 # --------------------------------------------------------------------------- of many in one message
