@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import report
@@ -31,8 +33,10 @@ def write(results: Results, root: Path) -> list[Path]:
     from benchmarks import plots  # noqa: PLC0415  # of the extra "demo": who only looks does not need it
 
     drawn = plots.draw(results, root / "docs" / IMAGES)
+    kept = sorted((root / "benchmarks" / "results").glob("*.json"))
+    others = [other for path in kept if (other := json.loads(path.read_text()))["begun"] != results["begun"]]
     pages = {
-        root / "docs" / "benchmarks.md": page(results, [path.name for path in drawn]),
+        root / "docs" / "benchmarks.md": page(results, [path.name for path in drawn], others),
         root / "README.md": short(results),
     }
     for path, text in pages.items():
@@ -53,8 +57,8 @@ def between(document: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}"
 
 
-def page(results: Results, pictures: list[str]) -> str:
-    """The generated part of docs/benchmarks.md."""
+def page(results: Results, pictures: list[str], others: Sequence[Results] = ()) -> str:
+    """The generated part of docs/benchmarks.md; ``others`` are runs of other machines, to be shown beside this one."""
     compared, judged, full = report.comparison(results), report.judgements(results), report.in_full(results)
     systems = [
         (of_it["title"], ", ".join(f"{name} {version}" for name, version in of_it["versions"].items()), of_it["notes"])
@@ -73,6 +77,7 @@ def page(results: Results, pictures: list[str]) -> str:
         "## Targets",
         f"{report.counted(results).capitalize()} parts. Where the interval holds the bound, another run may differ.",
         report.markdown(judged.head, judged.rows),
+        *(_elsewhere(results, others) if others else ()),
         "## Pictures",
         *(f"![{CAPTIONS[name]}]({IMAGES}/{name})" for name in pictures),
         "## All figures",
@@ -83,6 +88,16 @@ def page(results: Results, pictures: list[str]) -> str:
     if reasons:
         parts += ["What could not be measured, or went wrong in a round:", "\n".join(reasons)]
     return "\n\n".join(parts)
+
+
+def _elsewhere(results: Results, others: Sequence[Results]) -> list[str]:
+    table = report.side_by_side(results, others)
+    return [
+        "## The same on other machines",
+        "Other runs that are kept in `benchmarks/results/`, each with its own conditions:",
+        "\n".join(f"- {report.conditions(other)} {report.counted(other).capitalize()} parts." for other in others),
+        report.markdown(table.head, table.rows),
+    ]
 
 
 def short(results: Results) -> str:

@@ -159,10 +159,7 @@ def judgements(results: Results) -> Table:
 
 def _judged(part: Mapping[str, Any], at: str) -> tuple[str, str, str]:
     sign = {">=": "≥", "<=": "≤"}[part["sense"]]
-    if part["what"].endswith("succeed") or part["what"].startswith("kept"):
-        factor, unit = 100.0, " %"
-    else:
-        factor, unit = 1.0, f" {part['unit'] or '×'}"
+    factor, unit = _scale(part)
     bound = f"{sign} {factor * part['bound']:g}{unit}"
     if part["estimate"] is None:
         return part["what"], bound, f"not measured: {part['reason']}"
@@ -170,6 +167,34 @@ def _judged(part: Mapping[str, Any], at: str) -> tuple[str, str, str]:
     which, rounds = part["ours"].partition("/")[2], part["estimate"]["rounds"]
     measured = f"{part['what']}: {short(middle)}{unit} ({_range(low, high, rounds)}), `{which}`{at and ', '}{at}"
     return measured, bound, part["status"] + (" (the interval holds the bound)" if part["close"] else "")
+
+
+def _scale(part: Mapping[str, Any]) -> tuple[float, str]:
+    """What a part's figure is shown times, and in which unit."""
+    if part["what"].endswith("succeed") or part["what"].startswith("kept"):
+        return 100.0, " %"
+    return 1.0, f" {part['unit'] or '×'}"
+
+
+def side_by_side(results: Results, others: Sequence[Results]) -> Table:
+    """The figure and the verdict of each part of each target, of this run and of others."""
+    runs = [results, *others]
+    found = [{(of["work"], part["what"]): part for of in run["targets"] for part in of["parts"]} for run in runs]
+    rows = []
+    for target in results["targets"]:
+        for number, part in enumerate(target["parts"]):
+            figures = [_in_short(of.get((target["work"], part["what"]))) for of in found]
+            rows.append((NOTHING if number else target["work"], part["what"], _judged(part, "")[1], *figures))
+    names = (f"{run['machine']['processor'] or 'processor unknown'}, {run['begun']}" for run in runs)
+    return Table("targets on several machines", ("work", "part", "bound", *names), rows)
+
+
+def _in_short(part: Mapping[str, Any] | None) -> str:
+    if part is None or part["estimate"] is None:
+        return "not measured"
+    factor, unit = _scale(part)
+    middle, low, high = (factor * part["estimate"][name] for name in ("value", "low", "high"))
+    return f"{short(middle)}{unit} ({_range(low, high, part['estimate']['rounds'])}): {part['status']}"
 
 
 def counted(results: Results) -> str:

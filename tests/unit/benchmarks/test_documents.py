@@ -93,6 +93,21 @@ def test_the_page_has_tables_pictures_and_what_ran(results: dict[str, Any]) -> N
     assert "not for quoting" not in page
 
 
+def test_runs_of_other_machines_stand_beside_this_one_part_by_part(results: dict[str, Any]) -> None:
+    other = json.loads(json.dumps(results))
+    other |= {"begun": "2026-02-03 04:05 UTC", "targets": targets.as_json(targets.judged({}, {}), other["settings"])}
+    table = report.side_by_side(results, [other])
+    assert [name.rpartition(", ")[2] for name in table.head[3:]] == ["2026-01-02 03:04 UTC", "2026-02-03 04:05 UTC"]
+    said = {row[1]: row[2:] for row in table.rows}
+    assert len(said) == sum(len(target.parts) for target in targets.TARGETS)
+    assert said["p50 less the echo's"] == ("≤ 60 µs", "70.0 µs (70.0 to 70.0): missed", "not measured")
+    assert said["kept of its rate alone"][0] == "≥ 90 %"
+    page = documents.page(results, [], [other])
+    assert "## The same on other machines" in page
+    assert "2026-02-03 04:05 UTC" in page
+    assert "other machines" not in documents.page(results, [])
+
+
 def test_the_readme_says_what_is_missed_and_where_others_are_faster(results: dict[str, Any]) -> None:
     short = documents.short(results)
     assert "p50 less the echo's 70.0 µs (target: at most 60 µs)" in short
