@@ -15,7 +15,7 @@
     │   ├── SubjectNotPermitted (PermissionError), BusClosed (ConnectionError)
     └── WorkerError           the worker: it answered, with an error
         ├── UnknownName (LookupError), MeshFull (TimeoutError), WorkerDraining
-        ├── SessionUnknown (LookupError), SessionExpired, SessionLost
+        ├── SessionUnknown (LookupError), SessionExpired, SessionLost, ReplayDiverged
         ├── EnvError, AgentError          an exception in remote code, with its traceback
 
 Each class that can travel has a ``code``, the text by which it is known on the wire (``schemas/v1``);
@@ -323,10 +323,16 @@ class SessionLost(WorkerError):
     """The session is gone with its worker, or its state cannot be known any more; open a new one.
 
     ``details["reason"]`` is one of ``worker_lost``, ``worker_frozen``, ``session_unknown``, ``session_expired``,
-    ``step_deadline``, ``ended``.
+    ``step_deadline``, ``ended``. Where it was to be resumed, ``details["not_resumed"]`` says why it was not.
     """
 
     code = "session_lost"
+
+
+class ReplayDiverged(WorkerError):
+    """A worker did again what a lost session had been asked, and was told something else than that had told."""
+
+    code = "replay_diverged"
 
 
 class EnvError(WorkerError):

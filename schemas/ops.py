@@ -60,6 +60,8 @@ OFFERED: Schema = {
         "description": "Told to agents that declare none.",
     },
 }
+BYTES: Schema = {"type": "string", "contentEncoding": "base64"}
+_DIGEST: Schema = {**BYTES, "description": "16 bytes: xxh3-128 of what the lane has told since the last seeded reset."}
 _OUTCOME: Schema = {"reward": VALUE, "terminated": VALUE, "truncated": VALUE}
 
 SINGLE_OPS: dict[str, Op] = {
@@ -67,15 +69,43 @@ SINGLE_OPS: dict[str, Op] = {
         "Begin an episode. An agent's reply has neither obs nor info.",
         {"seed": _SEED, "options": _OPTIONS},
         [],
-        {"obs": VALUE, "info": VALUE},
+        {
+            "obs": VALUE,
+            "info": VALUE,
+            "seed": {
+                "type": "integer",
+                "minimum": 0,
+                "description": "Given or drawn, if any; of who asked for digests.",
+            },
+            "digest": _DIGEST,
+        },
         [],
     ),
     "step": Op(
         "One step of the env.",
         {"action": VALUE},
         ["action"],
-        {"obs": VALUE, **_OUTCOME, "info": VALUE},
+        {"obs": VALUE, **_OUTCOME, "info": VALUE, "digest": _DIGEST},
         ["obs", "reward", "terminated", "truncated", "info"],
+    ),
+    "replay": Op(
+        "Do again what a lost session was asked; the first request of one that takes its place.",
+        {
+            "journal": {
+                "type": "array",
+                "items": {
+                    "type": "array",
+                    "prefixItems": [{"enum": ["reset", "step", "call", "set_attr"]}, BYTES],
+                    "minItems": 2,
+                    "maxItems": 2,
+                },
+                "description": "Of each request the op and the body, as it was sent; the oldest first.",
+            },
+            "digest": {"anyOf": [_DIGEST, {"type": "null"}]},
+        },
+        ["journal"],
+        {},
+        [],
     ),
     "render": Op("A picture, in the render_mode that the open asked for.", {}, [], {"frame": VALUE}, ["frame"]),
     "state": Op("Where the session stands.", {}, [], {"state": {"$ref": "session_state.json"}}, ["state"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,9 @@ from meshrl.client.flights import Flights
 from meshrl.client.hearing import Hearing
 from meshrl.client.leases import Leases
 from meshrl.client.opening import Opening
+from meshrl.client.recovery import OnLoss, Recovery
 from meshrl.client.registry import Registry
+from meshrl.client.resumable import ResumableSession
 from meshrl.client.session import RemoteSession
 from meshrl.client.shielded import shielded
 from meshrl.errors import MeshError, SessionClosed
@@ -61,6 +64,7 @@ class Context:
         self._leases = Leases(connection, url, credentials, subjects, self._lost)
         self._sessions: dict[str, RemoteSession] = {}
         self._slots: dict[str, int] = {}  # of each session
+        self.recovering: set[RemoteSession] = set()  # lost, and being opened again
         self._ended = False
         self._why: MeshError | None = None  # the connection's end, where it was not this client's wish
         connection.on_close.append(self._connection_ended)
@@ -100,7 +104,8 @@ class Context:
         """Close every session that is still open, then disconnect."""
         self.end()
         try:
-            await asyncio.gather(*(s.close() for s in list(self._sessions.values())), return_exceptions=True)
+            left = {*self._sessions.values(), *self.recovering}
+            await asyncio.gather(*(session.close() for session in left), return_exceptions=True)
         finally:
             try:
                 await self._leases.stop()
@@ -125,11 +130,26 @@ class Context:
         kwargs: Mapping[str, Any] | None,
         where: Mapping[str, Any] | None,
         wait: float,
+        *,
+        on_loss: OnLoss = "raise",
         **request: Any,
     ) -> RemoteSession:
         """Lease a session; what :meth:`meshrl.Mesh.env` and :meth:`meshrl.Mesh.agent` are made of."""
         request["kwargs"] = dict(kwargs or {})
-        return await self.lease(Opening(self, kind, name, wait=wait, where=where, request=request), RemoteSession)
+        make: Callable[[Context, Grant], RemoteSession] = RemoteSession
+        if on_loss != "raise":
+            request["digests"] = on_loss == "resume"
+            recovery = Recovery(self, kind, name, where, request, wait, resumes=on_loss == "resume")
+            make = partial(ResumableSession, recovery=recovery)
+        return await self.lease(Opening(self, kind, name, wait=wait, where=where, request=request), make)
+
+    def adopt(self, session: RemoteSession, slots: int) -> None:
+        """A session that was lost was granted again: its lease is renewed from now on."""
+        self.check_open()  # closed while it was on its way, it would be closed by nobody
+        grant = session.grant
+        self._slots[grant.session] = slots
+        self._sessions[grant.session] = session
+        self._leases.hold(grant.worker, grant.session, grant.epoch, grant.lease_s)
 
     async def lease(self, opening: Opening, make: Callable[[Context, Grant], S]) -> S:
         """Carry an opening out, and renew from now on what it was granted; every session comes from here.

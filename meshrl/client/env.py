@@ -12,9 +12,10 @@ from meshrl.client.leased import Leased
 from meshrl.client.readable import check_spaces
 from meshrl.client.session import RemoteSession, fields_of
 from meshrl.client.window import Shows, Window
-from meshrl.errors import MalformedMessage, StepUnsettled, UsageError
+from meshrl.errors import MalformedMessage, ResetNeeded, SessionLost, StepUnsettled, UsageError
 from meshrl.protocol.turn import READING
 from meshrl.wire import spaces
+from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
 from meshrl.wire.messages import SessionState
 
@@ -51,6 +52,7 @@ class RemoteEnv(Leased):
         self._window: Shows | None = Window(description.name) if render_mode == "human" else None
         # The op and the result of a step or a reset whose frame was not to be had, or not waited for.
         self._unshown: tuple[str, Any] | None = None
+        self._cut = False  # its episode was ended by a loss, and nobody has reset it since
 
     def __repr__(self) -> str:
         return f"<RemoteEnv {self.name} at {self.worker}: {self._session!r}>"
@@ -95,11 +97,22 @@ class RemoteEnv(Leased):
             observation, with exactly the types that the env returned, and info.
         """
         kept, self._unshown = self._unshown, None
+        fields, given_up = fields_of(seed=seed, options=options), self._session.given_up
         try:
-            result = _reset_of(await self._request("reset", fields_of(seed=seed, options=options)))
+            result = _reset_of(await self._request("reset", fields))
         except UsageError:
             self._unshown = kept  # it did not begin
             raise
+        except SessionLost as exc:
+            if given_up:
+                raise
+            facts = self._facts_of(exc)  # of an episode that is over anyway; the next begins elsewhere
+            result = _reset_of(await self._request("reset", fields))
+            result[1]["session_lost"] = facts
+        untold = self._session.take_untold()
+        if untold is not None:
+            result[1]["session_lost"] = self._facts_of(untold)
+        self._cut = False
         await self._show_after("reset", result)
         return result
 
@@ -122,11 +135,30 @@ class RemoteEnv(Leased):
         if check is None:
             check = self._check = checker(self.action_space, self.name, strict=self._strict)
         check(action)
-        if self._unshown is None and self._window is None:
-            return _step_of(await self._session.request("step", {"action": action}))
-        result = _step_of(await self._request("step", {"action": action}))
+        if self._cut:
+            raise ResetNeeded(f"{self.name}: its episode was cut short by the loss of its session; reset it")
+        try:
+            if self._unshown is None and self._window is None:
+                return _step_of(await self._session.request("step", {"action": action}))
+            result = _step_of(await self._request("step", {"action": action}))
+        except SessionLost as exc:
+            return self._cut_short(exc)
         await self._show_after("step", result)
         return result
+
+    def _cut_short(self, exc: SessionLost) -> Step:
+        """The step that ends an episode whose session is lost: the last observation again, and why."""
+        facts, told = self._facts_of(exc), self._session.told
+        if not told:
+            raise exc
+        self._cut = True
+        return unpack(told)["obs"], 0.0, False, True, {"session_lost": facts}
+
+    def _facts_of(self, exc: SessionLost) -> dict[str, Any]:
+        """What is told of a loss that ends an episode; any other is raised."""
+        if "not_resumed" not in exc.details:
+            raise exc
+        return {"message": exc.message, **exc.details}
 
     async def _request(self, op: str, fields: Frame) -> Frame:
         """The session's, which does not know of a result that was never handed out."""
@@ -144,6 +176,11 @@ class RemoteEnv(Leased):
             return
         try:
             self._window.show(await self._frame())
+        except SessionLost as exc:
+            if "not_resumed" not in exc.details:
+                self._unshown = (op, result)
+                raise
+            # The result is there, and the next step says what has become of the episode.
         except BaseException:
             self._unshown = (op, result)
             raise
@@ -157,7 +194,12 @@ class RemoteEnv(Leased):
         if self._unshown is not None:
             (_, result), self._unshown = self._unshown, None
             return result
-        op, reply = await self._session.settle()
+        try:
+            op, reply = await self._session.settle()
+        except SessionLost as exc:
+            if self._session.last_op != "step":
+                raise
+            return self._cut_short(exc)
         if op == "step":
             return _step_of(reply)
         if op == "reset":

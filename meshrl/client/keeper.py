@@ -236,13 +236,16 @@ class Keeper:
             except MeshError as exc:
                 log.warning("worker %s answered a renewal with %s", worker, exc)
                 return
+            epochs = dict(sessions)
             for session, reason in lost:
                 with self._lock:
-                    held = self._leases.pop((worker, session), None)
+                    held = self._leases.get((worker, session))
+                    if held is None or held.epoch != epochs.get(session):
+                        continue  # it was opened again since
+                    del self._leases[worker, session]
                     self._new.discard((worker, session))
                     self._waiting.discard((worker, session))
-                if held is not None:
-                    held.on_lost(session, reason)
+                held.on_lost(session, reason)
 
         subject = self._subjects.worker(worker, "renew", connection.user)
         rid = connection.request(subject, Renew(sessions=sessions).to_wire(), answered)

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from meshrl.bus.connection import Connection
@@ -96,7 +97,7 @@ class Leases:
         self._login: _Login = (os.getpid(), url, credentials, connection.user, subjects)
         self._keeper: Keeper | None = _KEEPERS.join(self._login)
         self._last: Keeper | None = None  # to be stopped by this client
-        self._held: set[Key] = set()
+        self._held: dict[Key, int] = {}  # and in which epoch
         self._granted: dict[str, list[tuple[str, int]]] = {}  # by worker: in this turn of the loop, not renewed yet
         self._renewing = False
 
@@ -107,9 +108,9 @@ class Leases:
         """Renew this lease now and from now on."""
         if self._keeper is None:
             return
-        self._held.add((worker, session))
+        self._held[worker, session] = epoch
         self._granted.setdefault(worker, []).append((session, epoch))
-        self._keeper.hold(worker, session, epoch, lease_s, self._lost_on_thread)
+        self._keeper.hold(worker, session, epoch, lease_s, partial(self._lost_on_thread, worker, epoch))
         if not self._renewing:
             self._renewing = True
             self._loop.call_soon(self._turn_over)
@@ -117,7 +118,7 @@ class Leases:
 
     def release(self, worker: str, session: str) -> None:
         """Renew it no more."""
-        self._held.discard((worker, session))
+        self._held.pop((worker, session), None)
         if self._keeper is not None:
             self._keeper.release((worker, session))
 
@@ -164,15 +165,21 @@ class Leases:
                 return
             if self._keeper is not None:
                 self._keeper.renewed([(worker, session) for session, _ in sessions])
+            epochs = dict(sessions)
             for session, reason in lost:
-                self._on_lost(session, reason)
+                if session in epochs:
+                    self._was_lost(worker, epochs[session], session, reason)
 
         subject = self._subjects.worker(worker, "renew", self._connection.user)
         rid = self._connection.request(subject, Renew(sessions=sessions).to_wire(), answered)
         timer = self._loop.call_later(ANSWER_S, self._connection.forget, rid)
 
-    def _lost_on_thread(self, session: str, reason: str) -> None:
+    def _lost_on_thread(self, worker: str, epoch: int, session: str, reason: str) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._on_lost, session, reason)
+            self._loop.call_soon_threadsafe(self._was_lost, worker, epoch, session, reason)
         except RuntimeError:
             return  # the loop has ended, and the session with it
+
+    def _was_lost(self, worker: str, epoch: int, session: str, reason: str) -> None:
+        if self._held.get((worker, session)) == epoch:  # else it was opened again since
+            self._on_lost(session, reason)

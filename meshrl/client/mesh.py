@@ -17,6 +17,7 @@ from meshrl.client.env import RemoteEnv
 from meshrl.client.evaluate import Report, evaluate
 from meshrl.client.opening import Opening
 from meshrl.client.pool import RemotePool
+from meshrl.client.recovery import ON_LOSS, OnLoss
 from meshrl.client.session import close_all
 from meshrl.client.shards import open_shards
 from meshrl.client.shielded import shielded
@@ -150,6 +151,7 @@ class Mesh:
         *,
         wait: float = 30.0,
         check_actions: Literal["normal", "strict"] = "normal",
+        on_loss: OnLoss = "raise",
     ) -> RemoteEnv:
         """Lease an env by name; its slot is yours until ``close``, the end of the mesh, or your process's end.
 
@@ -160,6 +162,10 @@ class Mesh:
             where: capabilities that the worker must have, such as ``{"gpu": True}``.
             wait: seconds to wait for a worker and a free slot.
             check_actions: ``strict`` refuses actions outside a Box's bounds too.
+            on_loss: what becomes of an episode whose worker or session is lost. ``resume``: it goes on at another
+                worker in the same state, or, where that cannot be, is truncated. ``truncate``: its next step gives the
+                last observation again, reward 0, ``truncated`` and ``info["session_lost"]``, and ``reset`` begins the
+                next elsewhere. ``raise``: ``SessionLost``.
 
         Raises:
             UnknownName: nobody serves the name, or nobody with those capabilities; near matches are listed.
@@ -169,7 +175,9 @@ class Mesh:
             EnvError: the constructor raised.
         """
         remote_mode = "rgb_array" if render_mode == "human" else render_mode
-        session = await self._open().open("env", name, kwargs, where, wait, render_mode=remote_mode)
+        if on_loss not in ON_LOSS:
+            raise UsageError(f"on_loss is one of {', '.join(ON_LOSS)}, not {on_loss!r}")
+        session = await self._open().open("env", name, kwargs, where, wait, on_loss=on_loss, render_mode=remote_mode)
         try:
             return RemoteEnv(session, render_mode=render_mode, check_actions=check_actions)
         except BaseException:

@@ -17,7 +17,7 @@ from meshrl.wire.grants import parse_answer
 from meshrl.wire.messages import Close, Full, Grant, Kind, Open, check
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from meshrl.client.context import Context
     from meshrl.protocol.directory import Entry as Served
@@ -64,6 +64,9 @@ class Opening(Finding):
         request: the open's own fields.
         aim: the worker that is asked first if it has room, and at which it is parked where none has.
         divisible: rather than wait for one worker, raise :class:`Divided` where several have room.
+        session: the id; None for a new one.
+        epoch: which incarnation of it.
+        avoid: workers that are not asked.
     """
 
     def __init__(
@@ -77,12 +80,17 @@ class Opening(Finding):
         request: dict[str, Any],
         aim: str | None = None,
         divisible: bool = False,
+        session: str | None = None,
+        epoch: int = 1,
+        avoid: Collection[str] = (),
     ) -> None:
         super().__init__(context, kind, asked, wait=wait, where=where, request=request)
         self._aim = aim
         self._aimed = False
         self._divisible = divisible
-        self._session = secrets.token_hex(8)
+        self._session = session or secrets.token_hex(8)
+        self._epoch = epoch
+        self._avoid = frozenset(avoid)
         self._workers: set[str] = set()  # asked so far; those that do not serve in the end are told so
         self._bounces: Counter[str] = Counter()
         self._excluded: set[str] = set()
@@ -109,7 +117,8 @@ class Opening(Finding):
         try:
             while True:
                 entries = await self.served()
-                choice = self._choice([entry for entry in entries if entry.worker not in self._excluded])
+                left_out = self._excluded | self._avoid
+                choice = self._choice([entry for entry in entries if entry.worker not in left_out])
                 if choice is None:
                     if time.monotonic() >= self._deadline:
                         raise self.full()
@@ -161,6 +170,7 @@ class Opening(Finding):
         context = self._context
         open_ = Open(
             session=self._session,
+            epoch=self._epoch,
             kind=self._kind,
             name=name,
             believed_free=believed,
@@ -253,7 +263,8 @@ class Opening(Finding):
         Raises:
             Divided: no other worker has room for it, and several have.
         """
-        entries = self._able(self._registry.directory.candidates(self._kind, name, self._where))
+        able = self._able(self._registry.directory.candidates(self._kind, name, self._where))
+        entries = [entry for entry in able if entry.worker not in self._avoid]
         worker = self._registry.placement.should_move(entries, parked_at, random.random(), self.num_envs)  # noqa: S311
         if worker is None:
             self._divide(entries, parked_at=parked_at)
@@ -375,4 +386,4 @@ class Opening(Finding):
             return
         for worker in workers:
             subject = context.subjects.session(worker, context.connection.user, self._session, "close")
-            context.connection.publish(subject, Close(epoch=1).to_wire())
+            context.connection.publish(subject, Close(epoch=self._epoch).to_wire())

@@ -37,7 +37,12 @@ class RemoteSession:
     Attributes:
         grant: what the worker granted.
         closed: whether this client has closed it.
+        told: the last answer to a reset or a step, as it arrived, where a loss may end its episode by it.
+        given_up: whether its state is gone, so that the next reset begins with nothing.
     """
+
+    told = b""
+    given_up = False
 
     def __init__(self, context: Context, grant: Grant) -> None:
         self.grant = grant
@@ -48,7 +53,9 @@ class RemoteSession:
         self._turn = Turn(f"{grant.description.kind} {grant.description.name}")
         self._subject = context.subjects.session(grant.worker, context.connection.user, grant.session, "")
         self._flight: Flight | None = None
+        self._body = b""  # of the last request
         self._lost: SessionLost | None = None
+        self._held = True  # at its worker, as far as is known
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "lost" if self._lost else self._turn.phase.value
@@ -77,7 +84,7 @@ class RemoteSession:
     @property
     def abandoned(self) -> bool:
         """Whether nobody closed it although its slot is still held."""
-        return not self.closed and self._lost is None and not self._connection.closed
+        return not self.closed and self._held and not self._connection.closed
 
     async def request(self, op: str, fields: Frame) -> Frame:
         """Send one request of the lane and wait for its reply.
@@ -113,6 +120,11 @@ class RemoteSession:
         return self._turn.unsettled
 
     @property
+    def last_op(self) -> str:
+        """Of the last request."""
+        return self._turn.op
+
+    @property
     def under_way(self) -> bool:
         """Whether somebody waits for a request."""
         return self._turn.phase is Phase.WAITING
@@ -129,6 +141,7 @@ class RemoteSession:
         """Send the request that may begin; :meth:`landing` waits for its reply."""
         grant, turn = self.grant, self._turn
         seq = turn.begin(op)
+        self._body = body
         entry = Entry(grant.session, grant.epoch, 0, seq)
         try:
             flight = self._flights.launch(grant.worker, entry, self._subject + op, body, grant.step_deadline_s)
@@ -148,6 +161,10 @@ class RemoteSession:
             self._lose(exc)
         return exc
 
+    def take_untold(self) -> SessionLost | None:
+        """A loss that ended an episode and was told nobody; once."""
+        return None
+
     def leave(self) -> None:
         """Stop waiting for a request that was launched: it is to be settled, like one whose waiting was cancelled."""
         self._turn.cancelled()
@@ -159,13 +176,20 @@ class RemoteSession:
             NothingUnsettled: there is none.
             MeshError: what the worker answered to it.
         """
-        if self._lost is not None or self.closed:
-            raise self._ended()
+        self.check_open()
         op = self._turn.settling()
         return op, await self._landing_again()
 
     async def landing(self) -> Frame:
         """Wait for the reply to the request that was launched; see :meth:`request`."""
+        try:
+            return await self._landing()
+        except SessionLost:
+            self._turn.answered()
+            raise
+
+    async def _landing(self) -> Frame:
+        """The same, but that the turn stays taken where the session is lost."""
         flight = self._flight
         assert flight is not None, "launch comes first"
         try:
@@ -182,18 +206,22 @@ class RemoteSession:
         except MeshError as exc:
             if isinstance(exc, SubjectNotPermitted) and flight.attempt == 0:
                 self._turn.seq -= 1  # it never left this user's side of the server
-            self._turn.answered()
             if isinstance(exc, SessionLost):
                 self._lose(exc)
-            raise
-        self._turn.answered()
-        try:
-            return check_reply(unpack(data), flight.entry.seq)
-        except MeshError as exc:
-            lost = self.judge(exc)
-            if lost is exc:
                 raise
-            raise lost from exc
+            self._turn.answered()
+            raise
+        try:
+            frame = check_reply(unpack(data), flight.entry.seq)
+        except MeshError as exc:
+            told = self.judge(exc)
+            if not isinstance(told, SessionLost):
+                self._turn.answered()
+            if told is exc:
+                raise
+            raise told from exc
+        self._turn.answered()
+        return frame
 
     async def _landing_again(self) -> Frame:
         assert self._flight is not None
@@ -244,7 +272,11 @@ class RemoteSession:
     def _lose(self, exc: SessionLost) -> None:
         if self._lost is None:
             self._lost = exc
-            self._context.forget(self)
+            self._release()
+
+    def _release(self) -> None:
+        self._held = False
+        self._context.forget(self)
 
     def _was_lost(self, exc: SessionLost) -> None:
         """For sessions whose requests are not their own."""
@@ -260,17 +292,20 @@ class RemoteSession:
         if self.closed:
             return
         self.closed = True
-        gone = self._lost is not None
-        self._context.forget(self)
+        held = self._held
+        self._release()
         flight = self._flight
         if flight is not None and not flight.landed:
             flight.failed(SessionClosed(f"{self.grant.description.name}: it was closed while a request was under way"))
-        if not gone and not self._connection.closed:
-            body = Close(epoch=self.grant.epoch).to_wire()
-            try:
-                await self._connection.ask(self._subject + "close", body, 2.0)
-            except TransportError:
-                return  # nobody renews it any more: its lease ends it
+        if held and not self._connection.closed:
+            await self._say_close()
+
+    async def _say_close(self) -> None:
+        body = Close(epoch=self.grant.epoch).to_wire()
+        try:
+            await self._connection.ask(self._subject + "close", body, 2.0)
+        except TransportError:
+            return  # nobody renews it any more: its lease ends it
 
     def let_go(self) -> None:
         """What held it is garbage: free its slot, on the loop, whenever that comes to it.
@@ -282,9 +317,10 @@ class RemoteSession:
 
     def _let_go(self) -> None:
         if self.abandoned:
-            self.closed = True
-            self._context.forget(self)
-            self._connection.publish(self._subject + "close", Close(epoch=self.grant.epoch).to_wire())
+            held, self.closed = self._held, True
+            self._release()
+            if held:
+                self._connection.publish(self._subject + "close", Close(epoch=self.grant.epoch).to_wire())
 
 
 async def close_all(sessions: Sequence[RemoteSession], begun: Callable[[], None] | None = None) -> None:

@@ -4,8 +4,9 @@ A request is ``{"epoch", "lane", "seq", ...}`` with the fields of its op beside 
 ``{"seq", "error"}``. No pydantic here and no headers: a step passes through this file four times.
 
     op        request's own fields        reply's own fields
-    reset     seed?, options?             obs, info
-    step      action                      obs, reward, terminated, truncated, info
+    reset     seed?, options?             obs, info, seed?, digest?
+    step      action                      obs, reward, terminated, truncated, info, digest?
+    replay    journal, digest?
     render                                frame
     state                                 state
     call      name, args, kwargs          value
@@ -37,7 +38,9 @@ from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage, MeshError, from_wire
 
-OPS = frozenset({"reset", "step", "render", "state", "call", "get_attr", "set_attr", "is_wrapped", "act", "observe"})
+OPS = frozenset(
+    {"reset", "step", "render", "state", "call", "get_attr", "set_attr", "is_wrapped", "act", "observe", "replay"}
+)
 
 Frame = dict[str, Any]
 Indices = NDArray[np.int64]

@@ -169,6 +169,7 @@ class Description(Message):
         stateful: an agent that is leased like an env, because it remembers.
         versions: of Python, meshrl and the packages that the behaviour depends on.
         vectors: what sessions of many sub-environments can do; None where there can be none (agents).
+        fingerprint: of what its behaviour depends on: a session of it can be resumed where another's is equal.
     """
 
     kind: Kind
@@ -185,6 +186,7 @@ class Description(Message):
     stateful: bool = False
     versions: dict[str, str] = Field(default_factory=dict)
     vectors: Vectors | None = None
+    fingerprint: Annotated[str, StringConstraints(max_length=64)] = ""
 
     def packed(self) -> bytes:
         """It as a part of another message, as msgpack."""
@@ -248,6 +250,7 @@ class Open(Message):
         believed_free: free slots that the client believes in; a worker that has fewer answers ``busier``, once.
         park_s: how long the worker may keep the open waiting for a slot; 0 answers at once.
         ticket: of an earlier answer ``full``: keeps the place in the queue.
+        digests: whether answers to reset and step carry the lane's running digest, so that it can be resumed (R8).
     """
 
     session: Id
@@ -265,6 +268,7 @@ class Open(Message):
     believed_free: Count | None = None
     park_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 0.0
     ticket: Annotated[str, StringConstraints(max_length=64)] | None = None
+    digests: bool = False
 
 
 class Grant(Message):

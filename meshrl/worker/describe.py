@@ -13,6 +13,7 @@ from meshrl.errors import UnencodableValue
 from meshrl.wire import spaces
 from meshrl.wire.codec import pack
 from meshrl.wire.messages import Description, Vectors
+from meshrl.worker.fingerprint import fingerprint_of
 
 
 def describe_env(
@@ -31,20 +32,22 @@ def describe_env(
     Raises:
         UnsupportedSpace: a space of it has no converter.
     """
+    spec, known = _spec(env), versions(env)
     return Description(
         kind="env",
         name=name,
         worker=worker,
         observation_space=spaces.describe(env.observation_space),
         action_space=spaces.describe(env.action_space),
-        spec=_spec(env),
+        spec=spec,
         metadata=encodable(getattr(env, "metadata", None) or {}),
         capabilities=dict(capabilities),
         allow_kwargs=sorted(allow_kwargs),
         allow=sorted(allow),
         step_deadline_s=step_deadline_s,
-        versions=versions(env),
+        versions=known,
         vectors=Vectors() if vectors is None else vectors,
+        fingerprint=fingerprint_of(env, spec, known),
     )
 
 

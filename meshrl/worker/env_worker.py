@@ -251,6 +251,7 @@ class EnvWorker(Service):
             worker=self.id,
             allow=self._allow,
             threads=self._threads,
+            digests=open_.digests,
         )
 
     def _construct_implementation(

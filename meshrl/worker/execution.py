@@ -32,6 +32,7 @@ from meshrl.wire.frames import Frame, check_request, error_reply, is_of_lanes
 from meshrl.wire.messages import Close, Closed, check
 from meshrl.wire.parts import MAX_MESSAGE_BYTES
 from meshrl.worker.drawing import DRAWING
+from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import SPREAD, HostedVector
 from meshrl.worker.pooling import Pooling
@@ -111,9 +112,9 @@ class Hold:
         """Cancel the coroutines of an env whose session is over, and what of it has not begun on any thread."""
         if self.task is not None:
             self.task.cancel()
-        spread = self.pool or self.vector
-        if spread is not None:
-            spread.cancel()
+        running = self.pool or self.held
+        if isinstance(running, HostedPool | HostedVector | HostedEnv):
+            running.cancel()
 
     async def close(self, seconds: float) -> None:
         """Let go of what is held."""

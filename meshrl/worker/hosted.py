@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from meshrl.errors import MalformedMessage, ResetNeeded
+from meshrl.errors import MalformedMessage, MeshError, ReplayDiverged, ResetNeeded, SessionUnknown
+from meshrl.protocol.digest import Digest
+from meshrl.protocol.journal import CHANGING
 from meshrl.protocol.pace import Pace
 from meshrl.protocol.seeds import check_seed
+from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
 from meshrl.worker.attributes import Attributes
 from meshrl.worker.calls import Calls, is_coroutine
@@ -31,6 +36,7 @@ class HostedEnv:
         worker: the worker's id.
         allow: public names that clients may call and set; ``"*"`` in it for all.
         threads: where its ``close`` runs, and whatever is no coroutine function of an env that has some.
+        digests: whether answers carry the running digest, for a client that keeps a journal.
 
     Attributes:
         pace: whether to step it on the event loop.
@@ -39,7 +45,15 @@ class HostedEnv:
     """
 
     def __init__(
-        self, env: Any, *, name: str, session: str, worker: str, allow: Collection[str], threads: Threads
+        self,
+        env: Any,
+        *,
+        name: str,
+        session: str,
+        worker: str,
+        allow: Collection[str],
+        threads: Threads,
+        digests: bool = False,
     ) -> None:
         self.env = env
         self.name = name
@@ -53,6 +67,8 @@ class HostedEnv:
         self._step = env.step
         self.draws = draws(env)
         self._episode = Episode()
+        self._digest = Digest() if digests else None
+        self._over = False
         self._ops: dict[str, Callable[[Frame], Frame]] = {
             "reset": self._op_reset,
             "step": self._op_step,
@@ -65,6 +81,7 @@ class HostedEnv:
         if self.draws:
             self._step = alone(self._step)
             self._ops = {op: alone(call) for op, call in self._ops.items()}
+        self._ops["replay"] = self._op_replay
 
     def run(self, op: str, body: Frame) -> Frame:
         """Carry out one op; gives the reply's own fields.
@@ -76,21 +93,37 @@ class HostedEnv:
         known = self._ops.get(op)
         if known is None:
             raise MalformedMessage(f"an env session has no op {op!r}")
-        return known(body)
+        frame = known(body)
+        if op == "call" and self._digest is not None and not inspect.isawaitable(frame["value"]):
+            frame["digest"] = self._digest.add(frame)
+        return frame
 
     async def run_async(self, op: str, body: Frame) -> Frame:
         """The same for an env with coroutine functions: those are awaited, everything else of it runs on a thread."""
         if op == "reset":
             seed, options = self._reset_arguments(body)
             reset = alone(self.env.reset) if self.draws else self.env.reset
-            return self._was_reset(await self._calls(reset, seed=seed, options=options))
+            return self._was_reset(await self._calls(reset, seed=seed, options=options), seed)
         if op == "step":
             self._need_reset("step")
             return self._stepped(await self._calls(self._step, _action(body)))
         if op == "state":
             return self._op_state(body)
+        if op == "replay":
+            for n, (entry_op, entry) in enumerate(self._entries(body)):
+                with _told_of(n, entry_op):
+                    await self.run_async(entry_op, entry)
+                await asyncio.sleep(0)  # others of this worker have their turns
+            return self._replayed(body)
         frame = await self._calls(self.run, op, body)
-        return {key: await value if inspect.isawaitable(value) else value for key, value in frame.items()}
+        told = {key: await value if inspect.isawaitable(value) else value for key, value in frame.items()}
+        if op == "call" and self._digest is not None and "digest" not in told:
+            told["digest"] = self._digest.add(told)
+        return told
+
+    def cancel(self) -> None:
+        """The session is over: a replay does not go on."""
+        self._over = True
 
     async def close(self, seconds: float) -> None:
         """Close the env; what it raises is the caller's to report.
@@ -104,7 +137,7 @@ class HostedEnv:
 
     def _op_reset(self, body: Frame) -> Frame:
         seed, options = self._reset_arguments(body)
-        return self._was_reset(self.env.reset(seed=seed, options=options))
+        return self._was_reset(self.env.reset(seed=seed, options=options), seed)
 
     def _reset_arguments(self, body: Frame) -> tuple[int | None, Any]:
         seed, options = body.get("seed"), body.get("options")
@@ -118,10 +151,16 @@ class HostedEnv:
             self._episode.seed = seed
         return seed, options
 
-    def _was_reset(self, outcome: Any) -> Frame:
+    def _was_reset(self, outcome: Any, seed: int | None) -> Frame:
         obs, info = outcome
         self._episode.began()
-        return {"obs": obs, "info": info}
+        frame: Frame = {"obs": obs, "info": info}
+        if self._digest is not None:
+            if seed is not None:
+                self._digest = Digest()  # as the client's journal begins here
+                frame["seed"] = seed  # it may have been drawn
+            frame["digest"] = self._digest.add(frame)
+        return frame
 
     def _op_step(self, body: Frame) -> Frame:
         self._need_reset("step")
@@ -133,7 +172,10 @@ class HostedEnv:
         self._episode.rewarded(reward)
         if terminated or truncated:
             self._episode.ended()
-        return {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "info": info}
+        frame = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "info": info}
+        if self._digest is not None:
+            frame["digest"] = self._digest.add(frame)
+        return frame
 
     def _op_render(self, _body: Frame) -> Frame:
         self._need_reset("render")
@@ -156,6 +198,52 @@ class HostedEnv:
         self._attributes.set(self.env, name, body["value"])
         return {}
 
+    # ---------------------------------------------------------------- replay
+
+    def _op_replay(self, body: Frame) -> Frame:
+        """Do a journal again, of an env that nothing was asked of yet."""
+        for n, (op, entry) in enumerate(self._entries(body)):
+            with _told_of(n, op):
+                self.run(op, entry)
+        return self._replayed(body)
+
+    def _entries(self, body: Frame) -> Iterator[tuple[str, Frame]]:
+        """The requests of a journal, each read when its turn comes.
+
+        Raises:
+            MalformedMessage: it is none, or something was asked before.
+            SessionUnknown: the session has ended meanwhile.
+        """
+        journal = body.get("journal")
+        if not isinstance(journal, list) or self._episode.phase != "new":
+            raise MalformedMessage("a replay needs a journal, a list of requests, and is a session's first request")
+        for entry in journal:
+            if self._over:
+                raise SessionUnknown(f"session {self.session} ended during its replay", reason="closed")
+            if type(entry) is not list or [type(part) for part in entry] != [str, bytes] or entry[0] not in CHANGING:
+                raise MalformedMessage("a journal's entry is an op that changes something and the request's body")
+            request = unpack(entry[1])
+            if type(request) is not dict:
+                raise MalformedMessage("a journal's request is a map")
+            yield entry[0], request
+
+    def _replayed(self, body: Frame) -> Frame:
+        """Whether it has led where the client was told that it was.
+
+        Raises:
+            ReplayDiverged: it has not.
+        """
+        told, digest = body.get("digest"), self._digest
+        if told is not None and (digest is None or told != digest.value):
+            raise ReplayDiverged(
+                f"{self.name}: {len(body['journal'])} requests were done again at worker {self.worker} and led to "
+                "another state: the env does not do the same when asked the same, or is another one; close it and "
+                "open a new one",
+                session=self.session,
+                worker=self.worker,
+            )
+        return {}
+
     # ---------------------------------------------------------------- checks
 
     def _need_reset(self, op: str) -> None:
@@ -167,3 +255,14 @@ def _action(body: Frame) -> Any:
     if "action" not in body:
         raise MalformedMessage("a step needs an action")
     return body["action"]
+
+
+@contextmanager
+def _told_of(number: int, op: str) -> Iterator[None]:
+    """What is refused in a replay was not when it was asked first."""
+    try:
+        yield
+    except (MalformedMessage, SessionUnknown):
+        raise
+    except MeshError as exc:
+        raise ReplayDiverged(f"request {number} of the journal, a {op}, was refused: {exc.message}", op=op) from exc

@@ -287,7 +287,7 @@ def _shape(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return ("array", value.dtype.str, value.shape)
     if isinstance(value, dict):
-        return {k: _shape(v) for k, v in value.items() if k not in {"versions", "spec", "metadata"}}
+        return {k: _shape(v) for k, v in value.items() if k not in {"versions", "spec", "metadata", "fingerprint"}}
     return value
 
 

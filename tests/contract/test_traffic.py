@@ -75,9 +75,23 @@ async def _use_everything(server: EmbeddedServer) -> None:
         with pytest.raises(MeshError):
             await mesh.agent("remembering", stateful=True, wait=0.3)
         await env.close()
+        await _use_a_session_that_is_lost(mesh, envs)
         await _use_vectors(mesh)
         await _use_pools(mesh)
         await _break_rules(server, envs)
+
+
+async def _use_a_session_that_is_lost(mesh: Mesh, worker: EnvWorker) -> None:
+    """And is opened again where it was, by a replay."""
+    env = await mesh.env("cartpole", on_loss="resume")
+    await env.reset()
+    await env.step(1)
+    await env.set_attr("gravity", 9.7)
+    (session,) = [session for session in worker.table if session.id == env.session_id]
+    worker._execution.end(session, "session_expired")
+    await env.step(0)
+    assert await env.get_attr("gravity") == 9.7
+    await env.close()
 
 
 async def _use_vectors(mesh: Mesh) -> None:

@@ -357,6 +357,12 @@ async def session_whose_env_raised(stage: Stage) -> None:
     await env.step(0)
 
 
+@case(errors.ReplayDiverged, "open a new one")
+async def replay_of_what_was_never_told(stage: Stage) -> None:
+    await stage.open("bare", digests=True)
+    await stage.request("replay", 1, journal=[["reset", pack({"seed": 1})]], digest=bytes(16))
+
+
 @case(errors.EnvError, "step raised RuntimeError: the simulator diverged")
 async def env_that_raises(stage: Stage) -> None:
     env = await stage.env("breaks", at="step")

@@ -1,0 +1,281 @@
+"""A session that is opened again elsewhere when it is lost, and brought into the state that it had (R8).
+
+lost            -> recovering    when it is next asked for something, or was under way
+recovering      -> open          with an equal digest: the request under way is sent again
+                -> given up      nobody could take it, or it came to another state: its user is told so once
+given up        -> recovering    at the next reset, which begins with nothing
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from meshrl.client.flights import Entry
+from meshrl.client.recovery import GONE, NO_WORKER, Recovery, same
+from meshrl.client.session import _GONE, RemoteSession
+from meshrl.errors import (
+    BusClosed,
+    MeshError,
+    MeshFull,
+    MeshUnreachable,
+    SessionClosed,
+    SessionLost,
+    UnknownName,
+)
+from meshrl.protocol.journal import Journal
+from meshrl.protocol.turn import Begin, Phase
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.frames import Frame, check_reply
+from meshrl.wire.messages import Grant
+
+if TYPE_CHECKING:
+    from meshrl.client.context import Context
+
+# What goes wrong at this client says nothing about the session.
+_OURS = (MeshUnreachable, BusClosed, SessionClosed)
+
+
+class ResumableSession(RemoteSession):
+    """A session of one lane that outlives its worker.
+
+    Args:
+        context: of the mesh.
+        grant: the first.
+        recovery: how it is opened again.
+    """
+
+    def __init__(self, context: Context, grant: Grant, recovery: Recovery) -> None:
+        super().__init__(context, grant)
+        self.slots = int(recovery.request.get("num_envs", 1))
+        self._recovery = recovery
+        self._epoch = grant.epoch
+        self._recovering: asyncio.Task[None] | None = None
+        self._closing = False
+
+    @property
+    def given_up(self) -> bool:  # type: ignore[override]  # there it is nothing
+        """Whether its state is gone, so that the next reset begins with nothing."""
+        return self._recovery.anew
+
+    @property
+    def told(self) -> bytes:  # type: ignore[override]  # there it is nothing
+        """The last answer to a reset or a step."""
+        return self._recovery.told
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still be used, if need be after it was opened again."""
+        return not self.closed and (self._lost is None or self._recovers)
+
+    @property
+    def _recovers(self) -> bool:
+        # What an env raised it would raise again.
+        return self._lost is not None and self._lost.details.get("reason") != "ended"
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody closed it although its slot is still held, or will be."""
+        return super().abandoned or (self._recovering is not None and not self.closed and not self._connection.closed)
+
+    async def request(self, op: str, fields: Frame) -> Frame:
+        """As of any session; one that is lost is opened again first.
+
+        Raises:
+            SessionLost: its state is gone. The next reset begins with nothing.
+            MeshError: as of any session.
+        """
+        if self._lost is None:
+            return await super().request(op, fields)
+        if self.may_begin(op) is Begin.AFTER_LAST:
+            await self.discard()
+            self.may_begin(op)
+        body = self.encoded(fields)  # it is sent by what opens the session again, also when nobody waits any more
+        self._turn.begin(op)
+        self._body = body
+        return await self.landing()
+
+    async def landing(self) -> Frame:
+        """As of any session; where it is lost meanwhile, the answer is that of its next incarnation."""
+        while True:
+            if self._lost is None:
+                try:
+                    return await self._noted()
+                except SessionLost:
+                    if not self._recovers or self.closed:
+                        self._turn.answered()
+                        raise
+            try:
+                await self._recovered(self._turn.op)
+            except (asyncio.CancelledError, MeshUnreachable):
+                self._turn.cancelled()
+                raise
+            except BaseException:
+                self._turn.answered()
+                raise
+
+    async def _noted(self) -> Frame:
+        flight, op = self._flight, self._turn.op
+        try:
+            frame = await self._landing()
+        except SessionLost:
+            raise
+        except MeshError as exc:
+            if self._turn.phase is Phase.FREE:  # it was answered
+                self._recovery.refused(op, exc)
+            raise
+        assert flight is not None, "launch comes first"
+        self._recovery.note(op, self._body, flight.future.result(), frame, time.monotonic() - flight.sent_at)
+        return frame
+
+    async def _landing_again(self) -> Frame:
+        return await (super()._landing_again() if self._lost is None else self.landing())
+
+    def take_untold(self) -> SessionLost | None:
+        """A loss that ended an episode and was told nobody; once."""
+        untold, self._recovery.untold = self._recovery.untold, None
+        return untold
+
+    async def close(self) -> None:
+        """As of any session."""
+        recovering = self._recovering
+        if recovering is not None and not self.closed:
+            self._closing = True
+            recovering.cancel()  # its opening says close to whom it has asked
+            try:
+                await asyncio.wait({recovering})
+            finally:
+                await super().close()
+            return
+        await super().close()
+
+    def _let_go(self) -> None:
+        if self._recovering is not None:
+            self._recovering.cancel()
+        super()._let_go()
+
+    # ---------------------------------------------------------------- opened again
+
+    async def _recovered(self, op: str) -> None:
+        """Wait until it is open again, in the state that it had; a request under way has been sent again by then.
+
+        Cancelling stops the waiting only.
+
+        Raises:
+            SessionLost: its state is gone.
+            SessionClosed: it was closed meanwhile.
+            MeshUnreachable: the server is away.
+        """
+        if self._recovery.anew and op != "reset":
+            raise self._ended()
+        if self._recovering is None:
+            self._recovering = asyncio.get_running_loop().create_task(self._recover())
+            self._recovering.add_done_callback(self._recovery_over)
+            self._context.recovering.add(self)
+        recovering = self._recovering
+        try:
+            await asyncio.shield(recovering)
+        except asyncio.CancelledError:
+            if self._closing and recovering.cancelled():  # the session was closed, and not the waiting cancelled
+                raise SessionClosed(f"{self.grant.description.name}: it was closed while it was resumed") from None
+            raise
+        except SessionLost:
+            self._recovery.untold = None
+            raise
+
+    def _recovery_over(self, task: asyncio.Task[None]) -> None:
+        self._recovering = None
+        self._context.recovering.discard(self)
+        if not task.cancelled():
+            task.exception()  # who waits is told; when nobody does any more, there is nothing to log
+
+    async def _recover(self) -> None:
+        lost, recovery = self._lost, self._recovery
+        assert lost is not None
+        lacking = recovery.lacking(lost)
+        if lacking:
+            raise self._give_up(lost, lacking)
+        deadline = time.monotonic() + recovery.wait_s
+        gone = lost.details.get("reason") in GONE and not recovery.anew
+        avoid = {str(lost.details["worker"])} if gone else set()
+        while not await self._opened_again(lost, avoid, deadline):
+            if time.monotonic() >= deadline:
+                raise self._give_up(lost, NO_WORKER, f"nobody could take it within {recovery.wait_s:g} s")
+        self._lost = None
+        if self._turn.phase is not Phase.FREE:
+            self._send_again()
+
+    async def _opened_again(self, lost: SessionLost, avoid: set[str], deadline: float) -> bool:
+        """Try one worker; one that cannot have it, or is lost as well, is in ``avoid`` from then on."""
+        recovery, before = self._recovery, self.grant
+        self._epoch += 1
+        try:
+            grant = await recovery.opening(before.session, self._epoch, avoid, deadline).run()
+        except _OURS:
+            raise
+        except MeshError as exc:
+            nobody = isinstance(exc, (MeshFull, UnknownName))
+            raise self._give_up(lost, NO_WORKER if nobody else exc.code, exc.message) from exc
+        self.grant = grant
+        self._held = True
+        self._subject = self._context.subjects.session(grant.worker, self._connection.user, grant.session, "")
+        try:
+            self._context.adopt(self, self.slots)
+        except MeshError:  # the mesh was closed meanwhile
+            await self._back_out()
+            raise
+        if not same(before.description, grant.description, exactly=len(recovery.journal) > 0 and not recovery.anew):
+            avoid.add(grant.worker)
+            await self._back_out()
+            self.grant = before
+            return False
+        self._turn.seq = 0
+        if len(recovery.journal):
+            try:
+                await self._replay(recovery.journal)
+            except SessionLost:
+                avoid.add(grant.worker)
+                self._release()
+                return False
+            except _OURS:
+                self._release()  # its lease ends it
+                raise
+            except MeshError as exc:
+                await self._back_out()
+                raise self._give_up(lost, exc.code, exc.message) from exc
+        recovery.anew = False
+        return True
+
+    async def _replay(self, journal: Journal) -> None:
+        grant = self.grant
+        body = {"epoch": grant.epoch, "lane": 0, "seq": 1, "digest": journal.digest}
+        packed = pack({**body, "journal": [list(entry) for entry in journal.entries]})
+        entry = Entry(grant.session, grant.epoch, 0, 1)
+        deadline_s = grant.step_deadline_s + 2 * journal.seconds  # on a machine that is half as fast
+        flight = self._flights.launch(grant.worker, entry, self._subject + "replay", packed, deadline_s)
+        try:
+            check_reply(unpack(await flight.future), 1)
+        except _GONE as exc:
+            raise SessionLost(exc.message, **exc.details) from exc
+        finally:
+            self._flights.landed(flight)
+        self._turn.seq = 1
+
+    def _send_again(self) -> None:
+        """The request under way, to where the session is now: no answer to it was ever heard."""
+        grant, turn = self.grant, self._turn
+        turn.seq += 1
+        self._body = pack({**unpack(self._body), "epoch": grant.epoch, "seq": turn.seq})
+        entry = Entry(grant.session, grant.epoch, 0, turn.seq)
+        subject = self._subject + turn.op
+        self._flight = self._flights.launch(grant.worker, entry, subject, self._body, grant.step_deadline_s)
+
+    async def _back_out(self) -> None:
+        """What was granted is of no use."""
+        self._release()
+        await self._say_close()
+
+    def _give_up(self, lost: SessionLost, why: str, detail: str = "") -> MeshError:
+        self._lost = self._recovery.give_up(lost, why, detail)
+        return self._ended()

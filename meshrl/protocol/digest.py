@@ -1,0 +1,75 @@
+"""The running digest of what a lane has told: what a replay must arrive at to be in the same state (R8).
+
+xxh3-128 over each observation, reward and flag, in the order in which they were told. Infos are left out: they may hold
+times, paths and whatever else differs from one run to the next. The worker keeps it and says it with every answer; its
+client only stores it, and hands it to the worker that replays.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from meshrl.wire.codec import pack
+from meshrl.wire.frames import Frame
+
+# What of an answer counts, of a single env, of a vector and of a call; their order is that of the digest.
+_TOLD = ("obs", "reward", "rewards", "terminated", "terminations", "truncated", "truncations", "value")
+# datetimes have no buffer protocol: their integers do.
+_TIMES = frozenset("mM")
+_DOUBLE = struct.Struct("<d")
+
+
+class Digest:
+    """The digest of one lane."""
+
+    __slots__ = ("_hash",)
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, frame: Frame) -> bytes:
+        """Take in what a reset or a step told.
+
+        Returns:
+            16 bytes, of everything so far.
+
+        Raises:
+            UnencodableValue: a value has no form on the wire, so that it cannot be told either.
+        """
+        for field in _TOLD:
+            if field in frame:
+                self._feed(frame[field])
+        return self._hash.digest()
+
+    @property
+    def value(self) -> bytes:
+        """16 bytes, of everything so far."""
+        return self._hash.digest()
+
+    def _feed(self, value: Any) -> None:
+        kind = type(value)
+        if kind is np.ndarray and not value.dtype.hasobject:
+            whole = np.ascontiguousarray(value)
+            self._hash.update(b"%d" % whole.nbytes)
+            self._hash.update((whole.view(np.int64) if whole.dtype.kind in _TIMES else whole).data)
+        elif kind is float:  # the commonest reward
+            self._hash.update(_DOUBLE.pack(value))
+        elif kind is bool:
+            self._hash.update(b"\1" if value else b"\0")
+        elif kind is dict:
+            self._hash.update(b"{%d" % len(value))
+            for key, part in value.items():
+                self._feed(key)
+                self._feed(part)
+        elif kind is set or kind is frozenset:  # in no order of their own
+            self._hash.update(b"".join(sorted(map(pack, value))))
+        elif kind is tuple or kind is list:
+            self._hash.update(b"[%d" % len(value))
+            for part in value:
+                self._feed(part)
+        else:
+            self._hash.update(pack(value))

@@ -1,0 +1,55 @@
+"""Fingerprints: what an env's behaviour depends on, as one short text (R8).
+
+Two workers with equal fingerprints do the same when asked the same, as far as can be known beforehand: the same env
+with the same arguments, the same packages, and a processor on which numpy computes with the same instructions. Whether
+they did is proved by the digest of each replay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+# Whatever an env says of what it wraps, it ends somewhere.
+MAX_WRAPPERS = 100
+# What the same numbers come out of.
+_IGNORED = frozenset({"meshrl"})
+
+
+def fingerprint_of(env: Any, spec: str | None, versions: Mapping[str, str]) -> str:
+    """128 bits as hexadecimal text.
+
+    Args:
+        env: as it was made.
+        spec: its ``EnvSpec`` as JSON, which has its arguments and wrappers; None where it has none.
+        versions: of Python and the packages that it comes from.
+    """
+    chain: list[str] = []
+    inner = env
+    while inner is not None and len(chain) < MAX_WRAPPERS:
+        chain.append(f"{type(inner).__module__}:{type(inner).__qualname__}")
+        inner = getattr(inner, "env", None) if inner is not getattr(inner, "unwrapped", inner) else None
+    facts = {
+        "chain": chain,
+        "spec": spec,
+        "versions": {name: version for name, version in versions.items() if name not in _IGNORED},
+        "machine": _machine(),
+    }
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@cache
+def _machine() -> list[str]:
+    try:
+        features: Mapping[str, bool] = np._core._multiarray_umath.__cpu_features__  # type: ignore[attr-defined]  # noqa: SLF001
+    except AttributeError:
+        features = {}
+    used = sorted(name for name, has in features.items() if has)
+    return [platform.system(), platform.machine(), *used]

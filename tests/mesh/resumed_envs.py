@@ -1,0 +1,72 @@
+"""Envs whose sessions are lost in tests: slow ones, tunable ones, one that never does the same twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import gymnasium
+from gymnasium import spaces
+
+Step = tuple[Any, float, bool, bool, dict[str, Any]]
+
+
+class Tuned(gymnasium.Env[Any, Any]):
+    """Counts its actions, times a gain that outlives its resets."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Discrete(2**31)
+        self.action_space = spaces.Discrete(1000)
+        self.gain = 1
+        self.label = "tuned"
+        self._count = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._count = 0
+        return self._count, {}
+
+    def step(self, action: int) -> Step:
+        self._count += self.gain * action
+        return self._count, 1.0, False, False, {}
+
+    def double(self) -> int:
+        """The gain, which is twice as large from now on."""
+        self.gain *= 2
+        return self.gain
+
+
+class TunedOtherwise(Tuned):
+    """The same by its spaces, and another env."""
+
+
+class Slow(Tuned):
+    """Takes 20 ms a step."""
+
+    def step(self, action: int) -> Step:
+        time.sleep(0.02)
+        return super().step(action)
+
+
+class Random(Tuned):
+    """Never does the same twice."""
+
+    def step(self, action: int) -> Step:
+        return int.from_bytes(os.urandom(3), "big"), 1.0, False, False, {}
+
+
+class Breaks(Tuned):
+    """Cannot be stepped."""
+
+    def step(self, action: int) -> Step:
+        raise RuntimeError("broken")
+
+
+class Awaited(Tuned):
+    """Steps in a coroutine."""
+
+    async def step(self, action: int) -> Step:  # type: ignore[override]
+        await asyncio.sleep(0.001)
+        return super().step(action)
