@@ -26,6 +26,7 @@ def describe_env(
     allow: Collection[str],
     step_deadline_s: float,
     vectors: Vectors | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Description:
     """The description of ``env`` as it stands.
 
@@ -47,7 +48,7 @@ def describe_env(
         step_deadline_s=step_deadline_s,
         versions=known,
         vectors=Vectors() if vectors is None else vectors,
-        fingerprint=fingerprint_of(env, spec, known),
+        fingerprint=fingerprint_of(env, spec, known, arguments or {}),
     )
 
 

@@ -171,8 +171,10 @@ class EnvWorker(Service):
         return self._vectors if isinstance(self._vectors, str) else self._vectors.get(name, "meshrl")
 
     def _describe_env(self, name: str, env: Any, vectors: Vectors | None) -> Description:
+        factory = self._factories.get(name)  # one that is served on demand has no arguments, and is not there yet
         return describe_env(
             env,
+            arguments=None if factory is None else factory.kwargs,
             name=name,
             worker=self.id,
             capabilities=self.capabilities,

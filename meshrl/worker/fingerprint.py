@@ -18,17 +18,18 @@ import numpy as np
 
 # Whatever an env says of what it wraps, it ends somewhere.
 MAX_WRAPPERS = 100
-# What the same numbers come out of.
+# It carries an env's values and computes none of them.
 _IGNORED = frozenset({"meshrl"})
 
 
-def fingerprint_of(env: Any, spec: str | None, versions: Mapping[str, str]) -> str:
+def fingerprint_of(env: Any, spec: str | None, versions: Mapping[str, str], arguments: Mapping[str, Any]) -> str:
     """128 bits as hexadecimal text.
 
     Args:
         env: as it was made.
         spec: its ``EnvSpec`` as JSON, which has its arguments and wrappers; None where it has none.
         versions: of Python and the packages that it comes from.
+        arguments: those that the operator made it with, which an env without a spec does not tell.
     """
     chain: list[str] = []
     inner = env
@@ -38,6 +39,7 @@ def fingerprint_of(env: Any, spec: str | None, versions: Mapping[str, str]) -> s
     facts = {
         "chain": chain,
         "spec": spec,
+        "arguments": {name: repr(value) for name, value in arguments.items()},
         "versions": {name: version for name, version in versions.items() if name not in _IGNORED},
         "machine": _machine(),
     }
