@@ -22,7 +22,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 from urllib.parse import ParseResult
 
 import nats.aio.client
@@ -112,7 +112,8 @@ class _Reader(asyncio.StreamReader):
         end = len(last) - behind - len(_CRLF)
         if end < 0:  # the last chunk begins within the CRLF
             return 0, b"".join(chunks)
-        body = b"".join((memoryview(first)[eol + len(_CRLF) :], *chunks[1:-1], last[:end]))
+        # Writable, so that an array can be made of it where it is; nobody else has it, and to all others it is bytes.
+        body = cast("bytes", bytearray().join((memoryview(first)[eol + len(_CRLF) :], *chunks[1:-1], last[:end])))
         try:
             handler(words[0].decode(), words[2].decode() if len(words) == 4 else "", body, b"")
         except Exception as exc:  # noqa: BLE001  # as in _scan

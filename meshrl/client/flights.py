@@ -125,11 +125,11 @@ class Flight:
             return
         self.future = self._flights.loop.create_future()
         landed = self._landed
-        if isinstance(landed, bytes):
-            self.future.set_result(landed)
-        elif landed is not None:
+        if isinstance(landed, MeshError):
             self.future.set_exception(landed)
             self.future.exception()
+        elif landed is not None:
+            self.future.set_result(landed)
 
     @property
     def landed(self) -> bool:

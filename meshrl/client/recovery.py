@@ -82,7 +82,7 @@ class Recovery:
         if op not in CHANGING:
             return
         if op in {"reset", "step"}:
-            self.told = reply
+            self.told = bytes(reply)  # the arrays of a large one are its user's, to write to
         if not self.resumes and op != "set_attr":
             return
         seeded = op == "reset" and frame.get("seed") is not None

@@ -150,7 +150,7 @@ def from_map(form: Mapping[Any, Any], key_style: KeyStyle) -> np.ndarray[Any, An
         key_style: how the map's keys are written.
 
     Returns:
-        a scalar, or an array that owns its memory, writable, C-contiguous and aligned: one copy of the data, which was
+        a scalar, or an array that nobody else has, writable, C-contiguous and aligned: one copy of the data, which was
         itself copied once, out of the message (or not: a view of one, see :mod:`meshrl.wire.large`).
 
     Raises:
@@ -185,7 +185,9 @@ def _array(text: object, shape: object, data: bytes | memoryview) -> np.ndarray[
     if dtype.kind in "bU":
         _check_items(dtype, data)
     try:
-        return np.ndarray(shape, dtype, data).copy()
+        array = np.ndarray(shape, dtype, data)
+        # A message that can be written to is its reader's own; items of one byte lie right in it wherever they lie.
+        return array if array.flags.writeable and array.flags.aligned else array.copy()
     except ValueError as exc:  # too many dimensions, or empty with one too long
         raise MalformedMessage(f"an array of shape {str(shape)[:60]}: {exc}") from exc
 

@@ -126,7 +126,7 @@ class Codec:
             raise UnencodableValue(f"the value cannot be packed: {exc}", path="") from exc
         return body
 
-    def unpack(self, data: bytes | memoryview) -> Any:
+    def unpack(self, data: bytes | bytearray | memoryview) -> Any:
         """As the function :func:`unpack`."""
         return unpack(data)
 
@@ -150,14 +150,14 @@ def pack(obj: Any) -> bytes:
     return codec.pack(obj)
 
 
-def unpack(data: bytes | memoryview) -> Any:
+def unpack(data: bytes | bytearray | memoryview) -> Any:
     """The value that a message holds; safe from any thread.
 
     Reads both key styles. Maps with a key twice keep the last value, as msgpack does: looking for that would
     cost half as much again as reading. Nothing else is forgiven.
 
     Args:
-        data: one whole message, from a peer.
+        data: one whole message, from a peer; of a bytearray the caller keeps nothing: arrays may be made in it.
 
     Raises:
         MalformedMessage: it is anything else than one value of this codec.
@@ -167,7 +167,7 @@ def unpack(data: bytes | memoryview) -> Any:
             body = msgpack.unpackb(data, ext_hook=_refuse_ext, max_ext_len=0)
             if type(body) is dict and _revived(body):
                 return body
-        elif len(data) >= LARGE_BYTES and type(data) is bytes:
+        elif len(data) >= LARGE_BYTES and not isinstance(data, memoryview):
             is_one, body = unpack_ending(data, revive, ext_hook=_refuse_ext, max_ext_len=0)
             if is_one:
                 return body

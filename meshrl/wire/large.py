@@ -11,7 +11,7 @@ Copies of a large observation from a worker's array to its client's::
     to and from the server  2   the kernel's, a side each
     out of the socket       1   into what the event loop reads
     into one message        1   with the reads joined
-    into the client's array 1   (by msgpack's unpacker: 2)
+    into the client's array 0   (of items of one byte; else 1; by msgpack's unpacker: 2)
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def pack_ending(
     return b"".join((head[: -len(_EMPTY_BIN)], _BIN_32, length, *data))
 
 
-def unpack_ending(data: bytes, revive: Callable[[dict[Any, Any]], Any], **limits: Any) -> tuple[bool, Any]:
+def unpack_ending(data: bytes | bytearray, revive: Callable[[dict[Any, Any]], Any], **limits: Any) -> tuple[bool, Any]:
     """The value of a message that ends in a large array, and whether it is one.
 
     Args:
@@ -139,7 +139,7 @@ def unpack_ending(data: bytes, revive: Callable[[dict[Any, Any]], Any], **limits
     return tail is None, body
 
 
-def _is_head(data: bytes, end: int) -> bool:
+def _is_head(data: bytes | bytearray, end: int) -> bool:
     """Whether the array's data is announced at ``end``, and is all that follows."""
     start = end + 1 + _LENGTH_BYTES
     length = int.from_bytes(data[end + 1 : start], "big")

@@ -64,6 +64,23 @@ def test_a_frame_with_a_large_batch_comes_back_whole_and_is_plain_msgpack(dtype:
         assert read["infos"] == {"x": [1, b"y", None]}
 
 
+@pytest.mark.parametrize("dtype", ["|u1", "|b1", "<f4", "<c8"])
+def test_an_array_of_a_message_that_is_its_readers_own_is_made_where_it_is(dtype: str) -> None:
+    obs = np.arange(6 * ITEMS).reshape(3, -1).astype(dtype)
+    for padding in range(8):  # of which it depends where the array's first byte lies
+        own = bytearray(Codec().pack_batch({"obs": obs, "x": b"y" * padding}))
+        before = bytes(own)
+        read = unpack(own)["obs"]
+        assert np.array_equal(read, obs)
+        assert read.flags.writeable
+        assert read.flags.aligned
+        read[...] = 0
+        assert (bytes(own) != before) == np.shares_memory(read, np.frombuffer(own, np.uint8))
+        assert np.shares_memory(read, np.frombuffer(own, np.uint8)) or obs.itemsize > 1
+        assert np.array_equal(unpack(before)["obs"], obs)
+        assert not np.shares_memory(unpack(before)["obs"], np.frombuffer(before, np.uint8))
+
+
 def test_an_array_in_another_order_is_written_in_its_own() -> None:
     obs = np.arange(2 * ITEMS, dtype=np.float32).reshape(2, -1).T
     assert not obs.flags.c_contiguous
