@@ -28,7 +28,55 @@ _NO_ACTIONS: list[Any] = [
 ]
 _NO_IDS: list[Any] = [[3], [-1], [True], [1.0], ["0"], "012", 1, {}, [_LONG], whole_numbers(0, 1)]
 
+_STEP = msgpack.packb({**LANE, "actions": whole_numbers(1, 0, 1)})
+_LANES_STEP = msgpack.packb({**LANES, "actions": whole_numbers(1, 0, 1)})
+_DIGESTS: dict[str, Any] = {**whole_numbers(0, 0, 0), "type": "<u8"}
+_NOTHING: dict[str, Any] = {
+    "journal": [],
+    "begins": whole_numbers(-1, -1, -1),
+    "ends": whole_numbers(-1, -1, -1),
+    "origins": [None, None, None],
+    "digests": _DIGESTS,
+}
+# Journals that are none; each is that of a vector or a pool, whatever it is sent to.
+_NO_REPLAYS: list[dict[str, Any]] = [
+    {},
+    *(
+        {**_NOTHING, "journal": journal}
+        for journal in (None, 5, {}, "[]", [5], [["step"]], [["step", "x"]], [["fly", b"x"]])
+    ),
+    *({**_NOTHING, "journal": [["step", body]]} for body in (b"", b"\xc1", b"\x01", _STEP[:-3], _STEP + b"x")),
+    *(
+        {**_NOTHING, "journal": [["step", msgpack.packb({**LANE, "actions": bad})]]}
+        for bad in (None, whole_numbers(1), "x")
+    ),
+    {**_NOTHING, "journal": [["step", msgpack.packb({**LANES, "lanes": whole_numbers(0, 1, 3), "actions": bytes(3)})]]},
+    {**_NOTHING, "journal": [["reset", msgpack.packb({**LANE, "seeds": [1]})]]},
+    {**_NOTHING, "journal": [["reset", msgpack.packb({**LANE, "mask": [True]})]]},
+    {**_NOTHING, "journal": [["set_attr", msgpack.packb({**LANE, "name": "x", "values": 3})]]},
+    *({**_NOTHING, field: value} for field in ("begins", "ends") for value in (None, [], whole_numbers(0), _DIGESTS)),
+    *({**_NOTHING, "digests": value} for value in (None, whole_numbers(0, 0, 0), b"")),
+    *({**_NOTHING, "origins": value} for value in (None, [], [None], [1, 2, 3], {})),
+    *({**_NOTHING, "begins": whole_numbers(*at)} for at in ((0, 0, 0), (5, -1, -1), (-2, -1, -1))),
+    {**_NOTHING, "ends": whole_numbers(0, 0, 0)},
+    {**_NOTHING, "origins": [msgpack.packb({"seed": 1}), None, None]},
+    *(
+        {
+            **_NOTHING,
+            "journal": [["step", step]],
+            "begins": whole_numbers(0, 0, 0),
+            "origins": [msgpack.packb(origin)] * 3,
+        }
+        for origin in ({}, {"state": b"x"}, {"state": 5}, {"seed": 1, "episode": -1}, {"seed": 1, "episode": "x"})
+        for step in (_STEP,)
+    ),
+]
 Ops = tuple[tuple[str, dict[str, Any], str], ...]
+_REPLAYS: Ops = (
+    *(("replay", fields, MALFORMED) for fields in _NO_REPLAYS),
+    ("replay", {**_NOTHING, "digests": {**whole_numbers(1, 2, 3), "type": "<u8"}}, "replay_diverged"),
+    ("replay", {**_NOTHING, "journal": [["step", _LANES_STEP]], "ends": whole_numbers(0, 0, 0)}, "replay_diverged"),
+)
 
 _VECTOR: Ops = (
     *(("reset", {"seeds": seeds}, "invalid_seed") for seeds in (7, [7], [7, 8, 9, 10], "789", {}, *_BAD_SEEDS)),
@@ -56,6 +104,7 @@ _VECTOR: Ops = (
     ("state", {}, MALFORMED),
     ("act", {"obs": 1}, MALFORMED),
     ("fly", {}, MALFORMED),
+    *_REPLAYS,
 )
 _POOL: Ops = (
     *(("reset", {"seeds": seeds}, MALFORMED) for seeds in (7, [7], [7, 8, 9, 10], "789", {}, whole_numbers(7, 8, 9))),
@@ -65,6 +114,7 @@ _POOL: Ops = (
     *((op, {"name": "gravity"}, MALFORMED) for op in ("render", "state", "call", "get_attr", "set_attr", "is_wrapped")),
     ("act", {"obs": 1}, MALFORMED),
     ("fly", {}, MALFORMED),
+    *_REPLAYS,
 )
 
 

@@ -52,6 +52,14 @@ _FLAGS: dict[str, Any] = {"nd": True, "type": "|b1", "kind": "", "shape": [3], "
 _SECOND = {**LANE, "seq": 2}
 _SECOND_LANES = {**LANES, "seqs": whole_numbers(2, 2, 2)}
 
+_REPLAY: dict[str, Any] = {
+    "journal": [["step", msgpack.packb({**LANES, "actions": whole_numbers(1, 0, 1)})]],
+    "begins": whole_numbers(0, 0, 0),
+    "ends": whole_numbers(0, 0, 0),
+    "origins": [msgpack.packb({"seed": seed}) for seed in (7, 8, 9)],
+    "digests": {**whole_numbers(1, 2, 3), "type": "<u8"},
+}
+
 # A right one of each message by who reads it: control messages of clients, session requests by their op, acts.
 REQUESTS: dict[str, dict[str, Any]] = {
     "Open": {"v": 1, "session": "mutant", "name": "cartpole", "form": "vector", "num_envs": 2, "seeding": "derived"},
@@ -77,6 +85,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "vector:get_attr": {**_SECOND, "name": "gravity", "ids": [2, 1]},
     "vector:set_attr": {**_SECOND, "name": "gravity", "values": [9.8, 9.9], "ids": [0, 1]},
     "vector:is_wrapped": {**_SECOND, "wrapper": "gymnasium.wrappers.common:TimeLimit"},
+    "vector:replay": {**LANE, **_REPLAY},
+    "pool:replay": {**LANES, **_REPLAY},
     "pool:reset": {**_SECOND_LANES, "seeds": [7, None, 9], "options": {"low": 0.1}},
     "pool:step": {**_SECOND_LANES, "actions": whole_numbers(1, 0, 1)},
 }

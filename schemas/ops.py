@@ -61,7 +61,21 @@ OFFERED: Schema = {
     },
 }
 BYTES: Schema = {"type": "string", "contentEncoding": "base64"}
-_DIGEST: Schema = {**BYTES, "description": "16 bytes: xxh3-128 of what the lane has told since the last seeded reset."}
+_DIGEST: Schema = {**BYTES, "description": "16 bytes: xxh3-128 of what the lane has told since its journal began."}
+_JOURNAL: Schema = {
+    "type": "array",
+    "items": {
+        "type": "array",
+        "prefixItems": [{"enum": ["reset", "step", "call", "set_attr"]}, BYTES],
+        "minItems": 2,
+        "maxItems": 2,
+    },
+    "description": "Of each request the op and the body, as it was sent; the oldest first.",
+}
+_STATE: Schema = {
+    **VALUE,
+    "description": "What outlives a reset of such an env, as it was right before one without a seed.",
+}
 _OUTCOME: Schema = {"reward": VALUE, "terminated": VALUE, "truncated": VALUE}
 
 SINGLE_OPS: dict[str, Op] = {
@@ -77,6 +91,7 @@ SINGLE_OPS: dict[str, Op] = {
                 "minimum": 0,
                 "description": "Given or drawn, if any; of who asked for digests.",
             },
+            "state": _STATE,
             "digest": _DIGEST,
         },
         [],
@@ -91,16 +106,7 @@ SINGLE_OPS: dict[str, Op] = {
     "replay": Op(
         "Do again what a lost session was asked; the first request of one that takes its place.",
         {
-            "journal": {
-                "type": "array",
-                "items": {
-                    "type": "array",
-                    "prefixItems": [{"enum": ["reset", "step", "call", "set_attr"]}, BYTES],
-                    "minItems": 2,
-                    "maxItems": 2,
-                },
-                "description": "Of each request the op and the body, as it was sent; the oldest first.",
-            },
+            "journal": _JOURNAL,
             "digest": {"anyOf": [_DIGEST, {"type": "null"}]},
         },
         ["journal"],
@@ -159,21 +165,50 @@ _IDS: Schema = {
     "description": "Indices within the shard; null, or no field at all, for all of them.",
 }
 
+_EPISODES: Schema = {
+    "description": "How many episodes each has had, where a root or a count goes on; null or absent for none.",
+    "type": ["array", "null"],
+    "items": {"type": "integer", "minimum": 0},
+}
+_BY_NUMBER: Schema = {"$ref": "array.json#/$defs/array", "properties": {"type": {"enum": ["<i8", "<u8"]}}}
+_PROOF: Schema = {
+    "digests": {**_BY_NUMBER, "description": "Of who asked for digests: one of each, as unsigned 64-bit numbers."},
+    "origins": {
+        "type": "array",
+        "items": {"anyOf": [{"type": "integer", "minimum": 0}, BYTES]},
+        "description": "A row and a packed map by turns: of those that were reset and whose journals can begin there.",
+    },
+}
+_REPLAY = Op(
+    "Do again what a lost session was asked; the first request of one that takes its place.",
+    {
+        "journal": _JOURNAL,
+        "begins": {**_BY_NUMBER, "description": "Of each the position of the request that reset it; -1: none did."},
+        "ends": {**_BY_NUMBER, "description": "Of each the position of its last request."},
+        "origins": {"type": "array", "items": {"anyOf": [BYTES, {"type": "null"}]}},
+        "digests": {**_BY_NUMBER, "description": "What each must come to."},
+    },
+    ["journal", "begins", "ends", "origins", "digests"],
+    {},
+    [],
+)
+
 VECTOR_OPS: dict[str, Op] = {
     "reset": Op(
         "Begin episodes; the reply has the observations of all sub-environments.",
-        {"seeds": _SEEDS, "options": _OPTIONS, "mask": _MASK},
+        {"seeds": _SEEDS, "episodes": _EPISODES, "options": _OPTIONS, "mask": _MASK},
         [],
-        {"obs": _BATCH, "infos": _INFOS},
+        {"obs": _BATCH, "infos": _INFOS, **_PROOF},
         ["obs"],
     ),
     "step": Op(
         "One step of each sub-environment.",
         {"actions": _BATCH},
         ["actions"],
-        {**_BATCHED_OUTCOME, "infos": _INFOS},
+        {**_BATCHED_OUTCOME, "infos": _INFOS, **_PROOF},
         list(_BATCHED_OUTCOME),
     ),
+    "replay": _REPLAY,
     "render": Op("A picture of each.", {}, [], {"frames": _VALUES}, ["frames"]),
     "call": Op(
         "Call a method that the operator allows, of each.",
@@ -217,18 +252,19 @@ _POOL_OUTCOME: Schema = {
 POOL_OPS: dict[str, Op] = {
     "reset": Op(
         "Begin an episode on each lane that is named.",
-        {"seeds": _SEEDS, "options": _OPTIONS},
+        {"seeds": _SEEDS, "episodes": _EPISODES, "options": _OPTIONS},
         [],
-        {**_POOL_OUTCOME, "infos": _INFOS},
+        {**_POOL_OUTCOME, "infos": _INFOS, **_PROOF},
         list(_POOL_OUTCOME),
     ),
     "step": Op(
         "One step on each lane that is named.",
         {"actions": _BATCH},
         ["actions"],
-        {**_POOL_OUTCOME, "infos": _INFOS},
+        {**_POOL_OUTCOME, "infos": _INFOS, **_PROOF},
         list(_POOL_OUTCOME),
     ),
+    "replay": _REPLAY,
 }
 
 # The tables by what stands before the op in the name of a schema.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import gymnasium
 
 from meshrl.client.actions import Check, checker
+from meshrl.client.forking import fork
 from meshrl.client.leased import Leased
 from meshrl.client.readable import check_spaces
 from meshrl.client.session import RemoteSession, fields_of
@@ -48,7 +49,7 @@ class RemoteEnv(Leased):
         self._observation_space: gymnasium.Space[Any] | None = None
         self._action_space: gymnasium.Space[Any] | None = None
         self._check: Check | None = None
-        self._strict = check_actions == "strict"
+        self._check_actions = check_actions
         self._window: Shows | None = Window(description.name) if render_mode == "human" else None
         # The op and the result of a step or a reset whose frame was not to be had, or not waited for.
         self._unshown: tuple[str, Any] | None = None
@@ -133,7 +134,7 @@ class RemoteEnv(Leased):
         """
         check = self._check
         if check is None:
-            check = self._check = checker(self.action_space, self.name, strict=self._strict)
+            check = self._check = checker(self.action_space, self.name, strict=self._check_actions == "strict")
         check(action)
         if self._cut:
             raise ResetNeeded(f"{self.name}: its episode was cut short by the loss of its session; reset it")
@@ -248,6 +249,24 @@ class RemoteEnv(Leased):
             NotAllowed: the operator does not allow it.
         """
         await self._request("set_attr", {"name": name, "value": value})
+
+    async def fork(self, n: int = 1) -> list[RemoteEnv]:
+        """Lease ``n`` more envs in this one's exact state, for tree search or group rollouts: all of them or none.
+
+        Each is brought there by doing again what this one was asked since its last reset that can be done again, and
+        proved equal by the digest of what it tells. From then on they go apart.
+
+        Raises:
+            UsageError: this env was leased with another ``on_loss`` than ``resume``, or what it was asked cannot be
+                done again; ``details["lacking"]`` says why.
+            ConcurrentStep, StepUnsettled: a call is under way, or was cancelled and has not been settled.
+            ReplayDiverged: the env does not do the same when asked the same.
+            MeshFull: there was no room for all of them within ``wait``.
+        """
+        return [
+            RemoteEnv(session, render_mode=self.render_mode, check_actions=self._check_actions)
+            for session in await fork(self._session, n)
+        ]
 
     async def close(self) -> None:
         """Close the env and free its slot. Safe to call twice."""

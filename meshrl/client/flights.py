@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import NamedTuple
 
 from meshrl.bus.connection import Connection
@@ -45,6 +46,7 @@ class Flight:
         future: its answer's bytes, or the error. It is awaited bare, since a shield costs more than the rest of the
             waiting: a cancelled waiter cancels it, and :meth:`rearm` makes another.
         state: the worker's last word on it, if there was need to ask.
+        on_fail: is told that there will be no answer, at once and not when somebody next waits for one.
     """
 
     __slots__ = (
@@ -56,6 +58,7 @@ class Flight:
         "doubt",
         "entry",
         "future",
+        "on_fail",
         "rid",
         "sent_at",
         "state",
@@ -84,6 +87,7 @@ class Flight:
         self.rid = 0
         self.state = ""
         self.doubt: Doubt | None = None
+        self.on_fail: Callable[[MeshError], None] | None = None
         self._landed: bytes | MeshError | None = None
         self.future: asyncio.Future[bytes] = flights.loop.create_future()
 
@@ -109,6 +113,8 @@ class Flight:
             if not self.future.done():
                 self.future.set_exception(exc)
                 self.future.exception()  # who waits is told; when nobody does, there is nothing to log
+            if self.on_fail is not None:
+                self.on_fail(exc)
 
     def rearm(self) -> None:
         """Make it fit to be awaited again.

@@ -14,7 +14,7 @@ from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.messages import MAX_BATCH
 
 if TYPE_CHECKING:
-    from meshrl.client.shards import ShardSession
+    from meshrl.client.session import RemoteSession
 
 # What decides about the whole when lanes are told different things: that the session is gone, then that some of it has
 # to be sent again.
@@ -30,14 +30,15 @@ class LaneFlight(Flight):
         lanes: int64, of the shard.
         seqs: int64, the sequence number on each.
         waiting: bool, by lane of the shard: whether it is one of these and has no answer yet.
+        at: its position in the shard's journal, where there is one.
     """
 
-    __slots__ = ("_asked", "_lost", "_received", "_some_of", "lanes", "op", "seqs", "session", "waiting")
+    __slots__ = ("_asked", "_lost", "_received", "_some_of", "at", "lanes", "op", "seqs", "session", "waiting")
 
     def __init__(
         self,
         flights: Flights,
-        session: ShardSession,
+        session: RemoteSession,
         op: str,
         lanes: Indices,
         seqs: Indices,
@@ -75,6 +76,7 @@ class LaneFlight(Flight):
         self.seqs = seqs
         self.waiting = np.zeros(session.num_envs, np.bool_)
         self.waiting[lanes] = True
+        self.at = -1
         self._some_of = some_of
         self._asked = 0
         self._received = received
@@ -133,6 +135,14 @@ class LaneFlight(Flight):
         if "unknown" in states:
             return "unknown"
         return next((state for state in states if state in _SEND_AGAIN), "running")
+
+    def fields_of(self, rows: Indices) -> Frame:
+        """The request's own fields, for some of its lanes, by their positions in it."""
+        return self._some_of(self.op, unpack(self.body), rows)
+
+    def fields_left(self) -> Frame:
+        """The same for the lanes that have no answer yet."""
+        return self.fields_of(self._rows())
 
     def again(self) -> bytes:
         """The body of those that have no answer yet; for a lane that runs it changes nothing.

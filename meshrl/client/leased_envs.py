@@ -14,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 from meshrl.client.batched_actions import batched_checker
 from meshrl.client.leased import Leased
 from meshrl.client.seeds import Seeds
-from meshrl.client.shards import ShardSession
+from meshrl.client.session import RemoteSession
 from meshrl.errors import UsageError
 from meshrl.wire import spaces
 from meshrl.wire.batches import batching
@@ -36,13 +36,13 @@ class LeasedEnvs(Leased):
     """
 
     def __init__(
-        self, sessions: Sequence[ShardSession], *, seeding: Seeding, check_actions: Literal["normal", "strict"]
+        self, sessions: Sequence[RemoteSession], *, seeding: Seeding, check_actions: Literal["normal", "strict"]
     ) -> None:
         description = sessions[0].grant.description
         self.num_envs = sum(session.num_envs for session in sessions)
         self.seeding: Seeding = seeding
         super().__init__(description, sessions)
-        self._sessions: list[ShardSession] = list(sessions)
+        self._sessions: list[RemoteSession] = list(sessions)
         self._bounds = [(s.first_env_id, s.first_env_id + s.num_envs) for s in sessions]  # of env_ids, shard by shard
         self._single_observation_space = spaces.rebuild(description.observation_space)
         self._single_action_space = spaces.rebuild(description.action_space)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
-from meshrl.client.shards import ShardSession
+from meshrl.client.session import RemoteSession
 from meshrl.errors import ConcurrentStep, MeshError, MeshUnreachable, NothingUnsettled, StepUnsettled
 from meshrl.protocol.turn import READING, Begin
 from meshrl.wire.frames import Frame, Indices
@@ -42,7 +42,7 @@ class Lockstep:
             with an error; the oldest first, to be taken away by who needs to know.
     """
 
-    def __init__(self, sessions: Sequence[ShardSession], name: str) -> None:
+    def __init__(self, sessions: Sequence[RemoteSession], name: str) -> None:
         self.began = False
         self.untold: list[Round] = []
         self._sessions = sessions

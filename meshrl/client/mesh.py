@@ -151,7 +151,7 @@ class Mesh:
         *,
         wait: float = 30.0,
         check_actions: Literal["normal", "strict"] = "normal",
-        on_loss: OnLoss = "raise",
+        on_loss: OnLoss = "resume",
     ) -> RemoteEnv:
         """Lease an env by name; its slot is yours until ``close``, the end of the mesh, or your process's end.
 
@@ -175,8 +175,7 @@ class Mesh:
             EnvError: the constructor raised.
         """
         remote_mode = "rgb_array" if render_mode == "human" else render_mode
-        if on_loss not in ON_LOSS:
-            raise UsageError(f"on_loss is one of {', '.join(ON_LOSS)}, not {on_loss!r}")
+        on_loss = _on_loss(on_loss)
         session = await self._open().open("env", name, kwargs, where, wait, on_loss=on_loss, render_mode=remote_mode)
         try:
             return RemoteEnv(session, render_mode=render_mode, check_actions=check_actions)
@@ -197,6 +196,7 @@ class Mesh:
         shards: int | None = None,
         wait: float = 30.0,
         check_actions: Literal["normal", "strict"] = "normal",
+        on_loss: OnLoss = "resume",
     ) -> RemoteVectorEnv:
         """Lease ``num_envs`` envs that are stepped together, spread over workers.
 
@@ -213,6 +213,9 @@ class Mesh:
             shards: over how many workers' sessions they are spread; None leaves it to placement.
             wait: seconds to wait for workers and free slots.
             check_actions: ``strict`` refuses actions outside a Box's bounds too.
+            on_loss: what becomes of the episodes whose worker or session is lost; see :meth:`env`. With ``resume`` it
+                costs one slow step; where that cannot be, and with ``truncate``, the episodes of that worker's
+                sub-environments end with ``infos["session_lost"]``.
 
         Raises:
             UnknownName: nobody serves the name, or nobody with those capabilities.
@@ -235,6 +238,7 @@ class Mesh:
             wait,
             num_envs=num_envs,
             shards=shards,
+            on_loss=_on_loss(on_loss),
             form="vector",
             autoreset_mode=mode.value,
             seeding=seeding,
@@ -260,6 +264,7 @@ class Mesh:
         shards: int | None = None,
         wait: float = 30.0,
         check_actions: Literal["normal", "strict"] = "normal",
+        on_loss: OnLoss = "resume",
     ) -> RemotePool:
         """Lease ``num_envs`` envs that are each stepped as soon as they have an action; first ready, first served.
 
@@ -275,13 +280,24 @@ class Mesh:
             shards: over how many workers' sessions they are spread; None leaves it to placement.
             wait: seconds to wait for workers and free slots.
             check_actions: ``strict`` refuses actions outside a Box's bounds too.
+            on_loss: what becomes of the episodes whose worker or session is lost; see :meth:`vector`. What the other
+                workers have goes on meanwhile.
 
         Raises:
             MeshError: as :meth:`vector`.
         """
         context = self._open()
         sessions = await open_shards(
-            context, name, kwargs, where, wait, num_envs=num_envs, shards=shards, form="pool", seeding=seeding
+            context,
+            name,
+            kwargs,
+            where,
+            wait,
+            num_envs=num_envs,
+            shards=shards,
+            on_loss=_on_loss(on_loss),
+            form="pool",
+            seeding=seeding,
         )
         try:
             return RemotePool(sessions, context.flights, seeding=seeding, fair=fair, check_actions=check_actions)
@@ -357,6 +373,12 @@ class Mesh:
             concurrency=concurrency,
             wait=wait,
         )
+
+
+def _on_loss(given: OnLoss) -> OnLoss:
+    if given not in ON_LOSS:
+        raise UsageError(f"on_loss is one of {', '.join(ON_LOSS)}, not {given!r}")
+    return given
 
 
 def _mode_of(given: object) -> AutoresetMode:

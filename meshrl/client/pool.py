@@ -16,8 +16,7 @@ import numpy as np
 
 from meshrl.client.leased_envs import LeasedEnvs
 from meshrl.client.ready import PoolBatch, Results
-from meshrl.client.session import close_all
-from meshrl.client.shards import ShardSession
+from meshrl.client.session import RemoteSession, close_all
 from meshrl.client.under_way import UnderWay
 from meshrl.errors import (
     MalformedMessage,
@@ -50,7 +49,7 @@ class RemotePool(LeasedEnvs):
 
     def __init__(
         self,
-        sessions: Sequence[ShardSession],
+        sessions: Sequence[RemoteSession],
         flights: Flights,
         *,
         seeding: Seeding,

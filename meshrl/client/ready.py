@@ -91,11 +91,12 @@ class Results:
 
     Attributes:
         count: how many there are.
+        batches: of observations.
     """
 
     def __init__(self, space: gymnasium.Space[Any], num_envs: int, *, fair: bool) -> None:
         self.count = 0
-        self._batches = batching(space)
+        self.batches = batching(space)
         self._fair = fair
         self._handed: Indices = np.zeros(num_envs, np.int64)
         self._ready: deque[Ready] = deque()
@@ -107,7 +108,7 @@ class Results:
             MalformedMessage: it is none, and was not taken.
         """
         # Here and not where it is handed out: there it would take others with it.
-        self._batches.check(_field(ready.frame, "obs"), ready.size, "obs", exact=True)
+        self.batches.check(_field(ready.frame, "obs"), ready.size, "obs", exact=True)
         for field, dtype in _COLUMNS.items():
             column = _field(ready.frame, field)
             if not isinstance(column, np.ndarray) or column.shape != (ready.size,) or column.dtype != dtype:
@@ -210,7 +211,7 @@ class Results:
         for part, size in zip(taken, sizes, strict=True):
             obs, info = part.frame["obs"], part.frame.get("infos")
             if size < part.size:
-                obs = self._batches.pick(obs, part.rows)
+                obs = self.batches.pick(obs, part.rows)
                 info = None if info is None else pick_infos(info, part.rows, part.size)
             elif part.told is not None:
                 info = part.told
@@ -220,7 +221,7 @@ class Results:
         first = [np.full(size, part.frame["first"]) for part, size in zip(taken, sizes, strict=True)]
         return PoolBatch(
             env_ids=_joined([part.env_ids for part in taken]),
-            observations=self._batches.joined(observations, sizes),
+            observations=self.batches.joined(observations, sizes),
             infos=_merged(infos, total),
             first=_joined(first),
             **{field: _column(taken, field) for field in _COLUMNS},

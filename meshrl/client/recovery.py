@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from meshrl.client.opening import Opening
@@ -44,6 +44,7 @@ class Recovery:
         wait_s: how long a worker and a slot are looked for.
         resumes: whether the state is brought back; else it is only opened again, for the next reset.
         journal: of its lane.
+        seed: the last of a reset.
         told: the last answer to a reset or a step, as it arrived.
         anew: the state is gone: what is opened next begins with nothing but the attributes that were set.
         untold: why, until somebody was told.
@@ -58,10 +59,15 @@ class Recovery:
     wait_s: float
     resumes: bool
     journal: Journal = field(default_factory=Journal)
+    seed: int | None = None
     told: bytes = b""
     anew: bool = False
     untold: SessionLost | None = None
     first: SessionLost | None = None
+
+    def copy(self) -> Recovery:
+        """That of another session in the same state."""
+        return replace(self, journal=self.journal.copy())
 
     def opening(self, session: str, epoch: int, avoid: Collection[str], deadline: float) -> Opening:
         """An open of the session's next epoch."""
@@ -85,9 +91,12 @@ class Recovery:
             self.told = bytes(reply)  # the arrays of a large one are its user's, to write to
         if not self.resumes and op != "set_attr":
             return
-        seeded = op == "reset" and frame.get("seed") is not None
-        if seeded:  # the seed may be one that the worker drew
-            body = pack({**unpack(body), "seed": frame["seed"]})
+        seeded = op == "reset" and (frame.get("seed") is not None or "state" in frame)
+        if seeded and "state" in frame:
+            body = pack({**unpack(body), "state": frame["state"], "last_seed": self.seed})
+        elif seeded:  # the seed may be one that the worker drew
+            self.seed = frame["seed"]
+            body = pack({**unpack(body), "seed": self.seed})
         self.journal.note(op, body, frame.get("digest"), seconds, seeded=seeded)
 
     def refused(self, op: str, exc: MeshError) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from meshrl.client.flights import Entry
 from meshrl.client.recovery import GONE, NO_WORKER, Recovery, same
-from meshrl.client.session import _GONE, RemoteSession
+from meshrl.client.session import GONE_ERRORS, RemoteSession
 from meshrl.errors import (
     BusClosed,
     MeshError,
@@ -25,7 +25,8 @@ from meshrl.errors import (
     UnknownName,
 )
 from meshrl.protocol.journal import Journal
-from meshrl.protocol.turn import Begin, Phase
+from meshrl.protocol.journals import Journals
+from meshrl.protocol.turn import Phase
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, check_reply
 from meshrl.wire.messages import Grant
@@ -46,13 +47,30 @@ class ResumableSession(RemoteSession):
         recovery: how it is opened again.
     """
 
-    def __init__(self, context: Context, grant: Grant, recovery: Recovery) -> None:
-        super().__init__(context, grant)
-        self.slots = int(recovery.request.get("num_envs", 1))
+    def __init__(
+        self, context: Context, grant: Grant, recovery: Recovery, *, first_env_id: int = 0, num_envs: int = 1
+    ) -> None:
+        super().__init__(context, grant, first_env_id=first_env_id, num_envs=num_envs)
         self._recovery = recovery
         self._epoch = grant.epoch
         self._recovering: asyncio.Task[None] | None = None
         self._closing = False
+
+    @property
+    def recovery(self) -> Recovery:
+        """How it is opened again."""
+        return self._recovery
+
+    async def become(self, journal: Journal) -> None:
+        """Bring a fresh one into the state that this led to.
+
+        Raises:
+            SessionLost: it is lost.
+            ReplayDiverged: it came to another state.
+            MeshError: as of any request.
+        """
+        if len(journal):
+            await self._replay(journal)
 
     @property
     def given_up(self) -> bool:  # type: ignore[override]  # there it is nothing
@@ -79,22 +97,22 @@ class ResumableSession(RemoteSession):
         """Whether nobody closed it although its slot is still held, or will be."""
         return super().abandoned or (self._recovering is not None and not self.closed and not self._connection.closed)
 
-    async def request(self, op: str, fields: Frame) -> Frame:
-        """As of any session; one that is lost is opened again first.
-
-        Raises:
-            SessionLost: its state is gone. The next reset begins with nothing.
-            MeshError: as of any session.
-        """
+    def launch(self, op: str, body: bytes) -> None:
+        """As of any session; of one that is lost, it is sent by what opens it again, also when nobody waits for it."""
         if self._lost is None:
-            return await super().request(op, fields)
-        if self.may_begin(op) is Begin.AFTER_LAST:
-            await self.discard()
-            self.may_begin(op)
-        body = self.encoded(fields)  # it is sent by what opens the session again, also when nobody waits any more
-        self._turn.begin(op)
-        self._body = body
-        return await self.landing()
+            super().launch(op, body)
+            assert self._flight is not None, "it was sent"
+            self._flight.on_fail = self._flight_failed
+        else:
+            self._turn.begin(op)
+            self._body = body
+
+    def _flight_failed(self, exc: MeshError) -> None:
+        """Where others are waited for first, it is brought back meanwhile."""
+        if isinstance(exc, SessionLost) and not self.closed:
+            self._lose(exc)
+            if self._recovers and not self._recovery.lacking(exc):
+                self._begin_recovery()
 
     async def landing(self) -> Frame:
         """As of any session; where it is lost meanwhile, the answer is that of its next incarnation."""
@@ -169,11 +187,7 @@ class ResumableSession(RemoteSession):
         """
         if self._recovery.anew and op != "reset":
             raise self._ended()
-        if self._recovering is None:
-            self._recovering = asyncio.get_running_loop().create_task(self._recover())
-            self._recovering.add_done_callback(self._recovery_over)
-            self._context.recovering.add(self)
-        recovering = self._recovering
+        recovering = self._begin_recovery()
         try:
             await asyncio.shield(recovering)
         except asyncio.CancelledError:
@@ -183,6 +197,13 @@ class ResumableSession(RemoteSession):
         except SessionLost:
             self._recovery.untold = None
             raise
+
+    def _begin_recovery(self) -> asyncio.Task[None]:
+        if self._recovering is None:
+            self._recovering = asyncio.get_running_loop().create_task(self._recover())
+            self._recovering.add_done_callback(self._recovery_over)
+            self._context.recovering.add(self)
+        return self._recovering
 
     def _recovery_over(self, task: asyncio.Task[None]) -> None:
         self._recovering = None
@@ -221,7 +242,7 @@ class ResumableSession(RemoteSession):
         self._held = True
         self._subject = self._context.subjects.session(grant.worker, self._connection.user, grant.session, "")
         try:
-            self._context.adopt(self, self.slots)
+            self._context.adopt(self, self.num_envs)
         except MeshError:  # the mesh was closed meanwhile
             await self._back_out()
             raise
@@ -247,16 +268,15 @@ class ResumableSession(RemoteSession):
         recovery.anew = False
         return True
 
-    async def _replay(self, journal: Journal) -> None:
+    async def _replay(self, journal: Journal | Journals) -> None:
         grant = self.grant
-        body = {"epoch": grant.epoch, "lane": 0, "seq": 1, "digest": journal.digest}
-        packed = pack({**body, "journal": [list(entry) for entry in journal.entries]})
+        packed = pack({"epoch": grant.epoch, "lane": 0, "seq": 1, **journal.fields()})
         entry = Entry(grant.session, grant.epoch, 0, 1)
         deadline_s = grant.step_deadline_s + 2 * journal.seconds  # on a machine that is half as fast
         flight = self._flights.launch(grant.worker, entry, self._subject + "replay", packed, deadline_s)
         try:
             check_reply(unpack(await flight.future), 1)
-        except _GONE as exc:
+        except GONE_ERRORS as exc:
             raise SessionLost(exc.message, **exc.details) from exc
         finally:
             self._flights.landed(flight)
@@ -270,6 +290,7 @@ class ResumableSession(RemoteSession):
         entry = Entry(grant.session, grant.epoch, 0, turn.seq)
         subject = self._subject + turn.op
         self._flight = self._flights.launch(grant.worker, entry, subject, self._body, grant.step_deadline_s)
+        self._flight.on_fail = self._flight_failed
 
     async def _back_out(self) -> None:
         """What was granted is of no use."""

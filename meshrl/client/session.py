@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,19 @@ from meshrl.wire.messages import Close, Grant
 if TYPE_CHECKING:
     from meshrl.client.context import Context
 
-_GONE = (SessionUnknown, SessionExpired, WrongEpoch)
+GONE_ERRORS = (SessionUnknown, SessionExpired, WrongEpoch)
+
+
+def _nobody() -> None:
+    return None
 
 
 class RemoteSession:
     """A granted session; what a remote env or agent is made of.
 
     Attributes:
+        first_env_id: global index of its first sub-environment.
+        num_envs: how many it has.
         grant: what the worker granted.
         closed: whether this client has closed it.
         told: the last answer to a reset or a step, as it arrived, where a loss may end its episode by it.
@@ -44,7 +51,9 @@ class RemoteSession:
     told = b""
     given_up = False
 
-    def __init__(self, context: Context, grant: Grant) -> None:
+    def __init__(self, context: Context, grant: Grant, *, first_env_id: int = 0, num_envs: int = 1) -> None:
+        self.first_env_id = first_env_id
+        self.num_envs = num_envs
         self.grant = grant
         self.closed = False
         self._context = context
@@ -56,6 +65,8 @@ class RemoteSession:
         self._body = b""  # of the last request
         self._lost: SessionLost | None = None
         self._held = True  # at its worker, as far as is known
+        self._waiting_for: Callable[[], Callable[[RemoteSession], bool] | None] = _nobody
+        self._told: Callable[[], Callable[[MeshError], None] | None] = _nobody
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "lost" if self._lost else self._turn.phase.value
@@ -153,7 +164,7 @@ class RemoteSession:
 
     def judge(self, exc: MeshError) -> MeshError:
         """What an error that the worker answered means for the session; gives what its user is to be told."""
-        if isinstance(exc, _GONE):
+        if isinstance(exc, GONE_ERRORS):
             return self._lose_as(str(exc.details.get("reason", exc.code)))
         if exc.code in {"env_error", "agent_error"}:
             self._lose_as("ended", str(exc))
@@ -207,7 +218,8 @@ class RemoteSession:
             if isinstance(exc, SubjectNotPermitted) and flight.attempt == 0:
                 self._turn.seq -= 1  # it never left this user's side of the server
             if isinstance(exc, SessionLost):
-                self._lose(exc)
+                if flight is self._flight:  # else its next incarnation is there already
+                    self._lose(exc)
                 raise
             self._turn.answered()
             raise
@@ -247,8 +259,20 @@ class RemoteSession:
         if self._lost is None and not self.closed and not self._is_waiting():
             self._was_lost(self._lose_as(reason))
 
+    def watched_by(self, waiting_for: Callable[[RemoteSession], bool], told: Callable[[MeshError], None]) -> None:
+        """Where requests are not its own: say who sends them, whether some are under way, and who is told of its loss.
+
+        Both are methods of one that holds this session. It is not held in turn: the mesh holds its sessions, so that
+        it could never be found abandoned.
+        """
+        self._waiting_for = weakref.WeakMethod(waiting_for)
+        self._told = weakref.WeakMethod(told)
+
     def _is_waiting(self) -> bool:
         """Whether an answer is under way that will tell more."""
+        waiting_for = self._waiting_for()
+        if waiting_for is not None:
+            return waiting_for(self)
         return self._flight is not None and not self._flight.landed
 
     def _lose_as(self, reason: str, cause: str = "") -> SessionLost:
@@ -279,7 +303,10 @@ class RemoteSession:
         self._context.forget(self)
 
     def _was_lost(self, exc: SessionLost) -> None:
-        """For sessions whose requests are not their own."""
+        """Tell who sends its requests, if that is another."""
+        told = self._told()
+        if told is not None:
+            told(exc)
 
     def _ended(self) -> MeshError:
         if self.closed:

@@ -14,7 +14,6 @@ import asyncio
 import operator
 import random
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,14 @@ import numpy as np
 
 from meshrl.client.finding import ASK_AGAIN_S
 from meshrl.client.opening import Divided, Opening
+from meshrl.client.pool_shard import PoolShard
+from meshrl.client.recovery import OnLoss
+from meshrl.client.resumable_shard import ResumableShard
 from meshrl.client.session import RemoteSession, close_all
+from meshrl.client.shard_recovery import ShardRecovery
 from meshrl.client.shielded import shielded
-from meshrl.errors import MeshError, MeshFull, SessionLost, SpacesDiffer, UsageError
+from meshrl.errors import MeshFull, SpacesDiffer, UsageError
+from meshrl.protocol.journals import Journals
 from meshrl.protocol.placement import Shard
 from meshrl.wire import spaces
 from meshrl.wire.messages import Description, Form, Grant, Vectors
@@ -37,44 +41,6 @@ if TYPE_CHECKING:
 _REMEDY = "choose workers by where=..., take one by shards=1, or have the same served under the name"
 
 
-def _nobody() -> None:
-    return None
-
-
-class ShardSession(RemoteSession):
-    """The session of one shard.
-
-    Attributes:
-        first_env_id: global index of its first sub-environment.
-        num_envs: how many it has.
-    """
-
-    def __init__(self, context: Context, grant: Grant, *, first_env_id: int, num_envs: int) -> None:
-        super().__init__(context, grant)
-        self.first_env_id = first_env_id
-        self.num_envs = num_envs
-        self._waiting_for: Callable[[], Callable[[ShardSession], bool] | None] = _nobody
-        self._told: Callable[[], Callable[[MeshError], None] | None] = _nobody
-
-    def watched_by(self, waiting_for: Callable[[ShardSession], bool], told: Callable[[MeshError], None]) -> None:
-        """Say who sends its requests: whether answers to some are under way, and who is told that it is lost.
-
-        Both are methods of one that holds this session. It is not held in turn: the mesh holds its sessions, so that
-        it could never be found abandoned.
-        """
-        self._waiting_for = weakref.WeakMethod(waiting_for)
-        self._told = weakref.WeakMethod(told)
-
-    def _is_waiting(self) -> bool:
-        waiting_for = self._waiting_for()
-        return super()._is_waiting() if waiting_for is None else waiting_for(self)
-
-    def _was_lost(self, exc: SessionLost) -> None:
-        told = self._told()
-        if told is not None:
-            told(exc)
-
-
 async def open_shards(
     context: Context,
     name: str,
@@ -84,8 +50,9 @@ async def open_shards(
     *,
     num_envs: int,
     shards: int | None,
+    on_loss: OnLoss,
     **request: Any,
-) -> list[ShardSession]:
+) -> list[RemoteSession]:
     """Lease the sessions of a vector of envs: all of them or none.
 
     Cancelling gives back what was granted.
@@ -98,6 +65,7 @@ async def open_shards(
         wait: seconds to wait for workers and room; constructors that are running are waited for beyond it.
         num_envs: sub-environments of all shards together, at least 1.
         shards: how many there are to be; None leaves it to placement.
+        on_loss: what becomes of them when they are lost.
         request: more fields of each :class:`~meshrl.wire.messages.Open`: form, autoreset_mode, seeding, render_mode.
 
     Returns:
@@ -115,7 +83,9 @@ async def open_shards(
     request["kwargs"] = dict(kwargs or {})
     num_envs = _whole("num_envs", num_envs)
     shards = None if shards is None else _whole("shards", shards)
-    vector = _Vector(context, name, where, wait, request, num_envs=num_envs, shards=shards)
+    # Derived seeds go on where they were, also after a loss that cuts episodes short; where is told with the digests.
+    request["digests"] = on_loss == "resume" or (on_loss == "truncate" and request["seeding"] == "derived")
+    vector = _Vector(context, name, where, wait, request, num_envs=num_envs, shards=shards, on_loss=on_loss)
     sessions = await vector.open()
     try:
         _check_alike(sessions, request["form"])
@@ -134,7 +104,7 @@ def _whole(what: str, given: object) -> int:
         raise UsageError(f"{what} is a whole number, not {given!r}") from None
 
 
-def _check_alike(sessions: Sequence[ShardSession], form: Form) -> None:
+def _check_alike(sessions: Sequence[RemoteSession], form: Form) -> None:
     """Whether these can be shards of one vector: anybody may serve anything under a name.
 
     Raises:
@@ -188,8 +158,11 @@ class _Vector:
         *,
         num_envs: int,
         shards: int | None,
+        on_loss: OnLoss,
     ) -> None:
         self._context = context
+        self._on_loss = on_loss
+        self._wait = wait
         self._name = name
         self._where = where
         self._request = request
@@ -200,7 +173,7 @@ class _Vector:
         whole = {**request, "num_envs": num_envs}
         self._whole = Opening(context, "env", name, wait=wait, where=where, request=whole)
 
-    async def open(self) -> list[ShardSession]:
+    async def open(self) -> list[RemoteSession]:
         plan = await self._planned()
         try:
             return await self._open_all(plan, 0)
@@ -221,7 +194,7 @@ class _Vector:
                 raise self._whole.full()
             await self._whole.changed(min(ASK_AGAIN_S, left))
 
-    async def _open_all(self, plan: Sequence[Shard], first_env_id: int) -> list[ShardSession]:
+    async def _open_all(self, plan: Sequence[Shard], first_env_id: int) -> list[RemoteSession]:
         tasks = []
         for shard in plan:
             tasks.append(asyncio.create_task(self._open_one(shard, first_env_id)))
@@ -235,28 +208,45 @@ class _Vector:
             raise
         return [session for task in tasks for session in task.result()]
 
-    async def _open_one(self, shard: Shard, first_env_id: int) -> list[ShardSession]:
+    async def _open_one(self, shard: Shard, first_env_id: int) -> list[RemoteSession]:
         """Open one shard: in one session, or in several where it had to be cut again."""
-        num_envs = shard.num_envs
+        request = {**self._request, "first_env_id": first_env_id, "num_envs": shard.num_envs}
         opening = Opening(
             self._context,
             "env",
             self._name,
             wait=max(0.0, self._deadline - time.monotonic()),
             where=self._where,
-            request={**self._request, "first_env_id": first_env_id, "num_envs": num_envs},
+            request=request,
             aim=shard.worker,
             divisible=self._shards is None,
         )
         try:
-            make = partial(ShardSession, first_env_id=first_env_id, num_envs=num_envs)
-            return [await self._context.lease(opening, make)]
+            return [await self._context.lease(opening, self._made_of(request))]
         except Divided as divided:
             plan = divided.plan
         return await self._open_all(plan, first_env_id)
 
+    def _made_of(self, request: dict[str, Any]) -> Callable[[Context, Grant], RemoteSession]:
+        """What makes the session of a shard."""
+        place = {"first_env_id": request["first_env_id"], "num_envs": request["num_envs"]}
+        if self._on_loss == "raise":
+            return partial(RemoteSession, **place)
+        recovery = ShardRecovery(
+            self._context,
+            "env",
+            self._name,
+            self._where,
+            request,
+            self._wait,
+            self._on_loss == "resume",
+            journal=Journals(request["num_envs"]),
+        )
+        made = PoolShard if request["form"] == "pool" else ResumableShard
+        return partial(made, recovery=recovery, **place)
 
-async def _give_back(tasks: Sequence[asyncio.Task[list[ShardSession]]]) -> None:
+
+async def _give_back(tasks: Sequence[asyncio.Task[list[RemoteSession]]]) -> None:
     """End openings that are under way, and close what they or others opened."""
     for task in tasks:
         task.cancel()

@@ -13,14 +13,17 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshrl.client.lane_flight import LaneFlight
+from meshrl.client.pool_shard import PoolShard
 from meshrl.client.ready import Ready, Results
-from meshrl.client.shards import ShardSession
+from meshrl.client.revival import Begun, Revival
+from meshrl.client.session import RemoteSession
 from meshrl.errors import ConcurrentStep, MalformedMessage, MeshError, MeshUnreachable, ResetNeeded, from_wire
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
@@ -49,7 +52,9 @@ class UnderWay:
             it is about all.
     """
 
-    def __init__(self, sessions: Sequence[ShardSession], flights: Flights, results: Results, actions: Batching) -> None:
+    def __init__(
+        self, sessions: Sequence[RemoteSession], flights: Flights, results: Results, actions: Batching
+    ) -> None:
         self.errors: deque[tuple[MeshError, frozenset[int]]] = deque()
         self._name = sessions[0].grant.description.name
         self._sessions = sessions
@@ -63,7 +68,12 @@ class UnderWay:
         self._stranded: list[LaneFlight] = []  # of those, what a server that was away for too long may not have got
         self._wanted = 0  # results that recv waits for; 0 while it does not
         self._changed: asyncio.Future[None] | None = None
+        self._revivals: dict[RemoteSession, Revival] = {}
+        self._failed: set[PoolShard] = set()  # could not be opened again
         for session in sessions:
+            if isinstance(session, PoolShard):
+                failed = partial(self._not_revived, session)
+                self._revivals[session] = Revival(session, results.batches, self, failed)
             session.watched_by(self._is_waiting_for, self._fail)
 
     def __len__(self) -> int:
@@ -142,11 +152,68 @@ class UnderWay:
             BusClosed: the connection is closed.
         """
         for flight in flights:
-            self._flights.send(flight)
-            ids = flight.lanes + flight.session.first_env_id
-            self._under_way.add(flight)
-            self._seqs[ids] = flight.seqs
-            self._phases[ids] = _UNDER_WAY
+            self._phases[flight.lanes + flight.session.first_env_id] = _UNDER_WAY
+            revival = self._revivals.get(flight.session)
+            if revival is None or not revival.takes(flight):
+                self._send(flight, revival)
+
+    def _send(self, flight: LaneFlight, revival: Revival | None) -> None:
+        self._flights.send(flight)
+        if revival is not None:
+            revival.sent(flight)
+        self._under_way.add(flight)
+        self._seqs[flight.lanes + flight.session.first_env_id] = flight.seqs
+
+    # ---------------------------------------------------------------- shards that are opened again
+
+    def send(
+        self, shard: PoolShard, op: str, lanes: Indices, fields: Frame, *, at: int = -1, begun: Begun | None = None
+    ) -> None:
+        """Send a request of some lanes of a shard; see :class:`~meshrl.client.revival.Lanes`."""
+        flight = LaneFlight(
+            self._flights,
+            shard,
+            op,
+            lanes,
+            self._seqs[lanes + shard.first_env_id] + 1,
+            fields=fields,
+            some_of=self._some_of,
+            received=self._received if begun is None else partial(self._received_apart, begun),
+            lost=self._lost,
+            now=time.monotonic(),
+        )
+        flight.at = at
+        self._send(flight, self._revivals[shard])
+
+    def deliver(self, shard: PoolShard, frame: Frame, lane: int) -> None:
+        """Take a row of one lane as if it had arrived."""
+        ids = np.array([shard.first_env_id + lane], np.int64)
+        self._phases[ids] = _READY
+        self._results.add(Ready(frame, 1, np.zeros(1, np.int64), ids))
+        if self._results.count >= self._wanted:
+            self.wake()
+
+    def began(self, shard: PoolShard, seq: int) -> None:
+        """A shard was opened again; each of its lanes has had so many requests there."""
+        self._seqs[shard.first_env_id : shard.first_env_id + shard.num_envs] = seq
+
+    def _not_revived(self, shard: PoolShard, exc: MeshError) -> None:
+        self._failed.add(shard)
+        self._fail(exc)
+
+    def _received_apart(self, begun: Begun, flight: LaneFlight, data: bytes) -> None:
+        """An answer that the user is not told as it is."""
+        parsed = self._parsed(flight, data)
+        if parsed is None:
+            return
+        frame, lanes, seqs = parsed
+        awaited = (self._seqs[lanes + flight.session.first_env_id] == seqs) & flight.waiting[lanes]
+        rows = np.flatnonzero(awaited)
+        self._landed(flight, lanes[rows])
+        if "error" in frame:
+            self._fail_by(flight.session, from_wire(frame["error"]), lanes[rows] + flight.session.first_env_id)
+        elif len(rows):
+            begun(flight, frame, data, rows, lanes[rows])
 
     def _some_of(self, op: str, frame: Frame, rows: Indices) -> Frame:
         """A request's own fields for some of its lanes, out of the request itself."""
@@ -157,19 +224,31 @@ class UnderWay:
             some["seeds"] = [some["seeds"][row] for row in rows.tolist()]
         return some
 
-    def _received(self, flight: LaneFlight, data: bytes) -> None:
-        session = flight.session
+    def _parsed(self, flight: LaneFlight, data: bytes) -> tuple[Frame, Indices, Indices] | None:
+        """An answer, its lanes and their sequence numbers; None where it is none, and its request has failed."""
         try:
             frame = unpack(data)
             if type(frame) is dict and "lanes" in frame:
-                _, lanes, seqs = check_lanes(frame, session.num_envs)
-            elif type(frame) is dict and "error" in frame:
+                _, lanes, seqs = check_lanes(frame, flight.session.num_envs)
+                return frame, lanes, seqs
+            if type(frame) is dict and "error" in frame:
                 raise from_wire(frame["error"])
-            else:
-                raise MalformedMessage("a pool's answer names no lanes")
+            raise MalformedMessage("a pool's answer names no lanes")
         except MeshError as exc:
             flight.failed(exc)
+            return None
+
+    def _landed(self, flight: LaneFlight, lanes: Indices) -> None:
+        flight.land(lanes)
+        if flight.landed:
+            self._under_way.discard(flight)
+
+    def _received(self, flight: LaneFlight, data: bytes) -> None:
+        parsed = self._parsed(flight, data)
+        if parsed is None:
             return
+        session = flight.session
+        frame, lanes, seqs = parsed
         ids = lanes + session.first_env_id
         # A second answer to the same request (it was sent again) or one that came late changes nothing.
         awaited = (self._seqs[ids] == seqs) & (self._phases[ids] == _UNDER_WAY) & flight.waiting[lanes]
@@ -177,14 +256,18 @@ class UnderWay:
         if not len(rows):
             return
         ids = ids[rows]
-        flight.land(lanes[rows])
-        if flight.landed:
-            self._under_way.discard(flight)
+        self._landed(flight, lanes[rows])
+        revival = self._revivals.get(session)
         if "error" in frame:
+            exc = from_wire(frame["error"])
+            if revival is not None:
+                revival.refused(flight, exc, lanes[rows])
             self._phases[ids] = _HELD if flight.op == "step" else _NEW
-            self._fail_by(session, from_wire(frame["error"]), ids)
+            self._fail_by(session, exc, ids)
             return
         try:
+            if revival is not None:
+                revival.told(flight, frame, data, rows, lanes[rows])
             self._results.add(Ready(frame, len(lanes), rows, ids))
         except MeshError as exc:
             which = ids.tolist()
@@ -204,11 +287,14 @@ class UnderWay:
             self._stranded.append(flight)
             return
         self._under_way.discard(flight)
+        revival = self._revivals.get(flight.session)
+        if revival is not None and revival.lost(flight, exc):
+            return
         ids = flight.left() + flight.session.first_env_id
         self._phases[ids] = _NEW
         self._fail_by(flight.session, exc, ids)
 
-    def _fail_by(self, session: ShardSession, exc: MeshError, ids: Indices) -> None:
+    def _fail_by(self, session: RemoteSession, exc: MeshError, ids: Indices) -> None:
         if session.is_open:  # what comes after the error that ended it (steps that were cancelled) says nothing new
             told = session.judge(exc)
             self._fail(told, ids if session.is_open else ())
@@ -234,7 +320,7 @@ class UnderWay:
         """Their results were of no use: they have to be reset."""
         self._phases[np.array(env_ids, np.int64)] = _NEW
 
-    def _is_waiting_for(self, session: ShardSession) -> bool:
+    def _is_waiting_for(self, session: RemoteSession) -> bool:
         return any(flight.session is session for flight in self._under_way)
 
     # ---------------------------------------------------------------- waiting
@@ -246,6 +332,10 @@ class UnderWay:
 
     def take_up(self) -> None:
         """Send again what was given up because the server was away, once the user was told of it."""
+        if self._failed and not self.errors:
+            failed, self._failed = self._failed, set()
+            for shard in failed:
+                shard.bring_back()
         if self._stranded and not self.errors:
             stranded, self._stranded = self._stranded, []
             for flight in stranded:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from meshrl.client.leased_envs import LeasedEnvs
 from meshrl.client.lockstep import Lockstep, all_frames
-from meshrl.client.shards import ShardSession
+from meshrl.client.session import RemoteSession
 from meshrl.errors import (
     MalformedMessage,
     NotAllowed,
@@ -56,7 +56,7 @@ class RemoteVectorEnv(LeasedEnvs):
 
     def __init__(
         self,
-        sessions: Sequence[ShardSession],
+        sessions: Sequence[RemoteSession],
         *,
         autoreset_mode: AutoresetMode,
         seeding: Seeding,

@@ -1,7 +1,8 @@
 """The journal of a lane: what brought it into its state, for a worker that has to do it again (R8).
 
 It holds every request that changed something and was answered; what was refused or raised is not in it. A seeded reset
-makes an env forget its episodes, so the journal begins anew there. It does not make it forget its attributes, so what
+makes an env forget its episodes, so the journal begins anew there, as it does where the worker said what outlives a
+reset without a seed. It does not make it forget its attributes, so what
 was set stays; and what a method did nobody knows, so nothing is dropped any more once one was called.
 
     in it        reset, step, call, set_attr
@@ -10,6 +11,8 @@ was set stays; and what a method did nobody knows, so nothing is dropped any mor
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 CHANGING = frozenset({"reset", "step", "call", "set_attr"})
 # The part of those whose effect a seeded reset undoes.
@@ -47,6 +50,18 @@ class Journal:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def copy(self) -> Journal:
+        """Another one, with the same in it."""
+        other = Journal()
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
+        other.entries = list(self.entries)
+        return other
+
+    def fields(self) -> dict[str, Any]:
+        """Those of the request that has it done again."""
+        return {"journal": [list(entry) for entry in self.entries], "digest": self.digest}
+
     def forget(self) -> None:
         """The state is gone; what was set is known all the same, unless it was given up."""
         if self.lacking == LASTING_LOST:
@@ -67,10 +82,12 @@ class Journal:
             body: as it was sent.
             digest: what the worker said with its answer.
             seconds: how long it took.
-            seeded: whether it is a reset with a seed.
+            seeded: whether it is a reset with a seed, or with all that outlives one of such an env.
         """
         if digest is not None:
             self.digest = digest
+        elif op in _OF_EPISODES:  # nothing could be proved
+            self._give_up("not_resumable")
         if seeded and not self._called and self.lacking != LASTING_LOST:
             self._begin_anew()
         if self.lacking:

@@ -9,10 +9,10 @@ A root is the client's to draw: it is one for all shards of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
-from meshrl.errors import InvalidSeed
+from meshrl.errors import InvalidSeed, MalformedMessage
 from meshrl.protocol.seeds import check_seed, derive
 
 Seedings = Literal["gymnasium", "derived", "implementation"]
@@ -58,11 +58,17 @@ class Seeding:
         """
         return None if seed is None else check_seed(seed)
 
-    def reset(self, i: int, given: int | None) -> int | None:
-        """The seed of an explicit reset of sub-environment ``i``, which was given ``given``."""
+    def reset(self, i: int, given: int | None, episode: int = 0) -> int | None:
+        """The seed of an explicit reset of sub-environment ``i``, which was given ``given``.
+
+        Args:
+            i: which.
+            given: a seed; where they are derived, the root.
+            episode: of that root, the number of the next episode.
+        """
         if given is not None:
             self._roots[i] = given
-            self._episodes[i] = 0
+            self._episodes[i] = episode
         elif self._roots[i] is None:
             given = self._roots[i] = self._draw()
         return self.next(i) if self._how == "derived" else given
@@ -76,3 +82,23 @@ class Seeding:
         episode = self._episodes[i]
         self._episodes[i] = episode + 1
         return derive(root, self._first + i, episode)
+
+    def place(self, i: int) -> dict[str, int]:
+        """Where sub-environment ``i`` stands after its last reset, for :meth:`put`: where its next seed comes from."""
+        root = self._roots[i]
+        if self._how != "derived" or root is None:
+            return {}
+        return {"root": root, "episode": self._episodes[i]}
+
+    def put(self, i: int, place: Mapping[str, Any]) -> None:
+        """Have ``i`` go on from there, having been reset.
+
+        Raises:
+            InvalidSeed: its root is none.
+            MalformedMessage: it is no place.
+        """
+        root, episode = place.get("root", 0), place.get("episode", 0)
+        if type(episode) is not int or not 0 <= episode < 1 << 62:
+            raise MalformedMessage("the episodes of a root are counted from 0")
+        self._roots[i] = check_seed(root)
+        self._episodes[i] = episode

@@ -134,6 +134,10 @@ class Batching(ABC):
             n: how many values it holds.
         """
 
+    @abstractmethod
+    def leaves(self, batched: Any, n: int) -> Iterator[Any]:
+        """What a batch is made of, in the space's order: arrays (or Rows) with n rows, or sequences of n values."""
+
     def join(self, parts: Sequence[Any], sizes: Sequence[int], field: str = "observations") -> Any:
         """The batches of several shards as one, in order, after a check of each.
 
@@ -226,6 +230,9 @@ class _Arrays(Batching):
     def rows(self, batched: Any, n: int) -> Iterator[Any]:  # noqa: ARG002  # an array knows its length
         return iter(batched)
 
+    def leaves(self, batched: Any, n: int) -> Iterator[Any]:  # noqa: ARG002  # as above
+        yield batched
+
 
 class _Items(Batching):
     def stack(self, items: list[Any]) -> tuple[Any, ...]:
@@ -248,6 +255,9 @@ class _Items(Batching):
 
     def rows(self, batched: Any, n: int) -> Iterator[Any]:  # noqa: ARG002  # a tuple knows its length
         return iter(batched)
+
+    def leaves(self, batched: Any, n: int) -> Iterator[Any]:  # noqa: ARG002  # as above
+        yield batched
 
 
 class _Parts(Batching):
@@ -274,6 +284,10 @@ class _Parts(Batching):
 
     def pick(self, batched: Any, indices: NDArray[np.integer[Any]]) -> Any:
         return self._whole(part.pick(of(batched), indices) for _, of, part in self._parts)
+
+    def leaves(self, batched: Any, n: int) -> Iterator[Any]:
+        for _, of, part in self._parts:
+            yield from part.leaves(of(batched), n)
 
     def _check_parts(self, batched: Any, n: int, field: str, *, exact: bool) -> None:
         for _, of, part in self._parts:
@@ -362,6 +376,9 @@ class _Registered(Batching):
     def rows(self, batched: Any, n: int) -> Iterator[Any]:
         rows: Iterator[Any] = _iterate(_batch_space(self.space, n), batched)
         return rows
+
+    def leaves(self, batched: Any, n: int) -> Iterator[Any]:
+        yield list(islice(self.rows(batched, n), n))
 
 
 def batching(space: spaces.Space[Any], at: str = "") -> Batching:

@@ -4,7 +4,7 @@ A request is ``{"epoch", "lane", "seq", ...}`` with the fields of its op beside 
 ``{"seq", "error"}``. No pydantic here and no headers: a step passes through this file four times.
 
     op        request's own fields        reply's own fields
-    reset     seed?, options?             obs, info, seed?, digest?
+    reset     seed?, options?             obs, info, seed?, state?, digest?
     step      action                      obs, reward, terminated, truncated, info, digest?
     replay    journal, digest?
     render                                frame
@@ -19,14 +19,16 @@ A vector's have a batch in each field. A pool's name several lanes and a sequenc
 ``seqs`` in place of ``lane`` and ``seq``; its answers come as the lanes finish, each lane in one of them.
 
     op         request's own fields                     reply's own fields
-    reset      seeds?, options?, mask?                  obs, infos?
-    step       actions                                  obs, rewards, terminations, truncations, infos?
+    reset      seeds?, episodes?, options?, mask?       obs, infos?, digests?, origins?
+    step       actions                                  obs, rewards, terminations, truncations, infos?, digests?,
+                                                        origins?
+    replay     journal, begins, ends, origins, digests
     render                                              frames
     call       name, args, kwargs, ids?                 values
     get_attr   name, ids?                               values
     set_attr   name, values, ids?
     is_wrapped wrapper, ids?                            values
-    (a pool's) reset and step                           those of step, and first, episodes, steps
+    (a pool's) reset, step and replay                   those of step, and first, episodes, steps
 """
 
 from __future__ import annotations

@@ -240,7 +240,13 @@ class Admission:
         key = (user, open_.session)
         if open_.park_s > 0:
             place = self._waiting.park(
-                user, open_.session, now, now + open_.park_s, ticket=open_.ticket, num_envs=open_.num_envs
+                user,
+                open_.session,
+                now,
+                now + open_.park_s,
+                ticket=open_.ticket,
+                resume=open_.epoch > 1,
+                num_envs=open_.num_envs,
             )
             if place is not None:
                 self._parked[key] = (open_, reply)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import gymnasium
+
 from meshrl.errors import MalformedMessage, NotAllowed
 from meshrl.wire.frames import Frame
 
@@ -86,3 +88,13 @@ class Attributes:
                 name=name,
                 allowed=sorted(self._allow),
             )
+
+
+def is_wrapped(env: Any, wrapper: str) -> bool:
+    """Whether a wrapper of that class, ``module:Class``, or of one derived from it, is around ``env``."""
+    while True:
+        if any(f"{base.__module__}:{base.__qualname__}" == wrapper for base in type(env).__mro__):
+            return True
+        if not isinstance(env, gymnasium.Wrapper):
+            return False
+        env = env.env

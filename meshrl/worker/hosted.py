@@ -11,15 +11,15 @@ from typing import Any
 
 from meshrl.errors import MalformedMessage, MeshError, ReplayDiverged, ResetNeeded, SessionUnknown
 from meshrl.protocol.digest import Digest
-from meshrl.protocol.journal import CHANGING
 from meshrl.protocol.pace import Pace
 from meshrl.protocol.seeds import check_seed
-from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
 from meshrl.worker.attributes import Attributes
 from meshrl.worker.calls import Calls, is_coroutine
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.episode import Episode
+from meshrl.worker.origins import outliving, resumable
+from meshrl.worker.redoing import read_entry
 from meshrl.worker.threads import Threads
 
 # A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
@@ -67,7 +67,10 @@ class HostedEnv:
         self._step = env.step
         self.draws = draws(env)
         self._episode = Episode()
-        self._digest = Digest() if digests else None
+        self._digest = Digest() if digests and resumable(env) else None
+        self._outliving = outliving(env) if self._digest is not None else None
+        self._outlived: Any = None  # the last reset, where that is known and it had no seed
+        self._redoing = False
         self._over = False
         self._ops: dict[str, Callable[[Frame], Frame]] = {
             "reset": self._op_reset,
@@ -102,6 +105,7 @@ class HostedEnv:
         """The same for an env with coroutine functions: those are awaited, everything else of it runs on a thread."""
         if op == "reset":
             seed, options = self._reset_arguments(body)
+            self._about_to_reset(body, seed)
             reset = alone(self.env.reset) if self.draws else self.env.reset
             return self._was_reset(await self._calls(reset, seed=seed, options=options), seed)
         if op == "step":
@@ -137,6 +141,7 @@ class HostedEnv:
 
     def _op_reset(self, body: Frame) -> Frame:
         seed, options = self._reset_arguments(body)
+        self._about_to_reset(body, seed)
         return self._was_reset(self.env.reset(seed=seed, options=options), seed)
 
     def _reset_arguments(self, body: Frame) -> tuple[int | None, Any]:
@@ -144,12 +149,24 @@ class HostedEnv:
         if seed is not None:
             seed = check_seed(seed)
         elif self._episode.seed is None:
-            seed = secrets.randbits(SEED_BITS)  # drawn and kept (R7); later unseeded resets go on with the generator
+            if self._redoing and "state" in body:
+                self._episode.seed = check_seed(body.get("last_seed"))
+            else:
+                seed = secrets.randbits(SEED_BITS)  # drawn and kept (R7); later unseeded resets go on
         if options is not None and not isinstance(options, dict):
             raise MalformedMessage(f"reset options are a map or nothing, not {type(options).__name__}")
         if seed is not None:
             self._episode.seed = seed
         return seed, options
+
+    def _about_to_reset(self, body: Frame, seed: int | None) -> None:
+        """Keep what outlives the reset, or put it there where that is done again."""
+        self._outlived = None
+        if seed is not None or self._outliving is None:
+            return
+        if self._redoing and "state" in body:
+            self._outliving.put(body["state"])
+        self._outlived = self._outliving.get()
 
     def _was_reset(self, outcome: Any, seed: int | None) -> Frame:
         obs, info = outcome
@@ -157,8 +174,11 @@ class HostedEnv:
         frame: Frame = {"obs": obs, "info": info}
         if self._digest is not None:
             if seed is not None:
-                self._digest = Digest()  # as the client's journal begins here
                 frame["seed"] = seed  # it may have been drawn
+            elif self._outlived is not None:
+                frame["state"] = self._outlived
+            if "seed" in frame or "state" in frame:
+                self._digest = Digest()  # as the client's journal begins here
             frame["digest"] = self._digest.add(frame)
         return frame
 
@@ -217,15 +237,14 @@ class HostedEnv:
         journal = body.get("journal")
         if not isinstance(journal, list) or self._episode.phase != "new":
             raise MalformedMessage("a replay needs a journal, a list of requests, and is a session's first request")
-        for entry in journal:
-            if self._over:
-                raise SessionUnknown(f"session {self.session} ended during its replay", reason="closed")
-            if type(entry) is not list or [type(part) for part in entry] != [str, bytes] or entry[0] not in CHANGING:
-                raise MalformedMessage("a journal's entry is an op that changes something and the request's body")
-            request = unpack(entry[1])
-            if type(request) is not dict:
-                raise MalformedMessage("a journal's request is a map")
-            yield entry[0], request
+        self._redoing = True
+        try:
+            for entry in journal:
+                if self._over:
+                    raise SessionUnknown(f"session {self.session} ended during its replay", reason="closed")
+                yield read_entry(entry)
+        finally:
+            self._redoing = False
 
     def _replayed(self, body: Frame) -> Frame:
         """Whether it has led where the client was told that it was.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meshrl.errors import MalformedMessage
+from meshrl.errors import MalformedMessage, MeshError
 from meshrl.protocol.pace import BatchPace
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
@@ -18,8 +18,9 @@ from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
 from meshrl.worker.calls import Calls
 from meshrl.worker.hosted_vector import close_all, has_coroutines
+from meshrl.worker.redoing import Deed, Done, Redoing, plans_of
 from meshrl.worker.spread import Finished, Spread
-from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, rewards_of
+from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, is_number, rewards_of
 from meshrl.worker.threads import Threads
 
 # Gives the reply's own fields of one lane of several, by its place among them; before any of them runs again.
@@ -64,15 +65,17 @@ class HostedPool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._spreads: dict[int, Spread] = {}  # under way, by a number of their own
         self._spread_number = 0
+        self._over = False
+        self._redoing = Redoing(self._subs, _changes_nothing, lambda: not self._over)
 
     def __repr__(self) -> str:
         return f"<HostedPool of {len(self._subs)} {self.name}>"
 
     def check(self, op: str, lanes: Indices, body: Frame) -> list[Any]:
-        """What each lane of a request is given: its action, or its seed and the options.
+        """What each lane of a request is given: its action, its seed and the options, or the plan of a replay.
 
         Args:
-            op: ``step`` or ``reset``.
+            op: ``step``, ``reset`` or ``replay``.
             lanes: all that the request names.
             body: the request.
 
@@ -92,7 +95,18 @@ class HostedPool:
                 seeds = [None] * len(lanes)
             elif not isinstance(seeds, list) or len(seeds) != len(lanes):
                 raise MalformedMessage(f"the seeds of {len(lanes)} lanes are a list of as many, or nothing")
-            return [(self._subs.check_seed(seed), options) for seed in seeds]
+            episodes = self._subs.check_episodes(body.get("episodes"), len(lanes))
+            checked = map(self._subs.check_seed, seeds)
+            return [(seed, options, episode) for seed, episode in zip(checked, episodes, strict=True)]
+        if op == "replay":
+            if self._subs.proof is None or len(lanes) != len(self._subs) or self.episodes.any():
+                raise MalformedMessage(
+                    "a replay is of all lanes, and the first request of a session that was opened with digests"
+                )
+            plans = plans_of(body, len(lanes), self._batches)
+            if not all(is_number(plan.number) for plan in plans):
+                raise MalformedMessage("the episodes of a pool's lanes are numbered from 0")
+            return [plans[lane] for lane in lanes.tolist()]
         raise MalformedMessage(f"a pool session has no op {op!r}")
 
     def run(self, op: str, lanes: Indices, given: list[Any]) -> tuple[Frame, Alone]:
@@ -112,12 +126,14 @@ class HostedPool:
         """The same on threads; ``told`` gets each lane's answer on the event loop, those together that finish so."""
         self._count_anew(op, lanes, given)
         ids = lanes.tolist()
-        step, reset = self._subs.step_one, self._subs.reset_one
+        step, reset, redo = self._subs.step_one, self._subs.reset_one, self._redoing.one
 
-        def job(k: int) -> Outcome:
+        def job(k: int) -> Outcome | Done:
+            if op == "replay":
+                return redo(ids[k], given[k])
             return step(ids[k], given[k]) if op == "step" else reset(ids[k], *given[k])
 
-        pace = self.pace if op == "step" else self._reset_pace
+        pace = {"step": self.pace, "reset": self._reset_pace}.get(op) or BatchPace(len(ids))
         left = len(ids)
         self._spread_number += 1
         spread_number = self._spread_number
@@ -128,7 +144,10 @@ class HostedPool:
             if not left:
                 del self._spreads[spread_number]
             pace.took(sum(one.seconds for one in finished), len(finished))
-            self._tell(op, lanes, [(one.number, one.outcome) for one in finished], told)
+            if op == "replay":
+                self._redone(lanes, given, [(one.number, one.outcome) for one in finished], told)
+            else:
+                self._tell(op, lanes, [(one.number, one.outcome) for one in finished], told)
 
         self._spreads[spread_number] = Spread(self._threads, len(ids), job, collect, wide=pace.wide, narrow=self.draws)
 
@@ -141,12 +160,17 @@ class HostedPool:
         def tell() -> None:
             fresh = list(done)
             done.clear()
-            self._tell(op, lanes, fresh, told)
+            if op == "replay":
+                self._redone(lanes, given, fresh, told)
+            else:
+                self._tell(op, lanes, fresh, told)
 
         async def one(i: int, arguments: Any) -> Any:
             try:
                 if op == "step":
                     return await self._subs.step_one_async(i, arguments)
+                if op == "replay":
+                    return await self._redoing.one_async(i, arguments)
                 return await self._subs.reset_one_async(i, *arguments)
             except (Exception, SystemExit) as exc:  # noqa: BLE001  # its session ends with it
                 return exc
@@ -164,12 +188,19 @@ class HostedPool:
             task.add_done_callback(partial(ended, k))
 
     def _count_anew(self, op: str, lanes: Indices, given: list[Any]) -> None:
-        """Under derived seeding a reset that gives a root begins with episode 1, so that its number tells its seed."""
-        if op == "reset" and self._derived:
-            self.episodes[lanes[[seed is not None for seed, _ in given]]] = 0
+        """Where a reset says how many episodes there were, its own is the next.
+
+        Under derived seeding one that gives a root begins with episode 1, so that its number tells its seed.
+        """
+        if op != "reset":
+            return
+        for lane, (seed, _, episodes) in zip(lanes.tolist(), given, strict=True):
+            if episodes is not None or (self._derived and seed is not None):
+                self.episodes[lane] = episodes or 0
 
     def cancel(self) -> None:
         """The session is over: coroutines that still run are not waited for, and no lane begins on a thread."""
+        self._over = True
         for task in self._tasks:
             task.cancel()
         for spread in self._spreads.values():
@@ -194,6 +225,24 @@ class HostedPool:
         except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
             answer = exc
         told(positions, answer, alone)
+
+    def _redone(self, lanes: Indices, given: list[Any], finished: list[tuple[int, Any]], told: Told) -> None:
+        """Some lanes were done again, each by itself; what is wrong with one is no other's."""
+        well, refused = [], []
+        for number, done in finished:
+            if isinstance(done, Done):
+                lane = int(lanes[number])
+                self.episodes[lane] = given[number].number + done.resets
+                self.steps[lane] = done.steps
+                well.append(number)
+            elif isinstance(done, MeshError):
+                refused.append((number, done))
+            else:
+                told(np.array([number], np.int64), self._crash(lanes, number, done), None)
+        if refused:  # they are told the first's
+            told(np.array([number for number, _ in refused], np.int64), refused[0][1], None)
+        if well:
+            told(np.array(well, np.int64), {}, None)
 
     def _crash(self, lanes: Indices, number: int, raised: BaseException) -> Crashed:
         if isinstance(raised, Crashed):
@@ -224,13 +273,22 @@ class HostedPool:
         if len(ended):  # they were reset at once
             self.episodes[ended] += 1
             self.steps[ended] = 0
+        if self._subs.proof is not None:
+            self._subs.proof.add(frame, lanes, self.episodes)
         return frame, partial(self._alone, frame, out)
 
     def _alone(self, frame: Frame, out: Outcomes, k: int) -> Frame:
-        columns = ("rewards", "terminations", "truncations", "episodes", "steps")
-        alone: Frame = {name: frame[name][k : k + 1] for name in columns}
+        columns = ("rewards", "terminations", "truncations", "episodes", "steps", "digests")
+        alone: Frame = {name: frame[name][k : k + 1] for name in columns if name in frame}
+        origins = frame.get("origins", [])
+        if k in origins[::2]:
+            alone["origins"] = [0, origins[2 * origins[::2].index(k) + 1]]
         alone.update(obs=self._subs.stack([out.obs[k]]), first=frame["first"])
         infos = [(0, info) for at, info in out.infos if at == k]
         if infos:
             alone["infos"] = pack_infos(infos, 1)
         return alone
+
+
+def _changes_nothing(_i: int, deed: Deed) -> Any:
+    raise MalformedMessage(f"a pool has no {deed.op}")

@@ -17,15 +17,16 @@ from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame
 from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
-from meshrl.worker.attributes import Attributes
+from meshrl.worker.attributes import Attributes, is_wrapped
 from meshrl.worker.calls import Calls, is_coroutine
 from meshrl.worker.drawing import alone, draws
+from meshrl.worker.redoing import Deed, Done, Plan, Redoing, plans_of
 from meshrl.worker.spread import Finished, Spread
-from meshrl.worker.sub_envs import Outcome, Outcomes, SubEnvs, flags_of, is_wrapped, rewards_of
+from meshrl.worker.sub_envs import Outcome, Outcomes, SubEnvs, flags_of, rewards_of
 from meshrl.worker.threads import Threads
 
 # What can be spread over threads, a sub-environment each.
-SPREAD = frozenset({"reset", "step"})
+SPREAD = frozenset({"reset", "step", "replay"})
 # Where methods that are coroutine functions leave what is to be awaited.
 AWAITABLE = frozenset({"frames", "values"})
 # What sub-environments may take to be cancelled when one of them has crashed.
@@ -34,6 +35,8 @@ CANCEL_S = 5.0
 _IN_ENTRY = re.compile(r"infos\.entries\[(\d+)\]")
 # So many ids may a request name even of fewer sub-environments, some of them more than once.
 FEW_IDS = 64
+# Of one sub-environment's reset: its seed, the options, and how many episodes a root has had that is not new.
+ResetArguments = tuple[int | None, dict[str, Any] | None, int | None]
 # What a spread gives in the end.
 Told = Callable[[Frame | BaseException], None]
 
@@ -67,6 +70,8 @@ class HostedVector:
         self._calls = Calls(threads)
         self._obs: list[Any] = []  # the last of each sub-environment
         self._gathered: Gathered | None = None  # the last on threads
+        self._over = False
+        self._redoing = Redoing(self._subs, self._change, lambda: not self._over)
         self._ops: dict[str, Callable[[Frame], Frame]] = {
             "reset": self._op_reset,
             "step": self._op_step,
@@ -107,30 +112,38 @@ class HostedVector:
             def step(k: int) -> Outcome:
                 return self._subs.step_one(k, actions[k])
 
-            self._gather(self.pace, ids, step, self._stepped, told)
+            self._gather(self.pace, ids, step, lambda out: self._stepped(Outcomes.of(out)), told)
+        elif op == "replay":
+            plans = self._plans(body)
+
+            def redo(k: int) -> Done:
+                return self._redoing.one(k, plans[k])
+
+            self._gather(BatchPace(len(plans)), range(len(plans)), redo, self._replayed, told)
         else:
-            ids, seeds, options = self._reset_arguments(body)
+            ids, arguments = self._reset_arguments(body)
             if not ids:  # nothing to do for this shard, but to say what its observations are
                 told(self._was_reset(ids, Outcomes()))
                 return
 
             def reset(k: int) -> Outcome:
-                return self._subs.reset_one(ids[k], seeds[ids[k]], options)
+                return self._subs.reset_one(ids[k], *arguments(ids[k]))
 
-            self._gather(self.reset_pace, ids, reset, lambda out: self._was_reset(ids, out), told)
+            self._gather(self.reset_pace, ids, reset, lambda out: self._was_reset(ids, Outcomes.of(out)), told)
 
     def _gather(
         self,
         pace: BatchPace,
         ids: Sequence[int],
-        job: Callable[[int], Outcome],
-        frame: Callable[[Outcomes], Frame],
+        job: Callable[[int], Any],
+        frame: Callable[[list[Any]], Frame],
         told: Told,
     ) -> None:
         self._gathered = Gathered(pace, ids, job, frame, told, self._threads, narrow=self.draws)
 
     def cancel(self) -> None:
         """The session is over: no sub-environment begins on a thread any more."""
+        self._over = True
         if self._gathered is not None:
             self._gathered.stop()
 
@@ -142,9 +155,12 @@ class HostedVector:
             outcomes = await _together(subs.step_one_async(i, action) for i, action in enumerate(actions))
             return self._stepped(Outcomes.of(outcomes))
         if op == "reset":
-            ids, seeds, options = self._reset_arguments(body)
-            outcomes = await _together(subs.reset_one_async(i, seeds[i], options) for i in ids)
+            ids, arguments = self._reset_arguments(body)
+            outcomes = await _together(subs.reset_one_async(i, *arguments(i)) for i in ids)
             return self._was_reset(ids, Outcomes.of(outcomes))
+        if op == "replay":
+            plans = enumerate(self._plans(body))
+            return self._replayed(await _together(self._redoing.one_async(i, plan) for i, plan in plans))
         frame: Frame = await self._calls(self.run, op, body)
         for field in AWAITABLE & frame.keys():
             told = zip(self._chosen(body), frame[field], strict=True)
@@ -189,13 +205,16 @@ class HostedVector:
         }
         if out.infos:
             frame["infos"] = pack_infos(out.infos, len(out.obs))
+        if self._subs.proof is not None:
+            self._subs.proof.add(frame)
         return frame
 
     def _op_reset(self, body: Frame) -> Frame:
-        ids, seeds, options = self._reset_arguments(body)
-        return self._was_reset(ids, Outcomes.of(self._subs.reset_one(i, seeds[i], options) for i in ids))
+        ids, arguments = self._reset_arguments(body)
+        return self._was_reset(ids, Outcomes.of(self._subs.reset_one(i, *arguments(i)) for i in ids))
 
-    def _reset_arguments(self, body: Frame) -> tuple[Sequence[int], Sequence[int | None], dict[str, Any] | None]:
+    def _reset_arguments(self, body: Frame) -> tuple[Sequence[int], Callable[[int], ResetArguments]]:
+        """Which sub-environments are reset, and what each of them is given."""
         count = len(self._subs)
         mask, options = body.get("mask"), body.get("options")
         ids: Sequence[int] = range(count)
@@ -206,7 +225,9 @@ class HostedVector:
             self._subs.check_all_reset(ids)
         if options is not None and not isinstance(options, dict):
             raise MalformedMessage(f"reset options are a map or nothing, not {type(options).__name__}")
-        return ids, self._subs.check_seeds(body.get("seeds")), options
+        seeds = self._subs.check_seeds(body.get("seeds"))
+        episodes = self._subs.check_episodes(body.get("episodes"), count)
+        return ids, lambda i: (seeds[i], options, episodes[i])
 
     def _was_reset(self, ids: Sequence[int], out: Outcomes) -> Frame:
         obs = list(self._obs) if len(ids) < len(self._subs) and self._obs else [None] * len(self._subs)
@@ -216,7 +237,30 @@ class HostedVector:
         frame: Frame = {"obs": self._subs.rows_or_stack(obs)}
         if out.infos:
             frame["infos"] = pack_infos([(ids[k], info) for k, info in out.infos], len(obs))
+        if self._subs.proof is not None:
+            own = self._subs.stack(out.obs) if 0 < len(ids) < len(obs) else frame["obs"]
+            self._subs.proof.add_to_reset(frame, np.array(ids, np.int64), own)
         return frame
+
+    def _plans(self, body: Frame) -> list[Plan]:
+        if self._subs.proof is None or any(map(self._subs.was_reset, range(len(self._subs)))):
+            raise MalformedMessage("a replay is the first request of a session that was opened with digests")
+        return plans_of(body, len(self._subs), self._batches)
+
+    def _replayed(self, done: list[Done]) -> Frame:
+        if all(one.last is not None for one in done):
+            self._obs = [one.last.obs for one in done if one.last is not None]
+        return {}
+
+    def _change(self, i: int, deed: Deed) -> Any:
+        """Set an attribute or call a method of sub-environment ``i``, as it was asked for once."""
+        body = deed.given
+        if deed.op == "call":
+            return self._subs.asked(i, self._attributes.call_or_get, body)
+        name = self._attributes.public(body)
+        self._attributes.check_allowed("set", name)
+        put = setattr if body.get("outermost") is True else self._attributes.set
+        return self._subs.asked(i, put, name, body.get("value"))
 
     def _op_render(self, _body: Frame) -> Frame:
         self._subs.check_began("render", range(len(self._subs)))
@@ -265,14 +309,14 @@ class HostedVector:
 
 
 class Gathered:
-    """A step or reset of a vector on threads: one answer when all sub-environments have finished."""
+    """A step, reset or replay of a vector on threads: one answer when all sub-environments have finished."""
 
     def __init__(
         self,
         pace: BatchPace,
         ids: Sequence[int],
-        job: Callable[[int], Outcome],
-        frame: Callable[[Outcomes], Frame],
+        job: Callable[[int], Any],
+        frame: Callable[[list[Any]], Frame],
         told: Told,
         threads: Threads,
         *,
@@ -297,7 +341,7 @@ class Gathered:
             crashes = [one for one in outcomes if isinstance(one, BaseException)]
             # Of those that did not begin any more, nothing is to be told where another says why.
             crash = min(crashes, key=lambda one: isinstance(one, asyncio.CancelledError), default=None)
-            frame = crash if crash is not None else self._frame(Outcomes.of(outcomes))
+            frame = crash if crash is not None else self._frame(outcomes)
         except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
             frame = exc
         self._told(frame)

@@ -12,16 +12,17 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from meshrl.errors import MeshError, ResetNeeded
+from meshrl.errors import MalformedMessage, MeshError, ResetNeeded
 from meshrl.protocol.autoreset import RULES, Ended, OnEnd
 from meshrl.protocol.seeding import Seeding
 from meshrl.wire.batches import batching
 from meshrl.wire.messages import AutoresetName, Open
 from meshrl.worker.drawing import alone, draws
+from meshrl.worker.origins import resumable
+from meshrl.worker.proof import Proof
 
 # A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
 SEED_BITS = 31
@@ -92,6 +93,8 @@ class SubEnvs:
         draws: whether they run alone; see :mod:`~meshrl.worker.drawing`.
         ended: whether each one's episode has ended and it was not reset since.
         first: the global index of the first.
+        proof: what goes with their answers where the client keeps journals of them; None where it does not, or an env
+            says that it cannot be resumed.
     """
 
     def __init__(self, envs: Sequence[Any], open_: Open) -> None:
@@ -112,6 +115,8 @@ class SubEnvs:
         if self.draws:
             self._steps, self._resets = [*map(alone, self._steps)], [*map(alone, self._resets)]
         self._was_reset = [False] * len(self.envs)
+        proved = open_.digests and all(map(resumable, self.envs))
+        self.proof = Proof(self.envs, batches, self._seeding) if proved else None
 
     def __len__(self) -> int:
         return len(self.envs)
@@ -148,6 +153,10 @@ class SubEnvs:
                     env_ids=new,
                 )
 
+    def was_reset(self, i: int) -> bool:
+        """Whether that one ever was."""
+        return self._was_reset[i]
+
     def check_all_reset(self, also: Iterable[int]) -> None:
         """Whether every one was reset, those of ``also`` counted.
 
@@ -170,6 +179,18 @@ class SubEnvs:
         """
         return self._seeding.check(seeds)
 
+    def check_episodes(self, episodes: object, count: int) -> Sequence[int | None]:
+        """Of ``count`` sub-environments that are reset, how many episodes each has had, if that is said; see R7.
+
+        Raises:
+            MalformedMessage: it is none of that.
+        """
+        if episodes is None:
+            return [None] * count
+        if not isinstance(episodes, list) or len(episodes) != count or not all(map(is_number, episodes)):
+            raise MalformedMessage(f"the episodes of {count} sub-environments are a list of as many, or nothing")
+        return episodes
+
     def check_seed(self, seed: object) -> int | None:
         """The seed of one, or None.
 
@@ -180,9 +201,15 @@ class SubEnvs:
 
     # ---------------------------------------------------------------- one
 
-    def reset_one(self, i: int, seed: int | None, options: Info | None) -> Outcome:
-        """An explicit reset."""
-        obs, info = self._guarded(i, self._resets[i], seed=self._seeding.reset(i, seed), options=options)
+    def reset_one(self, i: int, seed: int | None, options: Info | None, episodes: int | None = None) -> Outcome:
+        """An explicit reset; ``episodes`` says how many a root has had, where it is not a new one."""
+        seed = self._begins(i, self._seeding.reset(i, seed, episodes or 0))
+        obs, info = self._guarded(i, self._resets[i], seed=seed, options=options)
+        return self._was_reset_now(i, obs, info)
+
+    def reset_from(self, i: int, origin: Info, options: Info | None) -> Outcome:
+        """The reset of a fresh env that is to be where another one was after a reset with that origin."""
+        obs, info = self._guarded(i, self._resets[i], seed=self._begins_from(i, origin), options=options)
         return self._was_reset_now(i, obs, info)
 
     def step_one(self, i: int, action: Any) -> Outcome:
@@ -195,9 +222,17 @@ class SubEnvs:
             return self._ended_now(i, obs, reward, terminated, truncated, info)
         return Outcome(obs, reward, terminated, truncated, (info,) if info else ())
 
-    async def reset_one_async(self, i: int, seed: int | None, options: Info | None) -> Outcome:
+    async def reset_one_async(
+        self, i: int, seed: int | None, options: Info | None, episodes: int | None = None
+    ) -> Outcome:
         """The same of an env whose methods are coroutine functions."""
-        obs, info = await self.awaited(i, self._resets[i], seed=self._seeding.reset(i, seed), options=options)
+        seed = self._begins(i, self._seeding.reset(i, seed, episodes or 0))
+        obs, info = await self.awaited(i, self._resets[i], seed=seed, options=options)
+        return self._was_reset_now(i, obs, info)
+
+    async def reset_from_async(self, i: int, origin: Info, options: Info | None) -> Outcome:
+        """The same of an env whose methods are coroutine functions."""
+        obs, info = await self.awaited(i, self._resets[i], seed=self._begins_from(i, origin), options=options)
         return self._was_reset_now(i, obs, info)
 
     async def step_one_async(self, i: int, action: Any) -> Outcome:
@@ -215,8 +250,18 @@ class SubEnvs:
 
     def _next_episode(self, i: int) -> dict[str, Any]:
         """The arguments of an autoreset: none, as in Gymnasium, unless its seed is derived."""
-        seed = self._seeding.next(i)
+        seed = self._begins(i, self._seeding.next(i))
         return {} if seed is None else {"seed": seed}
+
+    def _begins(self, i: int, seed: int | None) -> int | None:
+        """A reset is about to begin, with that seed."""
+        if self.proof is not None:
+            self._guarded(i, self.proof.begins, i, seed)
+        return seed
+
+    def _begins_from(self, i: int, origin: Info) -> int | None:
+        assert self.proof is not None, "only what was proved is done again"
+        return self.proof.begins_from(i, origin)
 
     def _was_reset_now(self, i: int, obs: Any, info: Info) -> Outcome:
         self.ended[i] = False
@@ -342,16 +387,11 @@ def _cast(values: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return column
 
 
+def is_number(value: object) -> bool:
+    """Whether it can be the number of an episode."""
+    return type(value) is int and 0 <= value < 1 << 62
+
+
 def _some(ids: list[int]) -> str:
     shown = ", ".join(map(str, ids[:8]))
     return shown if len(ids) <= 8 else f"{shown} and {len(ids) - 8} more"
-
-
-def is_wrapped(env: Any, wrapper: str) -> bool:
-    """Whether a wrapper of that class, ``module:Class``, or of one derived from it, is around ``env``."""
-    while True:
-        if any(f"{base.__module__}:{base.__qualname__}" == wrapper for base in type(env).__mro__):
-            return True
-        if not isinstance(env, gymnasium.Wrapper):
-            return False
-        env = env.env

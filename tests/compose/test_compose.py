@@ -93,7 +93,7 @@ class Learner:
         """Until two episodes have ended after ``killed``: the one that was under way, and a whole one."""
         ended_after = 0
         while ended_after < 2:
-            async with await self.mesh.env("cartpole") as env:
+            async with await self.mesh.env("cartpole", on_loss="raise") as env:
                 self.workers.append(env.worker)
                 with contextlib.suppress(SessionLost):
                     while ended_after < 2:
@@ -210,7 +210,7 @@ async def test_a_stopped_worker_says_goodbye_and_ends_with_0_though_an_env_is_le
     await asyncio.to_thread(up.scale, 1)
     async with Mesh(up.url) as mesh:
         (worker,) = await advertised(mesh, 1)
-        env = await mesh.env("cartpole")
+        env = await mesh.env("cartpole", on_loss="raise")
         await env.reset(seed=0)
         assert env.worker == worker
         container = await asyncio.to_thread(up.container_of, worker)

@@ -62,7 +62,8 @@ class Opened(NamedTuple):
 
 async def opened(connection: Connection, worker: EnvWorker, id_: str, form: str, num_envs: int = NUM_ENVS) -> Opened:
     """A new session; waits for slots that are about to be free."""
-    asked = {"session": id_, "name": "cartpole", "form": form, "num_envs": num_envs, "park_s": ANSWER_S}
+    place = {"session": id_, "name": "cartpole", "form": form, "num_envs": num_envs}
+    asked = {**place, "park_s": ANSWER_S, "digests": True}
     subject = SUBJECTS.worker(worker.id, "open", connection.user)
     grant = await answer(connection, subject, [messages.Open.model_validate(asked).to_wire()])
     messages.parse(messages.Grant, grant)
@@ -95,6 +96,9 @@ async def test_a_session_of_several_refuses_hostile_requests_and_goes_on(server:
                 told = unpack(data)
                 assert (code_of(data), seqs_of(told)) == (entry["expect"], {seq}), f"{entry['name']}: {told}"
                 assert fault("error", data) == ""
+                if form == "pool" and op == "replay":  # each lane by itself, so that there may be several answers
+                    assert await session.close()
+                    continue
                 if form == "pool":
                     assert told["lanes"].tolist() == [0, 1, 2]
                 # the same again is the same answer; and the session goes on

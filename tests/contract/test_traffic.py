@@ -78,6 +78,7 @@ async def _use_everything(server: EmbeddedServer) -> None:
         await _use_a_session_that_is_lost(mesh, envs)
         await _use_vectors(mesh)
         await _use_pools(mesh)
+        await _use_shards_that_are_lost(mesh, envs)
         await _break_rules(server, envs)
 
 
@@ -92,6 +93,24 @@ async def _use_a_session_that_is_lost(mesh: Mesh, worker: EnvWorker) -> None:
     await env.step(0)
     assert await env.get_attr("gravity") == 9.7
     await env.close()
+
+
+async def _use_shards_that_are_lost(mesh: Mesh, worker: EnvWorker) -> None:
+    """The same of a vector and a pool, in the middle of later episodes, whose resets had no seeds."""
+    vector = await mesh.vector("cartpole", 2, shards=1, autoreset_mode="SameStep")
+    pool = await mesh.pool("cartpole", 2, shards=1, seeding="derived")
+    await vector.reset(seed=1)
+    await pool.reset(seed=1)
+    await pool.recv(min=2)
+    for n in range(40):
+        if n == 30:
+            for session in list(worker.table):
+                worker._execution.end(session, "session_expired")
+        await vector.step(np.ones(2, np.int64))
+        await pool.send(np.ones(2, np.int64), [0, 1])
+        await pool.recv(min=2)
+    await vector.close()
+    await pool.close()
 
 
 async def _use_vectors(mesh: Mesh) -> None:

@@ -70,3 +70,19 @@ class Awaited(Tuned):
     async def step(self, action: int) -> Step:  # type: ignore[override]
         await asyncio.sleep(0.001)
         return super().step(action)
+
+
+class Draws(Tuned):
+    """Adds what its generator draws, which is all that outlives a reset."""
+
+    metadata = {"outlives_reset": "generator"}
+
+    def step(self, action: int) -> Step:
+        obs, reward, _, _, info = super().step(action + int(self.np_random.integers(100)))
+        return obs, reward, obs > 700, False, info
+
+
+class Unresumable(Tuned):
+    """Could be resumed, and says that it cannot."""
+
+    metadata = {"outlives_reset": "unknown"}

@@ -286,7 +286,7 @@ async def test_an_env_error_can_be_had_again_after_its_session_ended(url: str) -
 
 async def test_an_expired_session_becomes_session_lost_for_the_user(url: str) -> None:
     async with EnvWorker({"counter": Counter}, url) as worker, Mesh(url) as m:
-        env = await m.env("counter")
+        env = await m.env("counter", on_loss="raise")
         await env.reset()
 
         def overdue() -> bool:

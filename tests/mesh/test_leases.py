@@ -305,7 +305,8 @@ async def test_a_session_is_found_lost_when_its_worker_is_gone(server: EmbeddedS
     await worker.stdout.readline()
     try:
         async with Mesh(server.url) as m:
-            idle, stepping = await m.env("counter"), await m.env("counter", {"slow_s": 3600})
+            idle = await m.env("counter", on_loss="raise")
+            stepping = await m.env("counter", {"slow_s": 3600}, on_loss="raise")
             await idle.reset()
             await stepping.reset()
             under_way = asyncio.create_task(stepping.step(1))

@@ -230,7 +230,7 @@ async def test_a_worker_that_is_killed_loses_its_lanes_and_what_was_ready_is_giv
     serves = {"gated": "tests.mesh.made_envs:Gated"}
     with WorkerProcess(url, serves, wait=False) as one, WorkerProcess(url, serves, wait=False) as two:
         processes = {process.wait_advertised(): process for process in (one, two)}
-        async with Mesh(url) as m, await m.pool("gated", 6, shards=2) as pool:
+        async with Mesh(url) as m, await m.pool("gated", 6, shards=2, on_loss="raise") as pool:
             await pool.reset(options=pipes)
             await soon(pool.recv(min=6))
             await pool.send([1, 0, 0, 0, 0, 0], range(6))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import gymnasium
-import numpy as np
 import pytest
 
 from meshrl import Mesh, RemoteEnv
@@ -16,33 +15,8 @@ from meshrl.bus.embedded import EmbeddedServer
 from meshrl.errors import EnvError, ResetNeeded, SessionClosed, SessionLost, UsageError
 from tests.mesh.conftest import until
 from tests.mesh.gymnasium_ids import TAXI
+from tests.mesh.losing import ENVS, Workers, same
 from tests.mesh.worker_process import WorkerProcess
-
-ENVS = "tests.mesh.resumed_envs"
-SERVED = {
-    **{name: name for name in ("CartPole-v1", "FrozenLake-v1", "Pendulum-v1", "Blackjack-v1", TAXI)},
-    **{name: f"{ENVS}:{name}" for name in ("Tuned", "Random", "Slow", "Awaited", "Breaks")},
-}
-
-
-class Workers:
-    """Worker processes of one server, by id; those that were killed can be replaced."""
-
-    def __init__(self, url: str, stack: ExitStack, **kwargs: Any) -> None:
-        self._url = url
-        self._stack = stack
-        self._kwargs = {"allow": ["*"], "allow_kwargs": ["*"], **kwargs}
-        self.running: dict[str, WorkerProcess] = {}
-
-    def start(self, count: int = 1, **kwargs: Any) -> list[WorkerProcess]:
-        new = [WorkerProcess(self._url, SERVED, wait=False, **{**self._kwargs, **kwargs}) for _ in range(count)]
-        for worker in new:
-            self._stack.enter_context(worker)
-            self.running[worker.wait_advertised()] = worker
-        return new
-
-    async def kill(self, id_: str) -> None:
-        await asyncio.to_thread(self.running.pop(id_).kill)
 
 
 @pytest.fixture
@@ -55,15 +29,6 @@ def workers(server: EmbeddedServer) -> Iterator[Workers]:
 async def leased(url: str, name: str, **kwargs: Any) -> AsyncIterator[RemoteEnv]:
     async with Mesh(url) as m, await m.env(name, on_loss=kwargs.pop("on_loss", "resume"), **kwargs) as env:
         yield env
-
-
-def same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
-    """Equal to the bit; infos too."""
-    for one, other in zip(ours, theirs, strict=True):
-        assert type(one) is type(other)
-        if isinstance(other, np.ndarray):
-            assert one.dtype == other.dtype
-        np.testing.assert_equal(one, other)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from meshrl.bus.connect import connect
 from meshrl.bus.connection import Connection
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.context import context_of
-from meshrl.client.shards import ShardSession, open_shards
+from meshrl.client.session import RemoteSession
+from meshrl.client.shards import open_shards
 from meshrl.errors import EnvError, MeshFull, UnknownName, UsageError, from_wire
 from meshrl.wire.codec import unpack
 from meshrl.wire.messages import Close, Description, Form, Open, Vectors, parse
@@ -80,9 +81,18 @@ async def serving(url: str, *workers: dict[str, Any]) -> AsyncIterator[list[Serv
 
 async def opened(
     mesh: Mesh, num_envs: int, shards: int | None = None, wait: float = 20.0, form: Form = "vector", **request: Any
-) -> list[ShardSession]:
+) -> list[RemoteSession]:
     return await open_shards(
-        context_of(mesh), "counter", None, None, wait, num_envs=num_envs, shards=shards, form=form, **request
+        context_of(mesh),
+        "counter",
+        None,
+        None,
+        wait,
+        num_envs=num_envs,
+        shards=shards,
+        on_loss="raise",
+        form=form,
+        **request,
     )
 
 
@@ -90,7 +100,7 @@ def all_free(*workers: EnvWorker) -> bool:
     return all(worker.table.free == worker.table.slots for worker in workers)
 
 
-async def closed(sessions: list[ShardSession]) -> None:
+async def closed(sessions: list[RemoteSession]) -> None:
     await asyncio.gather(*(session.close() for session in sessions))
 
 
@@ -495,5 +505,7 @@ async def test_names_and_numbers_that_cannot_be_are_refused(url: str) -> None:
             with pytest.raises(UsageError):
                 await opened(m, num_envs, shards)
         with pytest.raises(UnknownName, match="counter"):
-            await open_shards(context_of(m), "countr", None, None, 5.0, num_envs=4, shards=None, form="vector")
+            await open_shards(
+                context_of(m), "countr", None, None, 5.0, num_envs=4, shards=None, on_loss="raise", form="vector"
+            )
         assert worker.opens == []

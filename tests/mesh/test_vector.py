@@ -401,7 +401,7 @@ async def test_a_killed_worker_under_one_shard_is_a_lost_session_within_seconds(
         for worker in workers:
             stack.enter_context(worker).wait_advertised()
         async with Mesh(url) as m:
-            envs = await m.vector("env", N, shards=3)
+            envs = await m.vector("env", N, shards=3, on_loss="raise")
             await envs.reset()
             await envs.step([1] * N)
             victim = workers[1].id

@@ -19,7 +19,7 @@ from meshrl import EnvWorker, Mesh
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.context import context_of
 from meshrl.client.opening import Opening
-from meshrl.client.shards import ShardSession
+from meshrl.client.session import RemoteSession
 from meshrl.client.vector import RemoteVectorEnv
 from tests.mesh.envs import Sampled
 from tests.mesh.test_vector_parity import Played, Script
@@ -161,7 +161,7 @@ async def opened(m: Mesh, case: Case, number: int) -> RemoteVectorEnv:
             "num_envs": size,
         }
         opening = Opening(context_of(m), "env", "env", wait=30.0, where=None, request=request)
-        shard = partial(ShardSession, first_env_id=first, num_envs=size)
+        shard = partial(RemoteSession, first_env_id=first, num_envs=size)
         sessions.append(await context_of(m).lease(opening, shard))
     return RemoteVectorEnv(
         sessions, autoreset_mode=case.mode, seeding="gymnasium", render_mode=PLAYED.render_mode, check_actions="normal"

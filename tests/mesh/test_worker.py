@@ -359,7 +359,7 @@ async def test_an_env_that_cannot_be_cancelled_does_not_hold_its_worker(
 
     async with Mesh(url) as m:
         async with EnvWorker({"waits": make}, url):
-            env = await m.env("waits")
+            env = await m.env("waits", on_loss="raise")
             await env.reset()
             stepping = asyncio.create_task(env.step("stubborn"))
             await made[-1].under_way.wait()

@@ -11,7 +11,7 @@ import pytest
 from meshrl.bus.connection import Connection
 from meshrl.client.flights import Entry, Flights
 from meshrl.client.lane_flight import LaneFlight
-from meshrl.client.shards import ShardSession
+from meshrl.client.session import RemoteSession
 from meshrl.errors import MeshError, MeshUnreachable, SessionLost
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame, Indices
@@ -19,7 +19,7 @@ from meshrl.wire.messages import MAX_BATCH
 from meshrl.wire.subjects import Subjects
 
 SESSION = cast(
-    "ShardSession",
+    "RemoteSession",
     SimpleNamespace(
         grant=SimpleNamespace(worker="w1", session="s1", epoch=3, step_deadline_s=60.0),
         subject="session.w1.u.s1.",

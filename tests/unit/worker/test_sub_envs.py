@@ -14,7 +14,8 @@ from gymnasium import spaces
 from meshrl.errors import InvalidSeed, ResetNeeded
 from meshrl.protocol.seeds import derive
 from meshrl.wire.messages import AutoresetName, Open, Seeding
-from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, is_wrapped, rewards_of
+from meshrl.worker.attributes import is_wrapped
+from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, rewards_of
 
 ENDS, CUT, RAISES, EXITS, SHORT = 1, 2, 3, 4, 5
 

@@ -1,0 +1,157 @@
+"""A pool's shard that outlives its worker (R8): its lanes wait while it is opened again, and go on where they were."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from meshrl.client.lane_flight import LaneFlight
+from meshrl.client.resumable import ResumableSession
+from meshrl.client.session import GONE_ERRORS
+from meshrl.client.shard_recovery import ShardRecovery
+from meshrl.errors import MalformedMessage, MeshError, SessionLost, from_wire
+from meshrl.protocol.journal import Journal
+from meshrl.protocol.journals import Journals
+from meshrl.wire.codec import unpack
+from meshrl.wire.frames import Frame, Indices, check_lanes
+from meshrl.wire.messages import Grant
+
+if TYPE_CHECKING:
+    from meshrl.client.context import Context
+
+# Is told that the shard is open again: with an error where its state is gone and it begins with nothing, and with an
+# error alone where it could not be opened.
+Back = Callable[[SessionLost | None], None]
+
+
+def _nobody(_: object) -> None:
+    return None
+
+
+class PoolShard(ResumableSession):
+    """The session of one shard of a pool."""
+
+    _recovery: ShardRecovery
+
+    def __init__(
+        self, context: Context, grant: Grant, recovery: ShardRecovery, *, first_env_id: int, num_envs: int
+    ) -> None:
+        super().__init__(context, grant, recovery, first_env_id=first_env_id, num_envs=num_envs)
+        self._back: Back = _nobody
+        self._failed: Callable[[MeshError], None] = _nobody
+        self._gone: SessionLost | None = None  # with its state; of an opening that begins with nothing
+
+    @property
+    def recovery(self) -> ShardRecovery:
+        """As of any session, with the journals of its lanes."""
+        return self._recovery
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is not open at this moment."""
+        return self._lost is not None
+
+    def told_by(self, back: Back, failed: Callable[[MeshError], None]) -> None:
+        """Say who is told when it is open again, and when that failed."""
+        self._back, self._failed = back, failed
+
+    def lose(self, exc: MeshError) -> bool:
+        """A request of its lanes came to that; whether it can be brought back, which begins now."""
+        if not isinstance(exc, (SessionLost, *GONE_ERRORS)):
+            return False
+        self.judge(exc)
+        if self._lost is None or not self._recovers or self.closed:
+            return False
+        self.bring_back()
+        return True
+
+    def bring_back(self) -> None:
+        """Open it again, if that is not under way already."""
+        self._begin_recovery()
+
+    def _was_lost(self, exc: SessionLost) -> None:  # noqa: ARG002  # its lanes go on
+        if not self.closed:
+            self.bring_back()
+
+    async def _recover(self) -> None:
+        if not self._recovery.anew:
+            try:
+                await super()._recover()
+            except SessionLost as exc:
+                if not self.given_up:
+                    raise
+                self._gone = exc
+            else:
+                self._back(None)
+                return
+        await super()._recover()
+        gone, self._gone = self._gone, None
+        self._back(gone)
+
+    def _recovery_over(self, task: asyncio.Task[None]) -> None:
+        super()._recovery_over(task)
+        if not task.cancelled():
+            exc = task.exception()
+            if isinstance(exc, MeshError):
+                self._failed(exc)
+            elif exc is not None:
+                raise exc
+
+    async def _replay(self, journal: Journal | Journals) -> None:
+        landed: asyncio.Future[None] = self._context.loop.create_future()
+
+        def lost(_: LaneFlight, exc: MeshError) -> None:
+            if not landed.done():
+                landed.set_exception(exc)
+
+        def received(flight: LaneFlight, data: bytes) -> None:
+            try:
+                flight.land(_lanes_of(unpack(data), self.num_envs))
+            except MeshError as exc:
+                lost(flight, exc)
+            if flight.landed and not landed.done():
+                landed.set_result(None)
+
+        def some_of(_op: str, frame: Frame, _rows: Indices) -> Frame:
+            # Who has done some of it again goes by the sequence numbers: it is of all lanes as often as it is sent.
+            return {name: frame[name] for name in fields}
+
+        fields = journal.fields()
+        lanes = np.arange(self.num_envs)
+        flight = LaneFlight(
+            self._flights,
+            self,
+            "replay",
+            lanes,
+            np.ones_like(lanes),
+            fields=fields,
+            some_of=some_of,
+            received=received,
+            lost=lost,
+            now=time.monotonic(),
+        )
+        flight.deadline_s += 2 * journal.seconds  # on a machine that is half as fast
+        self._flights.send(flight)
+        try:
+            await landed
+        except GONE_ERRORS as exc:
+            raise SessionLost(exc.message, **exc.details) from exc
+        finally:
+            self._flights.landed(flight)
+
+
+def _lanes_of(frame: object, count: int) -> Indices:
+    """The lanes that an answer to a replay is of.
+
+    Raises:
+        MeshError: what went wrong with them.
+    """
+    if type(frame) is dict and "error" in frame:
+        raise from_wire(frame["error"])
+    if type(frame) is not dict or "lanes" not in frame:
+        raise MalformedMessage("an answer to a replay names no lanes")
+    return check_lanes(frame, count)[1]

@@ -1,0 +1,294 @@
+"""Revival: what becomes of a pool's lanes whose shard is lost and opened again (R8).
+
+What was under way is sent again when the shard is back in its state. Where that cannot be, all its lanes are reset, and
+each of them tells once that its episode has ended: a lane whose step was under way at once, any other when it is next
+sent an action. That row is like that of any step that ends an episode in a pool (the next one's first observation, and
+the last of the old one in ``infos["final_obs"]``), with a reward of 0, ``truncations``, and ``infos["session_lost"]``.
+
+    lane          the shard is back in its state    it begins with nothing
+    under way     its request is sent again         step: it is truncated; reset: its request is sent again
+    else          nothing                           it is truncated when it is next sent an action
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.client.recovery import REFUSALS
+from meshrl.client.shard_recovery import proof_of
+from meshrl.errors import MeshError, SessionLost
+from meshrl.wire.batches import Batching
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.frames import Frame, Indices
+from meshrl.wire.infos import split_infos
+
+if TYPE_CHECKING:
+    from meshrl.client.lane_flight import LaneFlight
+    from meshrl.client.pool_shard import PoolShard
+
+# Gets a request's answer, the same as it arrived, the rows of it that were waited for, and their lanes.
+Begun = Callable[["LaneFlight", Frame, bytes, Indices, Indices], None]
+
+
+class Waits(NamedTuple):
+    """What is to be sent once the shard is open again.
+
+    Attributes:
+        op: ``step``, ``reset``, or ``begin`` for a reset in place of an episode.
+        lanes: of the shard.
+        fields: the request's own.
+        at: its position in the journal, where it stands already; else -1.
+    """
+
+    op: str
+    lanes: Indices
+    fields: Frame
+    at: int
+
+
+class Fresh(NamedTuple):
+    """A lane that was reset in place of its episode.
+
+    Attributes:
+        frame: the answer.
+        data: the same, as it arrived.
+        row: the lane's.
+    """
+
+    frame: Frame
+    data: bytes
+    row: int
+
+
+class Lanes(Protocol):
+    """The pool's part in it."""
+
+    def send(
+        self, shard: PoolShard, op: str, lanes: Indices, fields: Frame, *, at: int = -1, begun: Begun | None = None
+    ) -> None:
+        """Send a request of some lanes.
+
+        Args:
+            shard: whose.
+            op: ``step`` or ``reset``.
+            lanes: of the shard.
+            fields: the request's own.
+            at: its position in the journal; -1 where it does not stand there yet.
+            begun: gets its answers in place of the pool.
+        """
+
+    def deliver(self, shard: PoolShard, frame: Frame, lane: int) -> None:
+        """Take a row of one lane as if it had arrived."""
+
+    def began(self, shard: PoolShard, seq: int) -> None:
+        """The shard was opened again; each of its lanes has had so many requests there."""
+
+
+class Revival:
+    """One shard's.
+
+    Args:
+        shard: its session.
+        observations: batches of them.
+        pool: who its lanes belong to.
+        failed: is told why it could not be opened again.
+    """
+
+    def __init__(
+        self, shard: PoolShard, observations: Batching, pool: Lanes, failed: Callable[[MeshError], None]
+    ) -> None:
+        self._shard = shard
+        self._observations = observations
+        self._pool = pool
+        self._left: list[Waits] = []
+        # Of each lane the answer that told last of it, as it arrived; None before the first.
+        self._last: NDArray[np.object_] = np.full(shard.num_envs, None)
+        self._cut: SessionLost | None = None
+        self._beginning: set[int] = set()  # lanes whose reset in place of an episode has not been answered
+        self._fresh: dict[int, Fresh] = {}  # those for which it has
+        self._due: set[int] = set()  # of those that are beginning, the ones that were sent an action
+        shard.told_by(self._back, failed)
+
+    def __repr__(self) -> str:
+        return f"<Revival of {self._shard!r}: {len(self._left)} requests wait>"
+
+    # ---------------------------------------------------------------- what passes by
+
+    def takes(self, flight: LaneFlight) -> bool:
+        """A request is about to be sent; whether it is taken over here."""
+        lanes = flight.lanes.tolist()
+        if flight.op == "reset":
+            for lane in lanes:
+                self._fresh.pop(lane, None)
+        elif self._fresh or self._beginning:
+            cut = [k for k, lane in enumerate(lanes) if lane in self._fresh or lane in self._beginning]
+            if cut:
+                self._cut_short(flight, cut)
+                return True
+        if self._shard.is_lost:
+            self._keep(flight)
+            self._shard.bring_back()
+            return True
+        return False
+
+    def sent(self, flight: LaneFlight) -> None:
+        """A request was sent."""
+        if self._shard.recovery.resumes and flight.at < 0:
+            flight.at = self._shard.recovery.journal.asked(flight.op, flight.body)
+
+    def told(self, flight: LaneFlight, frame: Frame, data: bytes, rows: Indices, lanes: Indices) -> None:
+        """Some of its lanes have their answers, in those rows.
+
+        Raises:
+            MalformedMessage: what goes with it is no proof.
+        """
+        self._last[lanes] = bytes(data)  # the arrays of a large one are its user's, to write to
+        self._prove(flight, frame, rows, lanes)
+
+    def _prove(self, flight: LaneFlight, frame: Frame, rows: Indices, lanes: Indices) -> None:
+        recovery = self._shard.recovery
+        digests, origins = proof_of(frame, len(frame["lanes"]))
+        lane_of = dict(zip(rows.tolist(), lanes.tolist(), strict=True)) if origins else {}
+        told = [(lane_of[row], origin) for row, origin in origins if row in lane_of]
+        recovery.began(told)
+        if flight.at >= 0:
+            recovery.journal.told(flight.at, lanes, None if digests is None else digests[rows], told)
+
+    def refused(self, flight: LaneFlight, exc: MeshError, lanes: Indices) -> None:
+        """The same, with an error."""
+        if flight.at >= 0 and exc.code not in REFUSALS:
+            self._shard.recovery.journal.unsure(lanes, flight.op)
+
+    def lost(self, flight: LaneFlight, exc: MeshError) -> bool:
+        """A request came to that; whether its lanes wait for the shard to be opened again."""
+        if not self._shard.lose(exc):
+            return False
+        self._keep(flight)
+        return True
+
+    def _keep(self, flight: LaneFlight) -> None:
+        op = "begin" if self._beginning.issuperset(flight.lanes.tolist()) else flight.op
+        if len(lanes := flight.left()):
+            self._left.append(Waits(op, lanes, flight.fields_left(), flight.at))
+
+    # ---------------------------------------------------------------- when the shard is back
+
+    def _back(self, gone: SessionLost | None) -> None:
+        """The shard is open again; with an error, it has begun with nothing."""
+        shard, pool = self._shard, self._pool
+        pool.began(shard, 1 if gone is None and len(shard.recovery.journal) else 0)
+        if gone is not None:
+            self._begin_anew(gone)
+        left, self._left = self._left, []
+        for op, lanes, fields, at in left:
+            if op == "begin":
+                pool.send(shard, "reset", lanes, fields, at=at, begun=self._begun)
+            else:
+                pool.send(shard, op, lanes, fields, at=at)
+
+    def _begin_anew(self, gone: SessionLost) -> None:
+        """Reset all lanes that have an episode, but those that are about to be reset anyway."""
+        self._cut = gone
+        self._due |= {lane for op, lanes, *_ in self._left if op == "step" for lane in lanes.tolist()}
+        # The journal begins anew as well.
+        self._left = [waits._replace(at=-1) for waits in self._left if waits.op == "reset"]
+        begun = np.array([last is not None for last in self._last], np.bool_)
+        for waits in self._left:
+            begun[waits.lanes] = False
+        lanes = np.flatnonzero(begun)
+        self._fresh.clear()
+        self._beginning = set(lanes.tolist())
+        if len(lanes):
+            self._left.append(Waits("begin", lanes, self._places(lanes), -1))
+
+    def _places(self, lanes: Indices) -> Frame:
+        """The fields of a reset that goes on with the numbers of the lanes' episodes, and with their seeds."""
+        lasts = [Last.of(self._last[lane], lane) for lane in lanes.tolist()]
+        fields: Frame = {"episodes": [last.episode for last in lasts]}
+        places = [self._shard.recovery.place(lane) for lane in lanes.tolist()]
+        if all(place is not None for place in places):
+            fields["seeds"] = [place["root"] for place in places if place is not None]
+        return fields
+
+    # ---------------------------------------------------------------- what is told in place of an episode's end
+
+    def _begun(self, flight: LaneFlight, frame: Frame, data: bytes, rows: Indices, lanes: Indices) -> None:
+        """Some lanes were reset in place of their episodes."""
+        self._prove(flight, frame, rows, lanes)
+        for row, lane in zip(rows.tolist(), lanes.tolist(), strict=True):
+            if lane not in self._beginning:
+                continue  # its user has reset it meanwhile
+            self._beginning.discard(lane)
+            fresh = Fresh(frame, data, row)
+            if lane in self._due:
+                self._due.discard(lane)
+                self._tell(lane, fresh)
+            else:
+                self._fresh[lane] = fresh
+
+    def _cut_short(self, flight: LaneFlight, cut: list[int]) -> None:
+        """A step is about to be sent to lanes whose episodes were ended: ``cut`` are their positions in it."""
+        rest = np.delete(np.arange(len(flight.lanes)), cut)
+        if len(rest):
+            self._pool.send(self._shard, "step", flight.lanes[rest], flight.fields_of(rest))
+        for lane in flight.lanes[cut].tolist():
+            fresh = self._fresh.pop(lane, None)
+            if fresh is None:
+                self._due.add(lane)
+            else:
+                self._tell(lane, fresh)
+
+    def _tell(self, lane: int, fresh: Fresh) -> None:
+        """That the episode of a lane has ended."""
+        assert self._cut is not None, "it was ended by a loss"
+        before, size = Last.of(self._last[lane], lane), len(fresh.frame["lanes"])
+        final = next(islice(self._observations.rows(before.frame["obs"], before.size), before.row, None))
+        info: dict[str, Any] = {"session_lost": {"message": self._cut.message, **self._cut.details}}
+        infos = split_infos([(unpack(fresh.data).get("infos"), 0, size)], size)[fresh.row]
+        entries = [{"final_obs": final, "final_info": {}}, {**dict(ChainMap(*reversed(infos))), **info}]
+        row = {
+            "lanes": np.array([lane], np.int64),
+            "obs": self._observations.pick(fresh.frame["obs"], np.array([fresh.row])),
+            "rewards": np.zeros(1),
+            "terminations": np.zeros(1, np.bool_),
+            "truncations": np.ones(1, np.bool_),
+            "first": False,
+            "episodes": np.array([before.episode], np.int64),
+            "steps": np.array([before.steps], np.int64),
+            "infos": unpack(pack({"entries": [[0, entry] for entry in entries]})),
+        }
+        self._last[lane] = bytes(fresh.data)
+        self._pool.deliver(self._shard, row, lane)
+
+
+class Last(NamedTuple):
+    """What was told last of a lane.
+
+    Attributes:
+        frame: the answer.
+        row: the lane's in it.
+        size: how many rows it has.
+        episode: the number of the lane's episode after it.
+        steps: how many steps that has.
+    """
+
+    frame: Frame
+    row: int
+    size: int
+    episode: int
+    steps: int
+
+    @classmethod
+    def of(cls, data: bytes, lane: int) -> Last:
+        """Of an answer as it arrived."""
+        frame = unpack(data)
+        row = int(np.flatnonzero(frame["lanes"] == lane)[0])
+        ended = bool(frame["terminations"][row] or frame["truncations"][row])
+        steps = 0 if ended else int(frame["steps"][row])
+        return cls(frame, row, len(frame["lanes"]), int(frame["episodes"][row]) + ended, steps)

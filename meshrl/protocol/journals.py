@@ -1,0 +1,192 @@
+"""The journals of a shard's sub-environments: what brought each into its state, for a worker that does it again (R8).
+
+One list of requests, as they were sent, and for each sub-environment the part of it that counts. It begins with its
+*origin*: what the worker said of a reset (the seed, or what outlives a reset of such an env: its generator's state, a
+snapshot), so that a fresh env which is given that, and reset, is where this one was.
+
+    request          after it, a sub-environment's journal
+    told an origin   begins with this reset: of the requests before, only the attributes that were set count
+    step, reset, …   is longer by this request
+    call             is longer, and never begins anew: nobody knows what a method did
+    refused          is what it was
+    another error    cannot be replayed until it begins anew: nobody knows what the request did
+
+What no sub-environment needs any more is dropped. Beyond ``MAX_BYTES`` those whose journals go back farthest are given
+up, which is told if they are lost before they begin anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.protocol.digests import Words
+from meshrl.protocol.journal import LASTING_LOST, MAX_BYTES
+
+Indices = NDArray[np.int64]
+# What a worker said of a reset, as it said it.
+Origin = bytes
+
+
+class Request(NamedTuple):
+    """One entry: what was asked."""
+
+    op: str
+    body: bytes
+
+
+class Journals:
+    """The journals of a number of sub-environments, whose requests may be of all or of some of them.
+
+    Args:
+        count: how many there are.
+
+    Attributes:
+        seconds: how long the requests in it took.
+    """
+
+    __slots__ = (
+        "_begins",
+        "_bytes",
+        "_called",
+        "_dropped",
+        "_ends",
+        "_lacking",
+        "_lasting",
+        "_origins",
+        "_requests",
+        "_took",
+        "digests",
+        "seconds",
+    )
+
+    def __init__(self, count: int) -> None:
+        self._requests: deque[Request] = deque()
+        self._took: deque[float] = deque()
+        self._dropped = 0  # how many were there before the first of those
+        self._lasting: list[tuple[int, Request]] = []  # of the dropped, by position: those that set attributes
+        self._begins: Indices = np.full(count, -1, np.int64)
+        self._ends: Indices = np.full(count, -1, np.int64)
+        self._origins: list[Origin | None] = [None] * count
+        self._lacking = [""] * count
+        self._bytes = 0
+        self._called = False
+        self.digests: Words = np.zeros(count, np.uint64)
+        self.seconds = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Journals of {len(self._origins)}: {len(self._requests)} requests, {self._bytes} bytes>"
+
+    def __len__(self) -> int:
+        return len(self._requests) + len(self._lasting)
+
+    @property
+    def lacking(self) -> str:
+        """Why one of them cannot be replayed; empty if all can."""
+        return next(filter(None, self._lacking), "")
+
+    def asked(self, op: str, body: bytes, seconds: float = 0.0) -> int:
+        """A request that changes something; gives its position. It counts for those that :meth:`told` of it."""
+        self._requests.append(Request(op, body))
+        self._took.append(seconds)
+        self._bytes += len(body)
+        self.seconds += seconds
+        self._called = self._called or op == "call"
+        if self._bytes > MAX_BYTES:
+            self._give_up_oldest()
+        return self._dropped + len(self._requests) - 1
+
+    def told(
+        self,
+        at: int,
+        which: Indices | slice,
+        digests: Words | None,
+        origins: Sequence[tuple[int, Origin]] = (),
+    ) -> None:
+        """Some sub-environments have answered a request.
+
+        Args:
+            at: its position.
+            which: of them.
+            digests: theirs from now on; None where the worker says none, so that nothing could be proved.
+            origins: of those that were reset by it, as far as that makes their journals begin anew.
+        """
+        self._ends[which] = at
+        if digests is None:
+            self._mark(which, "not_resumable")
+            return
+        self.digests[which] = digests
+        if origins and not self._called:
+            for i, origin in origins:
+                if self._lacking[i] != LASTING_LOST:
+                    self._begins[i], self._origins[i], self._lacking[i] = at, origin, ""
+            self._drop_until(int(self._begins.min()))
+
+    def unsure(self, which: Indices | slice, op: str) -> None:
+        """Nobody knows what a request did to these: its answer was an error."""
+        lasting = op in {"call", "set_attr"} or self._called
+        self._mark(which, LASTING_LOST if lasting else "answer_lost")
+
+    def forget(self) -> None:
+        """The state is gone: nothing is left but what was set."""
+        self._drop_until(self._dropped + len(self._requests))
+        lost = LASTING_LOST in self._lacking
+        if lost:
+            self._lasting = []
+        self._begins[:] = self._ends[:] = -1
+        self._origins = [None] * len(self._origins)
+        self._lacking = [""] * len(self._origins)
+        self._called = False
+        self.digests[:] = 0
+
+    def fields(self) -> dict[str, Any]:
+        """Those of the request that has them done again.
+
+        Returns:
+            ``journal``, the requests, the oldest first; of each sub-environment ``begins``, the position of the request
+            in which it was reset (-1 for the very beginning), ``ends``, that of its last request, ``origins``, what
+            that reset was given (None at the very beginning), and ``digests``, what it must come to.
+        """
+        kept = [request for _, request in self._lasting]
+        # Positions are those of what is sent: of the dropped only what lasts.
+        shift = len(kept) - self._dropped
+        return {
+            "journal": [[op, body] for op, body in (*kept, *self._requests)],
+            "begins": np.where(self._begins < 0, -1, self._begins + shift),
+            # Of one that was asked nothing since: what lasts counts all the same.
+            "ends": np.where(self._ends < self._dropped, len(kept) - 1, self._ends + shift),
+            "origins": list(self._origins),
+            "digests": self.digests,
+        }
+
+    # ---------------------------------------------------------------- what is dropped
+
+    def _mark(self, which: Indices | slice, why: str) -> None:
+        ids = np.arange(len(self._lacking))[which]
+        for i in ids.tolist():
+            if self._lacking[i] != LASTING_LOST:
+                self._lacking[i] = why
+
+    def _drop_until(self, position: int) -> None:
+        """Drop the requests before ``position``; those that set attributes are kept aside."""
+        for _ in range(position - self._dropped):
+            request = self._requests.popleft()
+            self.seconds -= self._took.popleft()
+            if request.op == "set_attr":
+                self._lasting.append((self._dropped, request))
+            else:
+                self._bytes -= len(request.body)
+            self._dropped += 1
+
+    def _give_up_oldest(self) -> None:
+        """Half of the requests are too many: who needs those cannot be replayed until its journal begins anew."""
+        half = self._dropped + -(-len(self._requests) // 2)
+        lasts = self._called or any(op == "set_attr" for op, _ in islice(self._requests, half - self._dropped))
+        self._mark(np.flatnonzero(self._begins < half), LASTING_LOST if lasts else "journal_full")
+        self._begins = np.maximum(self._begins, half)
+        self._drop_until(half)

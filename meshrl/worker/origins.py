@@ -1,0 +1,147 @@
+"""Origins: what of an env outlives its resets, so that a fresh one that is given it goes on as this one would (R8).
+
+A reset with a seed needs nothing more. One without goes on with the env's generator, and whether that is all that
+outlives it nobody can see from outside. It is known of Gymnasium's own envs that are listed here; any other says so
+itself, in its ``metadata["outlives_reset"]``::
+
+    "generator"    np_random, and nothing else
+    "state"        what get_state() gives, and set_state(state) takes: bytes, or any value that travels
+    "nothing"      every reset begins from scratch
+    "unknown"      it cannot be resumed at all, not even from a reset with a seed
+    (absent)       only a reset with a seed is an origin
+
+What is around the env has to forget its episodes in a reset by itself, as Gymnasium's ``TimeLimit`` does: one wrapper
+that is not known to, and only resets with a seed are origins.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+
+from meshrl.errors import MalformedMessage
+
+KEY = "outlives_reset"
+# Gymnasium's own, by module: a test compares each with itself, going on in a fresh env from its generator's state.
+_BY_GENERATOR = (
+    "gymnasium.envs.classic_control.",
+    "gymnasium.envs.toy_text.",
+    "gymnasium.envs.box2d.lunar_lander",
+    "gymnasium.envs.mujoco.",
+)
+_FORGETFUL = frozenset(
+    {
+        "TimeLimit",
+        "OrderEnforcing",
+        "PassiveEnvChecker",
+        "FrameStackObservation",
+        "RecordEpisodeStatistics",
+        "FlattenObservation",
+        "RescaleAction",
+        "ClipAction",
+        "DtypeObservation",
+        "FilterObservation",
+        "GrayscaleObservation",
+        "ResizeObservation",
+        "ReshapeObservation",
+        "RescaleObservation",
+        "TimeAwareObservation",
+        "AtariPreprocessing",
+        "AddRenderObservation",
+        "DiscretizeObservation",
+        "DiscretizeAction",
+    }
+)
+# State and increment of a PCG64, whether half of a number is left, and that half.
+_PCG64 = struct.Struct("<16s16s?I")
+
+
+class Outliving(NamedTuple):
+    """What outlives an env's resets.
+
+    Attributes:
+        get: gives it; to be called right before a reset.
+        put: gives it to a fresh env, right before a reset.
+    """
+
+    get: Callable[[], Any]
+    put: Callable[[Any], None]
+
+
+def outliving(env: Any) -> Outliving | None:
+    """What outlives the resets of ``env``; None where that is not known."""
+    bare = getattr(env, "unwrapped", env)
+    said = said_by(env)
+    if not _forgets(env, bare):
+        return None
+    if said == "state":
+        return Outliving(bare.get_state, bare.set_state)
+    if said == "nothing":
+        return Outliving(_nothing, _put_nothing)
+    module = f"{type(bare).__module__}."
+    if said == "generator" or (said is None and module.startswith(_BY_GENERATOR)):
+        return _generator_of(bare)
+    return None
+
+
+def said_by(env: Any) -> object:
+    """What an env says of itself."""
+    metadata = getattr(getattr(env, "unwrapped", env), "metadata", None)
+    return metadata.get(KEY) if isinstance(metadata, dict) else None
+
+
+def resumable(env: Any) -> bool:
+    """Whether it does not say that it cannot be."""
+    return said_by(env) != "unknown"
+
+
+def _forgets(env: Any, bare: Any) -> bool:
+    """Whether every wrapper forgets its episodes in a reset."""
+    while env is not bare:
+        cls = type(env)
+        known = cls.__module__.startswith("gymnasium.wrappers.") and cls.__name__ in _FORGETFUL
+        if not known or not isinstance(env, gymnasium.Wrapper):
+            return False
+        env = env.env
+    return True
+
+
+def _nothing() -> Any:
+    return b""
+
+
+def _put_nothing(state: Any) -> None:
+    if state != b"":
+        raise MalformedMessage("an env that nothing outlives was given something")
+
+
+def _generator_of(bare: Any) -> Outliving | None:
+    """Of an env whose generator is the one that Gymnasium's seeding makes."""
+    if not isinstance(getattr(bare, "np_random", None), np.random.Generator):
+        return None
+
+    def get() -> bytes:
+        state: Any = bare.np_random.bit_generator.state
+        numbers = state["state"]
+        return _PCG64.pack(
+            numbers["state"].to_bytes(16, "little"),
+            numbers["inc"].to_bytes(16, "little"),
+            bool(state["has_uint32"]),
+            state["uinteger"],
+        )
+
+    def put(packed: Any) -> None:
+        if type(packed) is not bytes or len(packed) != _PCG64.size:
+            raise MalformedMessage(f"the state of a generator is {_PCG64.size} bytes")
+        number, increment, has_half, half = _PCG64.unpack(packed)
+        numbers = {"state": int.from_bytes(number, "little"), "inc": int.from_bytes(increment, "little")}
+        state: Any = {"bit_generator": "PCG64", "state": numbers, "has_uint32": int(has_half), "uinteger": half}
+        generator = np.random.PCG64(0)
+        generator.state = state
+        bare.np_random = np.random.Generator(generator)
+
+    return Outliving(get, put) if type(bare.np_random.bit_generator) is np.random.PCG64 else None

@@ -1,0 +1,144 @@
+"""Proof: what goes with the answers of sub-environments whose client keeps journals of them (R8).
+
+That is the digest of each, so that a replay can be compared with what was told, and the origins of those that a request
+has reset, as far as their journals can begin anew there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.errors import MalformedMessage
+from meshrl.protocol.digests import Digests
+from meshrl.protocol.seeding import Seeding
+from meshrl.protocol.seeds import check_seed
+from meshrl.wire.batches import Batching
+from meshrl.wire.codec import pack
+from meshrl.wire.frames import Frame, Indices
+from meshrl.worker.drawing import alone, draws
+from meshrl.worker.origins import outliving
+
+Flags = NDArray[np.bool_]
+
+
+class Proof:
+    """The digests and origins of one session's sub-environments.
+
+    Resets may be noted on any thread, one at a time for each sub-environment; all else is the event loop's.
+
+    Args:
+        envs: local envs.
+        batches: of their observations.
+        seeding: theirs.
+    """
+
+    def __init__(self, envs: Sequence[Any], batches: Batching, seeding: Seeding) -> None:
+        self._digests = Digests(len(envs), batches)
+        self._seeding = seeding
+        kept = [outliving(env) for env in envs]
+        if any(map(draws, envs)):
+            kept = [None if one is None else one._replace(get=alone(one.get), put=alone(one.put)) for one in kept]
+        self._kept = kept
+        self._began: dict[int, Frame] = {}
+
+    # ---------------------------------------------------------------- origins
+
+    def begins(self, i: int, seed: int | None) -> None:
+        """Sub-environment ``i`` is about to be reset, with that seed."""
+        kept = self._kept[i]
+        if seed is not None:
+            origin: Frame = {"seed": seed}
+        elif kept is not None:
+            origin = {"state": kept.get()}
+        else:
+            return
+        self._began[i] = {**origin, **self._seeding.place(i)}
+
+    def begins_from(self, i: int, origin: Frame) -> int | None:
+        """It is about to be reset as it was when that was told; gives the seed.
+
+        Raises:
+            MalformedMessage: the origin is none, or of another env.
+        """
+        kept, seed = self._kept[i], origin.get("seed")
+        if seed is not None:
+            seed = check_seed(seed)
+        elif kept is not None and "state" in origin:
+            kept.put(origin["state"])
+        else:
+            raise MalformedMessage("an origin has the seed of a reset, or what outlives one of an env that tells it")
+        self._seeding.put(i, origin)
+        self._began[i] = origin
+        return seed
+
+    def take_origin(self, i: int) -> bool:
+        """Whether it was reset since this was asked, so that its journal may begin anew."""
+        return self._began.pop(i, None) is not None
+
+    def _taken(self, lanes: Indices | None) -> list[tuple[int, Frame]]:
+        """The origins of these (None: all), each with the row of its sub-environment."""
+        began = self._began
+        if not began:
+            return []
+        if lanes is None:
+            taken = [(i, began.pop(i)) for i in list(began)]
+        else:
+            rows = np.full(len(self._kept), -1)
+            rows[lanes] = np.arange(len(lanes))
+            taken = [(int(rows[i]), began.pop(i)) for i in list(began) if rows[i] >= 0]
+        taken.sort(key=_row)
+        return taken
+
+    # ---------------------------------------------------------------- what goes with an answer
+
+    def add(self, frame: Frame, lanes: Indices | None = None, numbers: NDArray[np.int64] | None = None) -> None:
+        """Add to the answer of a step, or of a pool's reset.
+
+        Args:
+            frame: the answer.
+            lanes: of whom it is; None of all.
+            numbers: by lane, of the episodes that have begun now.
+        """
+        taken = self._taken(lanes)
+        if lanes is not None and numbers is not None:
+            for row, origin in taken:
+                origin["number"] = int(numbers[lanes[row]])
+        which = slice(None) if lanes is None else lanes
+        columns = (frame["rewards"], frame["terminations"], frame["truncations"])
+        frame["digests"] = self._digests.add(which, frame["obs"], *columns, [row for row, _ in taken])
+        if taken:
+            frame["origins"] = _flat(taken)
+
+    def add_to_reset(self, frame: Frame, ids: Indices, obs: Any) -> None:
+        """Add to the answer of a vector's reset: of ``ids`` were reset, and that is what they told."""
+        taken = self._taken(None)
+        anew = {i for i, _ in taken}
+        nothing = np.zeros(len(ids))
+        flags = nothing.astype(np.bool_)
+        rows = [row for row, i in enumerate(ids.tolist()) if i in anew]
+        if len(ids):
+            self._digests.add(ids, obs, nothing, flags, flags, rows)
+        frame["digests"] = self._digests.values.copy()
+        if taken:
+            frame["origins"] = _flat(taken)
+
+    def chain(self, i: int, obs: Any, rewards: NDArray[np.float64], flags: tuple[Flags, Flags], *, anew: bool) -> None:
+        """Take in what one told alone, row after row."""
+        self._digests.chain(i, obs, rewards, *flags, anew=anew)
+
+    def digest_of(self, i: int) -> int:
+        """Of one, as it is now."""
+        return int(self._digests.values[i])
+
+
+def _flat(taken: Sequence[tuple[int, Frame]]) -> list[Any]:
+    """As they travel: plain values, which are read fast, and an origin is nobody's business but a worker's."""
+    return [part for row, origin in taken for part in (row, pack(origin))]
+
+
+def _row(entry: tuple[int, Frame]) -> int:
+    return entry[0]
