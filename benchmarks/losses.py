@@ -1,0 +1,225 @@
+"""What it costs that episodes outlive their workers, and how long one that is lost stays away.
+
+python benchmarks/losses.py                 both, about three minutes; written to results/losses.json
+python benchmarks/losses.py --pairs 40 --kills 100
+
+Processor time is summed over client, worker and nats-server, and compared in interleaved pairs of turns with
+``on_loss="raise"``, in one process each. A kill is SIGKILL for the worker with a step in flight, while others are there
+to take its sessions; what is counted is the time from the kill to the answer, beside that of the same steps alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvloop
+from rich.console import Console
+from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import estimates, measuring
+from meshrl import Mesh
+from meshrl.bus.embedded import EmbeddedServer
+
+RESULTS = Path(__file__).resolve().parent / "results" / "losses.json"
+TICKS_S = os.sysconf("SC_CLK_TCK")
+SERVE = ("-m", "meshrl", "serve", "CartPole-v1", "--slots", "512")
+WARM_UP_STEPS = 400
+VECTOR = 64
+REPLAYED_STEPS = 100
+
+Step = Callable[[int], Awaitable[Any]]
+
+
+class Worker:
+    """A worker's process; it does not outlive this one for long, since its server ends with it."""
+
+    def __init__(self, url: str, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *SERVE, *arguments, "--url", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_S
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one."""
+    told = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [one for child in map(int, told) for one in (child, *children(child))]
+
+
+def everybody() -> float:
+    """Processor time of this process and all below it, in seconds."""
+    return time.process_time() + sum(cpu_s(pid) for pid in children(os.getpid()) if Path(f"/proc/{pid}").exists())
+
+
+# --------------------------------------------------------------------------- what it costs
+
+
+async def costs(url: str, pairs: int, seconds: float) -> dict[str, Any]:
+    async with Mesh(url) as m:
+        works = {
+            "single": [await single(m, on_loss) for on_loss in ("raise", "resume")],
+            f"vector{VECTOR}": [await vector(m, on_loss) for on_loss in ("raise", "resume")],
+            f"pool{VECTOR}": [await pool(m, on_loss) for on_loss in ("raise", "resume")],
+        }
+        told = {}
+        for name, both in works.items():
+            for step in both:
+                for n in range(WARM_UP_STEPS):
+                    await step(n)
+            rows = []
+            for _ in track(range(pairs), description=name, console=Console(stderr=True)):
+                order = random.sample((0, 1), 2)
+                row = [0.0, 0.0]
+                for which in order:
+                    row[which] = await turn(both[which], seconds)
+                rows.append(row)
+            told[name] = {
+                "us_raise": [1e6 * row[0] for row in rows],
+                "us_resume": [1e6 * row[1] for row in rows],
+                "ratio": estimates.ratio([row[1] for row in rows], [row[0] for row in rows]).as_dict(),
+            }
+        return told
+
+
+async def turn(step: Step, seconds: float) -> float:
+    """Processor time of a step, in seconds."""
+    before, end, count = everybody(), time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        await step(count)
+        count += 1
+    return (everybody() - before) / count
+
+
+async def single(m: Mesh, on_loss: Any) -> Step:
+    env = await m.env("cartpole", on_loss=on_loss)
+    await env.reset(seed=1)
+
+    async def step(n: int) -> None:
+        _, _, terminated, truncated, _ = await env.step(n & 1)
+        if terminated or truncated:
+            await env.reset()
+
+    return step
+
+
+async def vector(m: Mesh, on_loss: Any) -> Step:
+    envs = await m.vector("cartpole", VECTOR, shards=1, on_loss=on_loss)
+    await envs.reset(seed=1)
+    actions = [np.full(VECTOR, n, np.int64) for n in range(2)]
+    return lambda n: envs.step(actions[n & 1])
+
+
+async def pool(m: Mesh, on_loss: Any) -> Step:
+    envs = await m.pool("cartpole", VECTOR, shards=1, on_loss=on_loss)
+    await envs.reset(seed=1)
+    actions = [np.full(VECTOR, n, np.int64) for n in range(2)]
+
+    async def step(n: int) -> None:
+        batch = await envs.recv(VECTOR)
+        await envs.send(actions[n & 1], batch.env_ids)
+
+    return step
+
+
+# --------------------------------------------------------------------------- how long it takes
+
+
+async def recoveries(url: str, kills: int) -> dict[str, Any]:
+    """From the kill to the answer, less what the replay's steps take by themselves."""
+    workers: dict[str, Worker] = {}
+    known: set[str] = set()
+
+    async def start(m: Mesh) -> None:
+        worker = Worker(url, "--capability", "victim=true")
+        async for event in m.watch():
+            id_ = event.advertisement.worker
+            if event.advertisement.name == "CartPole-v1" and id_ not in known and event.kind != "left":
+                known.add(id_)
+                workers[id_] = worker
+                return
+
+    taken = []
+    async with Mesh(url) as m:
+        known |= {advertisement.worker for advertisement in await m.envs()}
+        for _ in range(2):
+            await start(m)
+        env = await m.env("cartpole", where={"victim": True}, on_loss="resume")
+        for _ in track(range(kills), description="kills", console=Console(stderr=True)):
+            await env.reset(seed=1)
+            for n in range(REPLAYED_STEPS):
+                _, _, terminated, truncated, _ = await env.step(n & 1)
+                if terminated or truncated:
+                    await env.reset(seed=1)
+            stepping = asyncio.ensure_future(env.step(0))
+            await asyncio.sleep(0)
+            began = time.perf_counter()
+            workers.pop(env.worker).process.kill()
+            await stepping
+            taken.append(time.perf_counter() - began)
+            await start(m)
+    for worker in workers.values():
+        worker.kill()
+    percentiles = statistics.quantiles(taken, n=100)
+    return {"seconds": taken, "p50_s": percentiles[49], "p99_s": percentiles[98], "replayed_steps": REPLAYED_STEPS}
+
+
+async def measure(url: str, settings: argparse.Namespace) -> dict[str, Any]:
+    worker = Worker(url)
+    try:
+        cost = await costs(url, settings.pairs, settings.seconds)
+    finally:
+        worker.kill()
+    return {"cost": cost, "recovery": await recoveries(url, settings.kills)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn; processor time is counted in ticks")
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    settings = parser.parse_args()
+    begun, load = measuring.now(), measuring.load()
+    os.chdir(tempfile.gettempdir())
+    with EmbeddedServer.start() as server:
+        told = uvloop.run(measure(server.url, settings))
+    results = {"begun": begun, "machine": measuring.machine(), "load": load, **told}
+    settings.json.write_text(json.dumps(results, indent=1) + "\n")
+    console = Console()
+    for name, cost in told["cost"].items():
+        ratio = cost["ratio"]
+        console.print(
+            f"{name}: {statistics.median(cost['us_raise']):.0f} µs a step with raise, "
+            f"{statistics.median(cost['us_resume']):.0f} with resume: {ratio['value']:.3f} times "
+            f"({ratio['low']:.3f} to {ratio['high']:.3f})"
+        )
+    recovery = told["recovery"]
+    console.print(f"a killed worker: answered after {recovery['p50_s']:.2f} s (p50), {recovery['p99_s']:.2f} s (p99)")
+
+
+if __name__ == "__main__":
+    main()
