@@ -44,6 +44,20 @@ async def test_a_worker_busier_than_believed_says_so_once_and_parks_then(bare: A
     worker.admission.stop()
 
 
+async def test_who_was_lost_elsewhere_is_served_before_who_came_first(bare: Any) -> None:
+    worker: Bare = bare(Counter, slots=1)
+    await worker.opened("s1")
+    first, resumed = worker.open("s2", user="ann", park_s=60.0), worker.open("lost", user="bob", epoch=2, park_s=60.0)
+    worker.close("s1")
+    assert (await worker.replies.to(resumed))["session"] == "lost"
+    assert first not in dict(worker.replies.sent)
+    lost = worker.table.get(("bob", "lost"))
+    assert lost is not None
+    worker.execution.end(lost, "closed")
+    assert (await worker.replies.to(first))["session"] == "s2"
+    worker.admission.stop()
+
+
 async def test_a_constructor_that_raises_frees_its_slot_for_the_next_who_waits(bare: Any) -> None:
     go, made = threading.Event(), list[int]()
 
