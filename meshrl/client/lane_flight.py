@@ -31,9 +31,22 @@ class LaneFlight(Flight):
         seqs: int64, the sequence number on each.
         waiting: bool, by lane of the shard: whether it is one of these and has no answer yet.
         at: its position in the shard's journal, where there is one.
+        begins: whether it is a reset in place of episodes that were lost.
     """
 
-    __slots__ = ("_asked", "_lost", "_received", "_some_of", "at", "lanes", "op", "seqs", "session", "waiting")
+    __slots__ = (
+        "_asked",
+        "_lost",
+        "_received",
+        "_some_of",
+        "at",
+        "begins",
+        "lanes",
+        "op",
+        "seqs",
+        "session",
+        "waiting",
+    )
 
     def __init__(
         self,
@@ -77,6 +90,7 @@ class LaneFlight(Flight):
         self.waiting = np.zeros(session.num_envs, np.bool_)
         self.waiting[lanes] = True
         self.at = -1
+        self.begins = False
         self._some_of = some_of
         self._asked = 0
         self._received = received
@@ -102,6 +116,11 @@ class LaneFlight(Flight):
         if self._landed is None:
             self._landed = exc
             self._lost(self, exc)
+
+    def withdraw(self) -> None:
+        """Its session is lost: whatever still comes of it is not heard."""
+        self._flights.landed(self)
+        self._landed = b""
 
     def relaunch(self) -> None:
         """Send it again, after nothing was heard of it because this client was without a connection for too long."""

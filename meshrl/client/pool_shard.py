@@ -32,6 +32,10 @@ def _nobody(_: object) -> None:
     return None
 
 
+def _nothing() -> None:
+    return None
+
+
 class PoolShard(ResumableSession):
     """The session of one shard of a pool."""
 
@@ -43,6 +47,7 @@ class PoolShard(ResumableSession):
         super().__init__(context, grant, recovery, first_env_id=first_env_id, num_envs=num_envs)
         self._back: Back = _nobody
         self._failed: Callable[[MeshError], None] = _nobody
+        self._leaving: Callable[[], None] = _nothing
         self._gone: SessionLost | None = None  # with its state; of an opening that begins with nothing
 
     @property
@@ -55,9 +60,9 @@ class PoolShard(ResumableSession):
         """Whether it is not open at this moment."""
         return self._lost is not None
 
-    def told_by(self, back: Back, failed: Callable[[MeshError], None]) -> None:
-        """Say who is told when it is open again, and when that failed."""
-        self._back, self._failed = back, failed
+    def told_by(self, leaving: Callable[[], None], back: Back, failed: Callable[[MeshError], None]) -> None:
+        """Say who is told that it is to be opened again, before anything else, when it is, and when that failed."""
+        self._leaving, self._back, self._failed = leaving, back, failed
 
     def lose(self, exc: MeshError) -> bool:
         """A request of its lanes came to that; whether it can be brought back, which begins now."""
@@ -71,6 +76,8 @@ class PoolShard(ResumableSession):
 
     def bring_back(self) -> None:
         """Open it again, if that is not under way already."""
+        if self._recovering is None:
+            self._leaving()
         self._begin_recovery()
 
     def _was_lost(self, exc: SessionLost) -> None:  # noqa: ARG002  # its lanes go on

@@ -108,16 +108,24 @@ class Results:
             MalformedMessage: it is none, and was not taken.
         """
         # Here and not where it is handed out: there it would take others with it.
-        self.batches.check(_field(ready.frame, "obs"), ready.size, "obs", exact=True)
-        for field, dtype in _COLUMNS.items():
-            column = _field(ready.frame, field)
-            if not isinstance(column, np.ndarray) or column.shape != (ready.size,) or column.dtype != dtype:
-                raise MalformedMessage(f"a pool's {field} are not {ready.size} of {dtype}", field=field)
-        ready.told = _told(ready.frame.get("infos"), ready.size)
-        if type(_field(ready.frame, "first")) is not bool:
-            raise MalformedMessage("a pool's answer does not say whether it is a reset's", field="first")
+        ready.told = self.check(ready.frame, ready.size)
         self._ready.append(ready)
         self.count += len(ready.rows)
+
+    def check(self, frame: Frame, size: int) -> Entries | Columns | None:
+        """The infos of an answer of ``size`` lanes, as they were read.
+
+        Raises:
+            MalformedMessage: it is none.
+        """
+        self.batches.check(_field(frame, "obs"), size, "obs", exact=True)
+        for field, dtype in _COLUMNS.items():
+            column = _field(frame, field)
+            if not isinstance(column, np.ndarray) or column.shape != (size,) or column.dtype != dtype:
+                raise MalformedMessage(f"a pool's {field} are not {size} of {dtype}", field=field)
+        if type(_field(frame, "first")) is not bool:
+            raise MalformedMessage("a pool's answer does not say whether it is a reset's", field="first")
+        return _told(frame.get("infos"), size)
 
     def drop(self, env_ids: Indices) -> None:
         """Forget the results of ``env_ids``."""

@@ -255,9 +255,12 @@ class ResumableSession(RemoteSession):
         if len(recovery.journal):
             try:
                 await self._replay(recovery.journal)
-            except SessionLost:
+            except SessionLost as exc:
                 avoid.add(grant.worker)
-                self._release()
+                if exc.details.get("reason") in GONE:
+                    self._release()
+                else:
+                    await self._back_out()  # it may be at it still
                 return False
             except _OURS:
                 self._release()  # its lease ends it

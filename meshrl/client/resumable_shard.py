@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from meshrl.client.recovery import NO_WORKER
 from meshrl.client.resumable import ResumableSession
 from meshrl.client.shard_recovery import ShardRecovery
 from meshrl.errors import SessionLost
@@ -52,11 +53,26 @@ class ResumableShard(ResumableSession):
             self._launch_in_place()
             return
         if self._cut is not None and op == "reset":
-            given = unpack(body)
-            # A fresh session has no observations of those that are left out; they are reset once more in their turn.
-            given.pop("mask", None)
-            body = pack(given if given.get("seeds") else {**given, **self._recovery.roots})
+            body = pack(self._of_all(unpack(body)))
         super().launch(op, body)
+
+    def _of_all(self, given: Frame) -> Frame:
+        """A reset of some of them as one of all: a fresh session has no observations of those that are left out.
+
+        Those are reset once more in their turn, and go on by the seeds that they had.
+        """
+        mask, seeds, roots = given.pop("mask", None), given.get("seeds"), self._recovery.roots
+        if not seeds:
+            return {**given, **roots}
+        if mask is None:
+            return given
+        others = roots or {"seeds": [None] * self.num_envs, "episodes": [None] * self.num_envs}
+        chosen = mask.tolist()
+        own = {"seeds": seeds, "episodes": [None] * self.num_envs}
+        for name, values in own.items():
+            either = zip(chosen, values, others[name], strict=True)
+            given[name] = [value if reset else other for reset, value, other in either]
+        return given
 
     def _launch_in_place(self) -> None:
         super().launch("reset", self.encoded(self._recovery.roots))
@@ -88,9 +104,20 @@ class ResumableShard(ResumableSession):
             self._launch_in_place()
         elif op == "reset" and before is None and not masked:
             self.launch("reset", self._body)
+        elif op == "reset" and not masked and exc.details["not_resumed"] != NO_WORKER:
+            in_place = self._in_place
+            self.launch("reset", self._body)  # lost once more in between
+            self._in_place = in_place
         else:
             raise exc
-        return await super().landing()
+        return await self._landing_anew()
+
+    async def _landing_anew(self) -> Frame:
+        """Wait for the reset that was sent in place of what is lost."""
+        try:
+            return await super().landing()
+        except SessionLost as exc:
+            return await self._gone(exc)
 
     def _begun(self, frame: Frame) -> Frame:
         """The next episodes have begun: the answer to the reset, or to the step that it was sent in place of."""

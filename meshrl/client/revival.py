@@ -12,6 +12,7 @@ the last of the old one in ``infos["final_obs"]``), with a reward of 0, ``trunca
 
 from __future__ import annotations
 
+import time
 from collections import ChainMap
 from collections.abc import Callable
 from itertools import islice
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshrl.client.recovery import REFUSALS
-from meshrl.client.shard_recovery import proof_of
+from meshrl.client.shard_recovery import Proof, proof_of
 from meshrl.errors import MeshError, SessionLost
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack, unpack
@@ -69,6 +70,9 @@ class Fresh(NamedTuple):
 class Lanes(Protocol):
     """The pool's part in it."""
 
+    def take(self, shard: PoolShard) -> list[LaneFlight]:
+        """Take back all requests of a shard that is lost: no answer to them is heard any more."""
+
     def send(
         self, shard: PoolShard, op: str, lanes: Indices, fields: Frame, *, at: int = -1, begun: Begun | None = None
     ) -> None:
@@ -113,7 +117,8 @@ class Revival:
         self._beginning: set[int] = set()  # lanes whose reset in place of an episode has not been answered
         self._fresh: dict[int, Fresh] = {}  # those for which it has
         self._due: set[int] = set()  # of those that are beginning, the ones that were sent an action
-        shard.told_by(self._back, failed)
+        self._later: list[Waits] = []  # resets of lanes that are beginning
+        shard.told_by(self._leave, self._back, failed)
 
     def __repr__(self) -> str:
         return f"<Revival of {self._shard!r}: {len(self._left)} requests wait>"
@@ -123,6 +128,13 @@ class Revival:
     def takes(self, flight: LaneFlight) -> bool:
         """A request is about to be sent; whether it is taken over here."""
         lanes = flight.lanes.tolist()
+        if self._shard.is_lost:
+            self._keep(flight)
+            self._shard.bring_back()
+            return True
+        if flight.op == "reset" and not self._beginning.isdisjoint(lanes):
+            self._later.append(Waits("reset", flight.lanes, flight.fields_left(), -1))
+            return True
         if flight.op == "reset":
             for lane in lanes:
                 self._fresh.pop(lane, None)
@@ -131,33 +143,28 @@ class Revival:
             if cut:
                 self._cut_short(flight, cut)
                 return True
-        if self._shard.is_lost:
-            self._keep(flight)
-            self._shard.bring_back()
-            return True
         return False
 
     def sent(self, flight: LaneFlight) -> None:
         """A request was sent."""
-        if self._shard.recovery.resumes and flight.at < 0:
-            flight.at = self._shard.recovery.journal.asked(flight.op, flight.body)
-
-    def told(self, flight: LaneFlight, frame: Frame, data: bytes, rows: Indices, lanes: Indices) -> None:
-        """Some of its lanes have their answers, in those rows.
-
-        Raises:
-            MalformedMessage: what goes with it is no proof.
-        """
-        self._last[lanes] = bytes(data)  # the arrays of a large one are its user's, to write to
-        self._prove(flight, frame, rows, lanes)
-
-    def _prove(self, flight: LaneFlight, frame: Frame, rows: Indices, lanes: Indices) -> None:
         recovery = self._shard.recovery
-        digests, origins = proof_of(frame, len(frame["lanes"]))
+        if recovery.resumes and not recovery.journal.hopeless and flight.at < 0:
+            flight.at = recovery.journal.asked(flight.op, flight.body)
+
+    def told(self, flight: LaneFlight, proof: Proof, data: bytes, rows: Indices, lanes: Indices) -> None:
+        """Some of its lanes have their answers, in those rows; ``proof`` is what went with it."""
+        self._last[lanes] = bytes(data)  # the arrays of a large one are its user's, to write to
+        self._prove(flight, proof, rows, lanes)
+
+    def _prove(self, flight: LaneFlight, proof: Proof, rows: Indices, lanes: Indices) -> None:
+        recovery = self._shard.recovery
+        digests, origins = proof
         lane_of = dict(zip(rows.tolist(), lanes.tolist(), strict=True)) if origins else {}
         told = [(lane_of[row], origin) for row, origin in origins if row in lane_of]
         recovery.began(told)
         if flight.at >= 0:
+            if flight.landed:
+                recovery.journal.took(flight.at, time.monotonic() - flight.sent_at)
             recovery.journal.told(flight.at, lanes, None if digests is None else digests[rows], told)
 
     def refused(self, flight: LaneFlight, exc: MeshError, lanes: Indices) -> None:
@@ -167,15 +174,21 @@ class Revival:
 
     def lost(self, flight: LaneFlight, exc: MeshError) -> bool:
         """A request came to that; whether its lanes wait for the shard to be opened again."""
+        if flight.entry.epoch != self._shard.grant.epoch and self._shard.is_lost:
+            return False
         if not self._shard.lose(exc):
             return False
         self._keep(flight)
         return True
 
+    def _leave(self) -> None:
+        """The shard is lost: all that is under way is taken back at once, so that no late answer of it is heard."""
+        for flight in self._pool.take(self._shard):
+            self._keep(flight)
+
     def _keep(self, flight: LaneFlight) -> None:
-        op = "begin" if self._beginning.issuperset(flight.lanes.tolist()) else flight.op
         if len(lanes := flight.left()):
-            self._left.append(Waits(op, lanes, flight.fields_left(), flight.at))
+            self._left.append(Waits("begin" if flight.begins else flight.op, lanes, flight.fields_left(), flight.at))
 
     # ---------------------------------------------------------------- when the shard is back
 
@@ -197,7 +210,8 @@ class Revival:
         self._cut = gone
         self._due |= {lane for op, lanes, *_ in self._left if op == "step" for lane in lanes.tolist()}
         # The journal begins anew as well.
-        self._left = [waits._replace(at=-1) for waits in self._left if waits.op == "reset"]
+        later, self._later = self._later, []
+        self._left = [self._rooted(waits) for waits in (*self._left, *later) if waits.op == "reset"]
         begun = np.array([last is not None for last in self._last], np.bool_)
         for waits in self._left:
             begun[waits.lanes] = False
@@ -206,6 +220,13 @@ class Revival:
         self._beginning = set(lanes.tolist())
         if len(lanes):
             self._left.append(Waits("begin", lanes, self._places(lanes), -1))
+
+    def _rooted(self, waits: Waits) -> Waits:
+        """A user's reset, for a shard that knows nothing of the roots that derived seeds come from."""
+        told = [self._last[lane] is not None for lane in waits.lanes.tolist()]
+        if waits.fields.get("seeds") or not all(told):
+            return waits._replace(at=-1)
+        return waits._replace(fields={**self._places(waits.lanes), **waits.fields}, at=-1)
 
     def _places(self, lanes: Indices) -> Frame:
         """The fields of a reset that goes on with the numbers of the lanes' episodes, and with their seeds."""
@@ -220,10 +241,8 @@ class Revival:
 
     def _begun(self, flight: LaneFlight, frame: Frame, data: bytes, rows: Indices, lanes: Indices) -> None:
         """Some lanes were reset in place of their episodes."""
-        self._prove(flight, frame, rows, lanes)
+        self._prove(flight, proof_of(frame, len(frame["lanes"])), rows, lanes)
         for row, lane in zip(rows.tolist(), lanes.tolist(), strict=True):
-            if lane not in self._beginning:
-                continue  # its user has reset it meanwhile
             self._beginning.discard(lane)
             fresh = Fresh(frame, data, row)
             if lane in self._due:
@@ -231,6 +250,25 @@ class Revival:
                 self._tell(lane, fresh)
             else:
                 self._fresh[lane] = fresh
+        self._send_later()
+
+    def not_begun(self, flight: LaneFlight, exc: MeshError, lanes: Indices) -> None:
+        """They could not be: that is told, and their user may reset them."""
+        self.refused(flight, exc, lanes)
+        self._beginning.difference_update(lanes.tolist())
+        self._due.difference_update(lanes.tolist())
+        self._send_later()
+
+    def _send_later(self) -> None:
+        """The resets that waited for lanes to have begun."""
+        later, self._later = self._later, []
+        for waits in later:
+            if self._beginning.isdisjoint(waits.lanes.tolist()):
+                for lane in waits.lanes.tolist():
+                    self._fresh.pop(lane, None)
+                self._pool.send(self._shard, "reset", waits.lanes, waits.fields)
+            else:
+                self._later.append(waits)
 
     def _cut_short(self, flight: LaneFlight, cut: list[int]) -> None:
         """A step is about to be sent to lanes whose episodes were ended: ``cut`` are their positions in it."""

@@ -16,6 +16,8 @@ from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
 
 ALL = slice(None)
+# The digests that went with an answer, None where there are none, and the origins with their rows.
+Proof = tuple[Any, list[tuple[int, Origin]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +41,7 @@ class ShardRecovery(Recovery):
         if proved:
             self.told = bytes(reply)  # the arrays of a large one are its user's, to write to
             self.began(origins)
-        if self.resumes or op == "set_attr":
+        if op == "set_attr" or (self.resumes and not self.journal.hopeless):
             self.journal.told(self.journal.asked(op, body, seconds), ALL, digests, origins)
 
     def began(self, origins: Iterable[tuple[int, Origin]]) -> None:
@@ -68,7 +70,7 @@ class ShardRecovery(Recovery):
             self.journal.unsure(ALL, op)
 
 
-def proof_of(frame: Frame, rows: int) -> tuple[Any, list[tuple[int, Origin]]]:
+def proof_of(frame: Frame, rows: int) -> Proof:
     """The digests in an answer of so many rows (None where it has none), and the origins with their rows.
 
     Raises:

@@ -24,6 +24,7 @@ from meshrl.client.pool_shard import PoolShard
 from meshrl.client.ready import Ready, Results
 from meshrl.client.revival import Begun, Revival
 from meshrl.client.session import RemoteSession
+from meshrl.client.shard_recovery import proof_of
 from meshrl.errors import ConcurrentStep, MalformedMessage, MeshError, MeshUnreachable, ResetNeeded, from_wire
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
@@ -75,9 +76,6 @@ class UnderWay:
                 failed = partial(self._not_revived, session)
                 self._revivals[session] = Revival(session, results.batches, self, failed)
             session.watched_by(self._is_waiting_for, self._fail)
-
-    def __len__(self) -> int:
-        return len(self._under_way)
 
     # ---------------------------------------------------------------- whose turn it is
 
@@ -182,8 +180,17 @@ class UnderWay:
             lost=self._lost,
             now=time.monotonic(),
         )
-        flight.at = at
+        flight.at, flight.begins = at, begun is not None
         self._send(flight, self._revivals[shard])
+
+    def take(self, shard: PoolShard) -> list[LaneFlight]:
+        """Take back all requests of a shard that is lost; see :class:`~meshrl.client.revival.Lanes`."""
+        taken = [flight for flight in self._under_way if flight.session is shard]
+        for flight in taken:
+            flight.withdraw()
+        self._under_way.difference_update(taken)
+        self._stranded = [flight for flight in self._stranded if flight.session is not shard]
+        return taken
 
     def deliver(self, shard: PoolShard, frame: Frame, lane: int) -> None:
         """Take a row of one lane as if it had arrived."""
@@ -194,7 +201,7 @@ class UnderWay:
             self.wake()
 
     def began(self, shard: PoolShard, seq: int) -> None:
-        """A shard was opened again; each of its lanes has had so many requests there."""
+        """A shard was opened again; see :class:`~meshrl.client.revival.Lanes`."""
         self._seqs[shard.first_env_id : shard.first_env_id + shard.num_envs] = seq
 
     def _not_revived(self, shard: PoolShard, exc: MeshError) -> None:
@@ -210,19 +217,28 @@ class UnderWay:
         awaited = (self._seqs[lanes + flight.session.first_env_id] == seqs) & flight.waiting[lanes]
         rows = np.flatnonzero(awaited)
         self._landed(flight, lanes[rows])
-        if "error" in frame:
-            self._fail_by(flight.session, from_wire(frame["error"]), lanes[rows] + flight.session.first_env_id)
-        elif len(rows):
+        if not len(rows):
+            return
+        try:
+            if "error" in frame:
+                raise from_wire(frame["error"])
+            self._results.check(frame, len(lanes))
             begun(flight, frame, data, rows, lanes[rows])
+        except MeshError as exc:
+            ids = lanes[rows] + flight.session.first_env_id
+            self._revivals[flight.session].not_begun(flight, exc, lanes[rows])
+            self._phases[ids] = _NEW
+            self._fail_by(flight.session, exc, ids)
 
     def _some_of(self, op: str, frame: Frame, rows: Indices) -> Frame:
         """A request's own fields for some of its lanes, out of the request itself."""
         if op == "step":
             return {"actions": self._actions.pick(frame["actions"], rows)}
-        some: Frame = {name: frame[name] for name in ("seeds", "options") if name in frame}
-        if "seeds" in some:
-            some["seeds"] = [some["seeds"][row] for row in rows.tolist()]
-        return some
+        some: Frame = {name: frame[name] for name in ("seeds", "episodes", "options") if name in frame}
+        return {
+            name: [value[row] for row in rows.tolist()] if name != "options" and value is not None else value
+            for name, value in some.items()
+        }
 
     def _parsed(self, flight: LaneFlight, data: bytes) -> tuple[Frame, Indices, Indices] | None:
         """An answer, its lanes and their sequence numbers; None where it is none, and its request has failed."""
@@ -266,8 +282,7 @@ class UnderWay:
             self._fail_by(session, exc, ids)
             return
         try:
-            if revival is not None:
-                revival.told(flight, frame, data, rows, lanes[rows])
+            proof = None if revival is None else proof_of(frame, len(lanes))
             self._results.add(Ready(frame, len(lanes), rows, ids))
         except MeshError as exc:
             which = ids.tolist()
@@ -275,6 +290,8 @@ class UnderWay:
             told = f"{self._name}: worker {session.grant.worker}, sub-environments {which}: {exc.message}"
             self._fail_by(session, type(exc)(told, **{**exc.details, "env_ids": which}), ids)
             return
+        if revival is not None and proof is not None:
+            revival.told(flight, proof, data, rows, ids - session.first_env_id)
         self._phases[ids] = _READY
         if self._results.count >= self._wanted:
             self.wake()
@@ -327,8 +344,8 @@ class UnderWay:
 
     @property
     def stranded(self) -> bool:
-        """Whether there is something that the server may not have got, being away for too long."""
-        return bool(self._stranded)
+        """Whether there is something that is not on its way: its server was away for too long, or its shard is lost."""
+        return bool(self._stranded or self._failed)
 
     def take_up(self) -> None:
         """Send again what was given up because the server was away, once the user was told of it."""

@@ -2,7 +2,8 @@
 
 The same purpose as :mod:`~meshrl.protocol.digest`'s, for batches: one number of 64 bits a sub-environment, of which a
 batch costs some ten numpy calls however many rows it has. A row is its observation, reward and flags; ``h`` is a
-multilinear hash of its 64-bit words (odd weights, so that no change of one word is lost), and the digest goes on by
+multilinear hash of its 64-bit words, each of which is mixed before (a sum alone would lose two signs that change
+together: their bits are the highest), and the digest goes on by
 
     d  ->  d * K + h(row)    (mod 2**64)
 
@@ -34,6 +35,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 _STEP = np.uint64(0x94D049BB133111EB)
 _SHIFT = np.uint64(29)
+_HALF = np.uint64(32)
 # Reward, terminated and truncated take two words behind the observation's.
 _BEHIND = 2
 
@@ -166,18 +168,23 @@ class _Table:
             if kind is None:
                 view[:n, 0] = _hashed(leaf)
             else:
-                view[:n] = leaf if leaf.ndim == 2 else leaf.reshape(n, -1)
+                array = leaf.stacked() if type(leaf) is Rows else leaf
+                view[:n] = array if array.ndim == 2 else array.reshape(n, -1)
         self._rewards[:n] = rewards
         self._terminations[:n] = terminations
         self._truncations[:n] = truncations
         if len(anew):
             self._behind[list(anew)] = 0
-        hashes: Words = self._words[:n] @ self._weights
+        words = self._words[:n]
+        hashes: Words = ((words ^ (words >> _HALF)) * _MULTIPLIER ^ (words >> _SHIFT)) @ self._weights
         return (hashes ^ (hashes >> _SHIFT)) * _MULTIPLIER
 
 
 def _kind(leaf: Any) -> tuple[np.dtype[Any], int] | None:
     """The dtype of a leaf and the bytes of one of its rows; None where rows count by their xxh3."""
+    if type(leaf) is Rows:
+        size = leaf.items[0].nbytes
+        return (leaf.dtype, size) if size <= SHORT_BYTES else None
     if type(leaf) is not np.ndarray or leaf.dtype.hasobject or leaf.dtype.kind in "Mm" or not len(leaf):
         return None
     size = leaf.nbytes // len(leaf)

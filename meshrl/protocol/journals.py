@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from meshrl.protocol.digests import Words
 from meshrl.protocol.journal import LASTING_LOST, MAX_BYTES
+from meshrl.wire.codec import unpack
 
 Indices = NDArray[np.int64]
 # What a worker said of a reset, as it said it.
@@ -47,7 +48,9 @@ class Journals:
         count: how many there are.
 
     Attributes:
+        digests: uint64, what the worker said last of each.
         seconds: how long the requests in it took.
+        hopeless: nothing can ever be proved, so that but for attributes nothing need be kept.
     """
 
     __slots__ = (
@@ -62,6 +65,7 @@ class Journals:
         "_requests",
         "_took",
         "digests",
+        "hopeless",
         "seconds",
     )
 
@@ -69,13 +73,14 @@ class Journals:
         self._requests: deque[Request] = deque()
         self._took: deque[float] = deque()
         self._dropped = 0  # how many were there before the first of those
-        self._lasting: list[tuple[int, Request]] = []  # of the dropped, by position: those that set attributes
+        self._lasting: dict[Any, tuple[int, Request]] = {}  # of the dropped, those whose attributes are set still
         self._begins: Indices = np.full(count, -1, np.int64)
         self._ends: Indices = np.full(count, -1, np.int64)
         self._origins: list[Origin | None] = [None] * count
         self._lacking = [""] * count
         self._bytes = 0
         self._called = False
+        self.hopeless = False
         self.digests: Words = np.zeros(count, np.uint64)
         self.seconds = 0.0
 
@@ -88,7 +93,7 @@ class Journals:
     @property
     def lacking(self) -> str:
         """Why one of them cannot be replayed; empty if all can."""
-        return next(filter(None, self._lacking), "")
+        return "not_resumable" if self.hopeless else next(filter(None, self._lacking), "")
 
     def asked(self, op: str, body: bytes, seconds: float = 0.0) -> int:
         """A request that changes something; gives its position. It counts for those that :meth:`told` of it."""
@@ -100,6 +105,12 @@ class Journals:
         if self._bytes > MAX_BYTES:
             self._give_up_oldest()
         return self._dropped + len(self._requests) - 1
+
+    def took(self, at: int, seconds: float) -> None:
+        """The request at a position was answered after so long."""
+        if at >= self._dropped:
+            self._took[at - self._dropped] += seconds
+            self.seconds += seconds
 
     def told(
         self,
@@ -118,7 +129,9 @@ class Journals:
         """
         self._ends[which] = at
         if digests is None:
-            self._mark(which, "not_resumable")
+            self.hopeless = True
+            self._drop_until(self._dropped + len(self._requests))
+            self._begins[:] = self._ends[:] = -1
             return
         self.digests[which] = digests
         if origins and not self._called:
@@ -135,9 +148,9 @@ class Journals:
     def forget(self) -> None:
         """The state is gone: nothing is left but what was set."""
         self._drop_until(self._dropped + len(self._requests))
-        lost = LASTING_LOST in self._lacking
-        if lost:
-            self._lasting = []
+        if LASTING_LOST in self._lacking:
+            self._lasting.clear()
+        self._bytes = sum(len(request.body) for _, request in self._lasting.values())
         self._begins[:] = self._ends[:] = -1
         self._origins = [None] * len(self._origins)
         self._lacking = [""] * len(self._origins)
@@ -152,7 +165,7 @@ class Journals:
             in which it was reset (-1 for the very beginning), ``ends``, that of its last request, ``origins``, what
             that reset was given (None at the very beginning), and ``digests``, what it must come to.
         """
-        kept = [request for _, request in self._lasting]
+        kept = [request for _, request in sorted(self._lasting.values(), key=itemgetter(0))]
         # Positions are those of what is sent: of the dropped only what lasts.
         shift = len(kept) - self._dropped
         return {
@@ -178,15 +191,24 @@ class Journals:
             request = self._requests.popleft()
             self.seconds -= self._took.popleft()
             if request.op == "set_attr":
-                self._lasting.append((self._dropped, request))
+                self._keep(request)
             else:
                 self._bytes -= len(request.body)
             self._dropped += 1
 
+    def _keep(self, request: Request) -> None:
+        """Of what sets an attribute the last counts: one of all sub-environments, or each of the same ones."""
+        body = unpack(request.body)
+        name, ids = (body.get("name"), body.get("outermost", False)), body.get("ids")
+        every = ids is None or sorted(ids) == list(range(len(self._origins)))
+        gone = [key for key in self._lasting if key[0] == name and (every or key[1] == tuple(ids))]
+        for key in gone:
+            self._bytes -= len(self._lasting.pop(key)[1].body)
+        self._lasting[name, None if ids is None else tuple(ids)] = (self._dropped, request)
+
     def _give_up_oldest(self) -> None:
         """Half of the requests are too many: who needs those cannot be replayed until its journal begins anew."""
         half = self._dropped + -(-len(self._requests) // 2)
-        lasts = self._called or any(op == "set_attr" for op, _ in islice(self._requests, half - self._dropped))
-        self._mark(np.flatnonzero(self._begins < half), LASTING_LOST if lasts else "journal_full")
+        self._mark(np.flatnonzero(self._begins < half), LASTING_LOST if self._called else "journal_full")
         self._begins = np.maximum(self._begins, half)
         self._drop_until(half)

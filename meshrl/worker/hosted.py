@@ -165,6 +165,8 @@ class HostedEnv:
         if seed is not None or self._outliving is None:
             return
         if self._redoing and "state" in body:
+            if type(body["state"]) is not bytes:
+                raise MalformedMessage("what outlives a reset is packed")
             self._outliving.put(body["state"])
         self._outlived = self._outliving.get()
 

@@ -18,7 +18,7 @@ from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
 from meshrl.worker.calls import Calls
 from meshrl.worker.hosted_vector import close_all, has_coroutines
-from meshrl.worker.redoing import Deed, Done, Redoing, plans_of
+from meshrl.worker.redoing import Deed, Done, Redoing, Replay
 from meshrl.worker.spread import Finished, Spread
 from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, is_number, rewards_of
 from meshrl.worker.threads import Threads
@@ -72,7 +72,7 @@ class HostedPool:
         return f"<HostedPool of {len(self._subs)} {self.name}>"
 
     def check(self, op: str, lanes: Indices, body: Frame) -> list[Any]:
-        """What each lane of a request is given: its action, its seed and the options, or the plan of a replay.
+        """What each lane of a request is given: its action, its seed and the options, or the replay.
 
         Args:
             op: ``step``, ``reset`` or ``replay``.
@@ -103,10 +103,10 @@ class HostedPool:
                 raise MalformedMessage(
                     "a replay is of all lanes, and the first request of a session that was opened with digests"
                 )
-            plans = plans_of(body, len(lanes), self._batches)
-            if not all(is_number(plan.number) for plan in plans):
+            replay = Replay(body, len(lanes), self._batches)
+            if not all(is_number(replay.number(lane)) for lane in range(len(lanes))):
                 raise MalformedMessage("the episodes of a pool's lanes are numbered from 0")
-            return [plans[lane] for lane in lanes.tolist()]
+            return [replay] * len(lanes)
         raise MalformedMessage(f"a pool session has no op {op!r}")
 
     def run(self, op: str, lanes: Indices, given: list[Any]) -> tuple[Frame, Alone]:
@@ -232,7 +232,7 @@ class HostedPool:
         for number, done in finished:
             if isinstance(done, Done):
                 lane = int(lanes[number])
-                self.episodes[lane] = given[number].number + done.resets
+                self.episodes[lane] = given[number].number(lane) + done.resets
                 self.steps[lane] = done.steps
                 well.append(number)
             elif isinstance(done, MeshError):

@@ -20,9 +20,9 @@ from meshrl.wire.messages import Open
 from meshrl.worker.attributes import Attributes, is_wrapped
 from meshrl.worker.calls import Calls, is_coroutine
 from meshrl.worker.drawing import alone, draws
-from meshrl.worker.redoing import Deed, Done, Plan, Redoing, plans_of
+from meshrl.worker.redoing import Deed, Done, Redoing, Replay
 from meshrl.worker.spread import Finished, Spread
-from meshrl.worker.sub_envs import Outcome, Outcomes, SubEnvs, flags_of, rewards_of
+from meshrl.worker.sub_envs import FEW_IDS, Outcome, Outcomes, SubEnvs, flags_of, rewards_of
 from meshrl.worker.threads import Threads
 
 # What can be spread over threads, a sub-environment each.
@@ -33,8 +33,6 @@ AWAITABLE = frozenset({"frames", "values"})
 CANCEL_S = 5.0
 # Where an info stands that could not be packed; see pack_infos.
 _IN_ENTRY = re.compile(r"infos\.entries\[(\d+)\]")
-# So many ids may a request name even of fewer sub-environments, some of them more than once.
-FEW_IDS = 64
 # Of one sub-environment's reset: its seed, the options, and how many episodes a root has had that is not new.
 ResetArguments = tuple[int | None, dict[str, Any] | None, int | None]
 # What a spread gives in the end.
@@ -114,12 +112,12 @@ class HostedVector:
 
             self._gather(self.pace, ids, step, lambda out: self._stepped(Outcomes.of(out)), told)
         elif op == "replay":
-            plans = self._plans(body)
+            replay, count = self._replay(body), len(self._subs)
 
             def redo(k: int) -> Done:
-                return self._redoing.one(k, plans[k])
+                return self._redoing.one(k, replay)
 
-            self._gather(BatchPace(len(plans)), range(len(plans)), redo, self._replayed, told)
+            self._gather(BatchPace(count), range(count), redo, self._replayed, told)
         else:
             ids, arguments = self._reset_arguments(body)
             if not ids:  # nothing to do for this shard, but to say what its observations are
@@ -159,8 +157,8 @@ class HostedVector:
             outcomes = await _together(subs.reset_one_async(i, *arguments(i)) for i in ids)
             return self._was_reset(ids, Outcomes.of(outcomes))
         if op == "replay":
-            plans = enumerate(self._plans(body))
-            return self._replayed(await _together(self._redoing.one_async(i, plan) for i, plan in plans))
+            replay = self._replay(body)
+            return self._replayed(await _together(self._redoing.one_async(i, replay) for i in range(len(subs))))
         frame: Frame = await self._calls(self.run, op, body)
         for field in AWAITABLE & frame.keys():
             told = zip(self._chosen(body), frame[field], strict=True)
@@ -242,10 +240,12 @@ class HostedVector:
             self._subs.proof.add_to_reset(frame, np.array(ids, np.int64), own)
         return frame
 
-    def _plans(self, body: Frame) -> list[Plan]:
-        if self._subs.proof is None or any(map(self._subs.was_reset, range(len(self._subs)))):
+    def _replay(self, body: Frame) -> Replay:
+        replay = Replay(body, len(self._subs), self._batches)
+        began = any(map(self._subs.was_reset, range(len(self._subs))))
+        if began or (self._subs.proof is None and not replay.only_sets):
             raise MalformedMessage("a replay is the first request of a session that was opened with digests")
-        return plans_of(body, len(self._subs), self._batches)
+        return replay
 
     def _replayed(self, done: list[Done]) -> Frame:
         if all(one.last is not None for one in done):

@@ -24,6 +24,7 @@ import gymnasium
 import numpy as np
 
 from meshrl.errors import MalformedMessage
+from meshrl.wire.codec import pack, unpack
 
 KEY = "outlives_reset"
 # Gymnasium's own, by module: a test compares each with itself, going on in a fresh env from its generator's state.
@@ -64,12 +65,12 @@ class Outliving(NamedTuple):
     """What outlives an env's resets.
 
     Attributes:
-        get: gives it; to be called right before a reset.
+        get: gives it, packed; to be called right before a reset.
         put: gives it to a fresh env, right before a reset.
     """
 
-    get: Callable[[], Any]
-    put: Callable[[Any], None]
+    get: Callable[[], bytes]
+    put: Callable[[bytes], None]
 
 
 def outliving(env: Any) -> Outliving | None:
@@ -79,7 +80,8 @@ def outliving(env: Any) -> Outliving | None:
     if not _forgets(env, bare):
         return None
     if said == "state":
-        return Outliving(bare.get_state, bare.set_state)
+        # Packed before the reset: an env may give what it goes on writing to.
+        return Outliving(lambda: pack(bare.get_state()), lambda state: bare.set_state(unpack(state)))
     if said == "nothing":
         return Outliving(_nothing, _put_nothing)
     module = f"{type(bare).__module__}."
@@ -110,11 +112,11 @@ def _forgets(env: Any, bare: Any) -> bool:
     return True
 
 
-def _nothing() -> Any:
+def _nothing() -> bytes:
     return b""
 
 
-def _put_nothing(state: Any) -> None:
+def _put_nothing(state: bytes) -> None:
     if state != b"":
         raise MalformedMessage("an env that nothing outlives was given something")
 
@@ -138,6 +140,8 @@ def _generator_of(bare: Any) -> Outliving | None:
         if type(packed) is not bytes or len(packed) != _PCG64.size:
             raise MalformedMessage(f"the state of a generator is {_PCG64.size} bytes")
         number, increment, has_half, half = _PCG64.unpack(packed)
+        if not increment[0] & 1:  # of no generator that was ever seeded; it may give the same number for ever
+            raise MalformedMessage("the increment of a generator is odd")
         numbers = {"state": int.from_bytes(number, "little"), "inc": int.from_bytes(increment, "little")}
         state: Any = {"bit_generator": "PCG64", "state": numbers, "has_uint32": int(has_half), "uinteger": half}
         generator = np.random.PCG64(0)

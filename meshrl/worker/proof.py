@@ -67,7 +67,7 @@ class Proof:
         kept, seed = self._kept[i], origin.get("seed")
         if seed is not None:
             seed = check_seed(seed)
-        elif kept is not None and "state" in origin:
+        elif kept is not None and type(origin.get("state")) is bytes:
             kept.put(origin["state"])
         else:
             raise MalformedMessage("an origin has the seed of a reset, or what outlives one of an env that tells it")

@@ -1,27 +1,30 @@
 """Doing again: the journals of a lost session's sub-environments, each by itself in a fresh env (R8).
 
-A request of a replay holds the journals of all of them as one list of requests; here it is taken apart into a plan for
-each, so that slow ones can be done on threads of their own.
+A replay holds the journals of all of them as one list of requests; here it is taken apart for each, so that slow ones
+can be done on threads of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from meshrl.errors import MalformedMessage, MeshError, ReplayDiverged, SessionUnknown
-from meshrl.protocol.journal import CHANGING
+from meshrl.protocol.journal import CHANGING, MAX_ENTRIES
+from meshrl.protocol.seeds import check_seed
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
-from meshrl.worker.sub_envs import Outcome, Outcomes, SubEnvs, flags_of, rewards_of
+from meshrl.worker.sub_envs import FEW_IDS, Outcome, SubEnvs, flags_of, rewards_of
 
 # Rows that wait to be taken into a digest together.
-ROWS = 1024
+ROWS = 256
 
 
 class Deed(NamedTuple):
@@ -34,20 +37,6 @@ class Deed(NamedTuple):
 
     op: str
     given: Any
-
-
-class Plan(NamedTuple):
-    """What is to be done again of one sub-environment.
-
-    Attributes:
-        deeds: in their order.
-        digest: what all that it tells must come to.
-        number: of the episode with which it begins, in a pool.
-    """
-
-    deeds: Sequence[Deed]
-    digest: int
-    number: Any
 
 
 class Done(NamedTuple):
@@ -64,29 +53,6 @@ class Done(NamedTuple):
     steps: int
 
 
-def plans_of(body: Frame, count: int, batches: Batching) -> list[Plan]:
-    """The plans of a replay request, by sub-environment.
-
-    Args:
-        body: the request.
-        count: how many sub-environments there are.
-        batches: of their actions.
-
-    Raises:
-        MalformedMessage: it is none.
-    """
-    journal, origins = body.get("journal"), body.get("origins")
-    arrays = [body.get(name) for name in ("begins", "ends", "digests")]
-    if not isinstance(journal, list) or not isinstance(origins, list) or len(origins) != count:
-        raise MalformedMessage("a replay needs a journal, a list of requests, and an origin or nil for each lane")
-    for array, dtype in zip(arrays, (np.int64, np.int64, np.uint64), strict=True):
-        if not isinstance(array, np.ndarray) or array.shape != (count,) or array.dtype != dtype:
-            raise MalformedMessage(f"a replay of {count} sub-environments needs begins, ends and digests of as many")
-    requests = [_Request(entry, count, batches) for entry in journal]
-    begins, ends, digests = (array.tolist() for array in arrays if array is not None)
-    return [_plan(i, requests, begins[i], ends[i], _checked(origins[i]), digests[i]) for i in range(count)]
-
-
 def read_entry(entry: object) -> tuple[str, Frame]:
     """The op and the request of one entry of a journal.
 
@@ -101,54 +67,155 @@ def read_entry(entry: object) -> tuple[str, Frame]:
     return entry[0], request
 
 
+class Replay:
+    """A replay request: what is to be done again of each sub-environment.
+
+    Args:
+        body: the request.
+        count: how many sub-environments there are.
+        batches: of their actions.
+
+    Raises:
+        MalformedMessage: it is none, as far as can be seen at once. Its requests are read when somebody needs them, on
+            a thread: a journal may have a million.
+    """
+
+    def __init__(self, body: Frame, count: int, batches: Batching) -> None:
+        journal, origins = body.get("journal"), body.get("origins")
+        arrays = [body.get(name) for name in ("begins", "ends", "digests")]
+        if not isinstance(journal, list) or len(journal) > MAX_ENTRIES:
+            raise MalformedMessage(f"a replay needs a journal, a list of at most {MAX_ENTRIES} requests")
+        if not isinstance(origins, list) or len(origins) != count:
+            raise MalformedMessage(f"a replay needs {count} origins, nil where there is none")
+        for array, dtype in zip(arrays, (np.int64, np.int64, np.uint64), strict=True):
+            if not isinstance(array, np.ndarray) or array.shape != (count,) or array.dtype != dtype:
+                raise MalformedMessage(
+                    f"a replay of {count} sub-environments needs begins, ends and digests of as many"
+                )
+        self._journal = journal
+        self._origins = [_checked(origin) for origin in origins]
+        self._begins, self._ends, self._digests = (array.tolist() for array in arrays if array is not None)
+        for i, origin in enumerate(self._origins):
+            begin, end = self._begins[i], self._ends[i]
+            if not -1 <= begin < max(1, len(journal)) or not -1 <= end < max(1, len(journal)):
+                raise MalformedMessage(f"the journal of sub-environment {i} begins or ends where there is none")
+            if (origin is None) != (begin < 0) or (end >= 0 and not journal):
+                raise MalformedMessage(f"the journal of sub-environment {i} begins or ends where there is none")
+        self._count = count
+        self._batches = batches
+        self._requests: list[_Request] | None = None
+        self._reading = threading.Lock()
+
+    @property
+    def only_sets(self) -> bool:
+        """Whether it sets attributes and does nothing else."""
+        entries = all(type(entry) is list and entry[:1] == ["set_attr"] for entry in self._journal)
+        return entries and not any(self._origins)
+
+    def digest(self, i: int) -> int:
+        """What all that sub-environment ``i`` tells must come to."""
+        return int(self._digests[i])
+
+    def number(self, i: int) -> Any:
+        """Of the episode with which it begins, in a pool; 0 where it begins with nothing."""
+        origin = self._origins[i]
+        return 0 if origin is None else origin.get("number", 0)
+
+    def deeds(self, i: int) -> Iterator[Deed]:
+        """What is to be done with it, in order.
+
+        Raises:
+            MalformedMessage: there is something in the journal that is no request.
+        """
+        with self._reading:
+            if self._requests is None:
+                self._requests = [_Request(entry, self._count, self._batches) for entry in self._journal]
+        requests, begin, end, origin = self._requests, self._begins[i], self._ends[i], self._origins[i]
+        for request in islice(requests, max(0, begin)):
+            if request.op == "set_attr":
+                yield from request.deeds(i)
+        if origin is not None:
+            yield Deed("origin", (origin, requests[begin].options_of(i)))
+        for request in islice(requests, begin + 1, end + 1):
+            yield from request.deeds(i)
+
+
 class _Request:
     """An entry of a journal, read once for all sub-environments."""
 
+    __slots__ = ("_given", "_options", "_rows", "op")
+
     def __init__(self, entry: object, count: int, batches: Batching) -> None:
-        self.op, self.body = read_entry(entry)
-        body = self.body
-        self.rows = self._rows(count)
+        self.op, body = read_entry(entry)
+        listed = self._listed(body, count)
+        # Where each sub-environment stands in it; None: where it stands among all.
+        self._rows: dict[int, list[int]] | None = None
+        if listed is not None:
+            self._rows = {}
+            for row, i in enumerate(listed):
+                self._rows.setdefault(i, []).append(row)
+        rows = count if listed is None else len(listed)
+        self._options = body.get("options")
         if self.op == "step":
             actions = body.get("actions")
-            batches.check(actions, len(self.rows), "actions", exact=False)
-            self._given: Sequence[Any] = list(batches.rows(actions, len(self.rows)))
+            batches.check(actions, rows, "actions", exact=False)
+            # An array is its own list of rows, and takes a tenth of the memory.
+            self._given: Any = actions if type(actions) is np.ndarray else list(batches.rows(actions, rows))
         elif self.op == "reset":
-            seeds = body.get("seeds")
-            # A vector's seeds are of all its sub-environments, a pool's of the lanes that it names.
-            given = len(self.rows) if "lanes" in body else count
-            if seeds is not None and (not isinstance(seeds, list) or len(seeds) != given):
-                raise MalformedMessage("a journal's reset has a seed for each, or none")
-            options = body.get("options")
-            if options is not None and not isinstance(options, dict):
+            if self._options is not None and not isinstance(self._options, dict):
                 raise MalformedMessage("reset options are a map or nothing")
-            by_row = seeds if seeds is None or "lanes" in body else [seeds[i] for i in self.rows]
-            self._given = [(None if by_row is None else by_row[row], options) for row in range(len(self.rows))]
+            self._given = self._seeds(body, count, listed)
         else:
             values = body.get("values")
-            if self.op == "set_attr" and (not isinstance(values, list) or len(values) != len(self.rows)):
+            if self.op == "set_attr" and (not isinstance(values, list) or len(values) != rows):
                 raise MalformedMessage("a journal's set_attr has a value for each")
-            self._given = [body] * len(self.rows) if values is None else [{**body, "value": v} for v in values]
+            self._given = body
 
-    def _rows(self, count: int) -> dict[int, int]:
-        """Which sub-environments it is of: the place of each in the request."""
-        lanes, mask, ids = (self.body.get(name) for name in ("lanes", "mask", "ids"))
+    @staticmethod
+    def _seeds(body: Frame, count: int, listed: list[int] | None) -> list[int | None] | None:
+        """Of each row its seed; a vector's seeds are of all its sub-environments, a pool's of the lanes named."""
+        seeds = body.get("seeds")
+        if seeds is None:
+            return None
+        given = len(listed) if listed is not None and "lanes" in body else count
+        if not isinstance(seeds, list) or len(seeds) != given:
+            raise MalformedMessage("a journal's reset has a seed for each, or none")
+        checked = [None if seed is None else check_seed(seed) for seed in seeds]
+        return checked if listed is None or "lanes" in body else [checked[i] for i in listed]
+
+    def _listed(self, body: Frame, count: int) -> list[int] | None:
+        """Which sub-environments it is of; None for all."""
+        lanes, mask, ids = (body.get(name) for name in ("lanes", "mask", "ids"))
+        listed: Any = None
         if lanes is not None:
-            listed = lanes.tolist() if isinstance(lanes, np.ndarray) and lanes.dtype == np.int64 else None
+            right = isinstance(lanes, np.ndarray) and lanes.dtype == np.int64 and lanes.ndim == 1
+            listed = lanes.tolist() if right else [-1]
+            if len(set(listed)) != len(listed):
+                raise MalformedMessage("a journal's request names a lane once")
         elif self.op == "reset" and mask is not None:
             right = isinstance(mask, np.ndarray) and mask.dtype == np.bool_ and mask.shape == (count,)
-            listed = np.flatnonzero(mask).tolist() if right else None
+            listed = np.flatnonzero(mask).tolist() if right else [-1]
         elif self.op in {"set_attr", "call"} and ids is not None:
-            listed = ids if isinstance(ids, list) else None
-        else:
-            listed = list(range(count))
-        if listed is None or not all(type(i) is int and 0 <= i < count for i in listed):
+            listed = ids if isinstance(ids, list) and len(ids) <= max(count, FEW_IDS) else [-1]
+        if listed is not None and not all(type(i) is int and 0 <= i < count for i in listed):
             raise MalformedMessage(f"a journal's request names sub-environments below {count}")
-        return {i: row for row, i in enumerate(listed)}
+        return cast("list[int] | None", listed)
 
-    def deed(self, i: int) -> Deed | None:
-        """What it is to sub-environment ``i``."""
-        row = self.rows.get(i)
-        return None if row is None else Deed(self.op, self._given[row])
+    def options_of(self, i: int) -> Frame | None:
+        """Those that sub-environment ``i`` was reset with, if this is a reset of it."""
+        return self._options if self.op == "reset" and (self._rows is None or i in self._rows) else None
+
+    def deeds(self, i: int) -> Iterator[Deed]:
+        """What it is to sub-environment ``i``: nothing, or once for each time that it is named."""
+        for row in (i,) if self._rows is None else self._rows.get(i, ()):
+            if self.op == "step":
+                yield Deed("step", self._given[row])
+            elif self.op == "reset":
+                yield Deed("reset", (None if self._given is None else self._given[row], self._options))
+            elif self.op == "set_attr":
+                yield Deed("set_attr", {**self._given, "value": self._given["values"][row]})
+            else:
+                yield Deed("call", self._given)
 
 
 def _checked(origin: object) -> Frame | None:
@@ -160,22 +227,11 @@ def _checked(origin: object) -> Frame | None:
     return read
 
 
-def _plan(i: int, requests: list[_Request], begin: int, end: int, origin: Frame | None, digest: int) -> Plan:
-    if not -1 <= begin < max(1, len(requests)) or end >= len(requests) or (origin is None) != (begin < 0):
-        raise MalformedMessage(f"the journal of sub-environment {i} begins or ends where there is none")
-    deeds = [deed for request in requests[: max(0, begin)] if request.op == "set_attr" and (deed := request.deed(i))]
-    if origin is not None:
-        first = requests[begin].deed(i)
-        deeds.append(Deed("origin", (origin, first.given[1] if first is not None and first.op == "reset" else None)))
-    deeds += [deed for request in requests[begin + 1 : end + 1] if (deed := request.deed(i))]
-    return Plan(deeds, digest, 0 if origin is None else origin.get("number", 0))
-
-
 class Redoing:
     """Does plans again.
 
     Args:
-        subs: fresh sub-environments, with digests.
+        subs: fresh sub-environments; without digests, only attributes are set.
         change: carries out ``set_attr`` or ``call`` on one of them.
         wanted: whether the session still is.
     """
@@ -185,30 +241,31 @@ class Redoing:
         self._change = change
         self._wanted = wanted
 
-    def one(self, i: int, plan: Plan) -> Done:
+    def one(self, i: int, replay: Replay) -> Done:
         """Do one again; to be called on a thread.
 
         Raises:
             ReplayDiverged: it has not led where the client was told that it was, or something was refused.
             SessionUnknown: the session has ended meanwhile.
+            MalformedMessage: there is something in the journal that is no request.
             Crashed: the env raised.
         """
         told = _Told(self._subs, i)
-        for deed in plan.deeds:
+        for deed in replay.deeds(i):
             with _refused(deed):
                 self._check(i, deed)
                 told.took(deed, self._do(i, deed))
-        return told.done(plan)
+        return told.done(replay.digest(i))
 
-    async def one_async(self, i: int, plan: Plan) -> Done:
+    async def one_async(self, i: int, replay: Replay) -> Done:
         """The same of an env with coroutine functions."""
         told = _Told(self._subs, i)
-        for deed in plan.deeds:
+        for deed in replay.deeds(i):
             with _refused(deed):
                 self._check(i, deed)
                 told.took(deed, await self._do_async(i, deed))
             await asyncio.sleep(0)  # others of this worker have their turns
-        return told.done(plan)
+        return told.done(replay.digest(i))
 
     def _check(self, i: int, deed: Deed) -> None:
         if not self._wanted():
@@ -243,18 +300,18 @@ class _Told:
     """What a sub-environment tells as it is done again."""
 
     def __init__(self, subs: SubEnvs, i: int) -> None:
-        assert subs.proof is not None, "what proves nothing is not done again"
         self._subs = subs
         self._proof = subs.proof
         self._i = i
-        self._rows: list[Outcome] = []
+        # Observations as batches of one: copies, since an env may fill the same array again.
+        self._rows: list[tuple[Any, Any, Any, Any]] = []
         self._anew = False
         self._last: Outcome | None = None
         self._resets = self._steps = 0
 
     def took(self, deed: Deed, outcome: Outcome | None) -> None:
         """That deed came to it."""
-        if outcome is None:
+        if outcome is None or self._proof is None:
             return
         self._last = outcome
         if deed.op == "step":
@@ -264,30 +321,32 @@ class _Told:
         if self._proof.take_origin(self._i):
             self._rows.clear()
             self._anew = True
-        self._rows.append(outcome)
+        obs, reward, terminated, truncated, _ = outcome
+        self._rows.append((self._subs.stack([obs]), reward, terminated, truncated))
         if len(self._rows) == ROWS:
             self._digest()
 
     def _digest(self) -> None:
-        if self._rows:
-            out = Outcomes.of(self._rows)
-            flags = flags_of(out.terminated), flags_of(out.truncated)
-            self._proof.chain(self._i, self._subs.stack(out.obs), rewards_of(out.rewards), flags, anew=self._anew)
+        if self._rows and self._proof is not None:
+            obs, rewards, terminated, truncated = zip(*self._rows, strict=True)
+            batch = self._subs.batches.joined(obs, [1] * len(obs))
+            flags = flags_of(list(terminated)), flags_of(list(truncated))
+            self._proof.chain(self._i, batch, rewards_of(list(rewards)), flags, anew=self._anew)
             self._rows.clear()
             self._anew = False
 
-    def done(self, plan: Plan) -> Done:
-        """All of it is done.
+    def done(self, digest: int) -> Done:
+        """All of it is done, and should have come to that digest.
 
         Raises:
             ReplayDiverged: it told something else before.
         """
         self._digest()
-        if self._proof.digest_of(self._i) != plan.digest:
+        if self._proof is not None and self._proof.digest_of(self._i) != digest:
             env_id = self._subs.first + self._i
             raise ReplayDiverged(
-                f"{self._subs.name}: {len(plan.deeds)} requests were done again of sub-environment {env_id} and led to "
-                "another state: the env does not do the same when asked the same, or is another one",
+                f"{self._subs.name}: what sub-environment {env_id} was asked was done again and led to another state: "
+                "the env does not do the same when asked the same, or is another one",
                 env_id=env_id,
             )
         return Done(self._last, self._resets, self._steps)

@@ -27,6 +27,9 @@ from meshrl.worker.proof import Proof
 # A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
 SEED_BITS = 31
 
+# So many ids may a request name even of fewer sub-environments, some of them more than once.
+FEW_IDS = 64
+
 Info = dict[str, Any]
 
 
@@ -90,6 +93,7 @@ class SubEnvs:
 
     Attributes:
         envs: as given.
+        batches: of their observations.
         draws: whether they run alone; see :mod:`~meshrl.worker.drawing`.
         ended: whether each one's episode has ended and it was not reset since.
         first: the global index of the first.
@@ -103,8 +107,8 @@ class SubEnvs:
         self.name = open_.name
         self.first = open_.first_env_id
         self.ended = [False] * len(self.envs)
-        batches = batching(self.envs[0].observation_space)
-        self.stack, self.rows_or_stack = batches.stack, batches.rows_or_stack
+        self.batches = batching(self.envs[0].observation_space)
+        self.stack, self.rows_or_stack = self.batches.stack, self.batches.rows_or_stack
         self._seeding = Seeding(open_.seeding, open_.first_env_id, len(self.envs), lambda: secrets.randbits(SEED_BITS))
         self._resets_ended = RULES[mode].ended is Ended.RESET
         self._refuses_ended = RULES[mode].ended is Ended.REFUSE
@@ -116,7 +120,7 @@ class SubEnvs:
             self._steps, self._resets = [*map(alone, self._steps)], [*map(alone, self._resets)]
         self._was_reset = [False] * len(self.envs)
         proved = open_.digests and all(map(resumable, self.envs))
-        self.proof = Proof(self.envs, batches, self._seeding) if proved else None
+        self.proof = Proof(self.envs, self.batches, self._seeding) if proved else None
 
     def __len__(self) -> int:
         return len(self.envs)
@@ -187,7 +191,7 @@ class SubEnvs:
         """
         if episodes is None:
             return [None] * count
-        if not isinstance(episodes, list) or len(episodes) != count or not all(map(is_number, episodes)):
+        if not isinstance(episodes, list) or len(episodes) != count or not all(map(_is_number_or_none, episodes)):
             raise MalformedMessage(f"the episodes of {count} sub-environments are a list of as many, or nothing")
         return episodes
 
@@ -395,3 +399,7 @@ def is_number(value: object) -> bool:
 def _some(ids: list[int]) -> str:
     shown = ", ".join(map(str, ids[:8]))
     return shown if len(ids) <= 8 else f"{shown} and {len(ids) - 8} more"
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or is_number(value)

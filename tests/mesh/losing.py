@@ -14,7 +14,10 @@ from tests.mesh.worker_process import WorkerProcess
 ENVS = "tests.mesh.resumed_envs"
 SERVED = {
     **{name: name for name in ("CartPole-v1", "FrozenLake-v1", "Pendulum-v1", "Blackjack-v1", TAXI)},
-    **{name: f"{ENVS}:{name}" for name in ("Tuned", "Random", "Slow", "Awaited", "Breaks", "Draws", "Unresumable")},
+    **{
+        name: f"{ENVS}:{name}"
+        for name in ("Tuned", "Random", "Slow", "Awaited", "Breaks", "Draws", "Unresumable", "Reused", "SlowReset")
+    },
 }
 
 

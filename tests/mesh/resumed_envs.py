@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium import spaces
 
 Step = tuple[Any, float, bool, bool, dict[str, Any]]
@@ -86,3 +87,30 @@ class Unresumable(Tuned):
     """Could be resumed, and says that it cannot."""
 
     metadata = {"outlives_reset": "unknown"}
+
+
+class Reused(gymnasium.Env[Any, Any]):
+    """Gives the same array again and again, with what it holds now."""
+
+    observation_space = spaces.Box(0, 1e9, (3,), np.float64)
+    action_space = spaces.Discrete(1000)
+
+    def __init__(self) -> None:
+        self._obs = np.zeros(3)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._obs[:] = 0
+        return self._obs, {}
+
+    def step(self, action: int) -> Step:
+        self._obs += action
+        return self._obs, 1.0, False, False, {}
+
+
+class SlowReset(Random):
+    """Takes half a second to begin, and never does the same twice."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        time.sleep(0.5)
+        return super().reset(seed=seed)

@@ -16,6 +16,7 @@ from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.ready import PoolBatch
 from meshrl.errors import SessionLost
 from meshrl.protocol.seeds import derive
+from tests.mesh.conftest import until
 from tests.mesh.losing import Workers, same
 
 
@@ -175,7 +176,91 @@ async def test_a_shard_that_is_killed_while_it_is_brought_back_is_brought_back_a
         assert batch.observations.tolist() == [31, 31]
 
 
+def given_up(pool: RemotePool, lane: int) -> None:
+    """As if nothing had been heard of that lane's request for too long, whatever its worker makes of it."""
+    (flight,) = [one for one in pool._under_way._under_way if one.lanes.tolist() == [lane]]
+    grant = flight.session.grant
+    flight.failed(SessionLost("frozen", reason="worker_frozen", session=grant.session, worker=grant.worker))
+
+
+async def test_what_a_worker_says_that_was_given_up_is_not_heard(server: EmbeddedServer, workers: Workers) -> None:
+    workers.start(2)
+    async with Mesh(server.url) as m, await m.pool("Slow", 2, shards=1) as pool:
+        await pool.reset(seed=1)
+        await pool.recv(min=2)
+        for n in range(1, 4):
+            await pool.send([1, 1], [0, 1])
+            assert (await pool.recv(min=2)).observations.tolist() == [n, n]
+        await pool.send([1], [0])
+        await pool.send([1], [1])
+        given_up(pool, 0)  # and the answer to the other's is on its way
+        told: dict[int, list[int]] = {0: [], 1: []}
+        for _ in range(3):
+            batch = await pool.recv(min=2)
+            for i, obs in zip(batch.env_ids.tolist(), batch.observations.tolist(), strict=True):
+                told[i].append(obs)
+            await pool.send([1, 1], batch.env_ids)
+        assert told == {0: [4, 5, 6], 1: [4, 5, 6]}
+
+
+async def test_envs_that_fill_the_same_array_again_are_resumed(server: EmbeddedServer, workers: Workers) -> None:
+    workers.start(2)
+    async with Mesh(server.url) as m, await m.pool("Reused", 2, shards=1) as pool:
+        await pool.reset(seed=1)
+        await pool.recv(min=2)
+        for _ in range(5):
+            await pool.send([1, 2], [0, 1])
+            await pool.recv(min=2)
+        await workers.kill(pool.shards[0][0])
+        await pool.send([1, 2], [0, 1])
+        batch = await pool.recv(min=2)
+        assert batch.infos == {}
+        assert sorted(batch.observations[:, 0].tolist()) == [6, 12]
+
+
 # --------------------------------------------------------------------------- not resumed, and never silently
+
+
+async def test_no_action_of_an_episode_that_was_ended_is_taken_in_the_next(
+    server: EmbeddedServer, workers: Workers
+) -> None:
+    workers.start(2)
+    async with Mesh(server.url) as m, await m.pool("Random", 2, shards=1) as pool:
+        await pool.reset(seed=1)
+        await pool.recv(min=2)
+        await pool.send([1, 1], [0, 1])
+        await pool.recv(min=2)
+        await pool.send([1], [0])
+        await pool.send([1], [1])
+        given_up(pool, 0)
+        batch = await pool.recv(min=2)
+        assert batch.truncations.tolist() == [True, True]
+        assert batch.episodes.tolist() == [1, 1]
+
+
+async def test_a_lane_may_be_reset_while_it_is_reset_in_place_of_its_episode(
+    server: EmbeddedServer, workers: Workers
+) -> None:
+    workers.start(2)
+    async with Mesh(server.url) as m, await m.pool("SlowReset", 2, shards=1) as pool:
+        await pool.reset(seed=1)
+        await pool.recv(min=2)
+        await pool.send([1, 1], [0, 1])
+        await pool.recv(min=2)
+        await pool.send([1], [0])
+        given_up(pool, 0)
+        (revival,) = pool._under_way._revivals.values()
+        await until(lambda: bool(revival._beginning), "the shard begins anew")
+        await pool.reset(env_ids=[1])
+        rows: dict[int, tuple[bool, bool]] = {}
+        while len(rows) < 2:
+            batch = await pool.recv()
+            flags = zip(batch.first.tolist(), batch.truncations.tolist(), strict=True)
+            rows.update(zip(batch.env_ids.tolist(), flags, strict=True))
+        assert rows == {0: (False, True), 1: (True, False)}
+        await pool.send([1, 1], [0, 1])
+        assert not (await pool.recv(min=2)).truncations.any()
+        assert pool.under_way == 0
 
 
 @pytest.mark.parametrize(
@@ -280,9 +365,10 @@ async def test_where_nobody_can_take_a_shard_recv_says_so_and_later_it_goes_on(
         await pool.recv(min=2)
         await workers.kill(pool.shards[0][0])
         await pool.send([1, 1], [0, 1])
-        for _ in range(2):
-            with pytest.raises(SessionLost, match="no_worker"):
-                await pool.recv(min=2)
+        with pytest.raises(SessionLost, match="no_worker"):
+            await pool.recv(min=2)
+        with pytest.raises(SessionLost, match="no_worker"):
+            await pool.reset(seed=2)
         await asyncio.to_thread(workers.start)
         batch = await pool.recv(min=2)
         assert batch.truncations.all()

@@ -138,6 +138,33 @@ async def test_what_was_set_and_called_is_done_again_in_a_vector(server: Embedde
         assert (await envs.step(ones))[0].tolist() == [2, 5, 8]
 
 
+async def test_who_is_named_twice_in_a_call_is_called_twice_again(server: EmbeddedServer, workers: Workers) -> None:
+    workers.start(2)
+    ones = np.ones(2, np.int64)
+    async with Mesh(server.url) as m, await m.vector("Tuned", 2, shards=1) as envs:
+        await envs.reset(seed=1)
+        assert await envs.call_some([1, 1], "double") == (2, 4)
+        await envs.step(ones)
+        await workers.kill(envs.shards[0][0])
+        assert (await envs.step(ones))[0].tolist() == [2, 8]
+
+
+@pytest.mark.parametrize(("name", "on_loss"), [("Unresumable", "resume"), ("Tuned", "truncate")])
+async def test_what_was_set_is_set_where_nothing_else_can_be_done_again(
+    server: EmbeddedServer, workers: Workers, name: str, on_loss: Any
+) -> None:
+    workers.start(2)
+    ones = np.ones(2, np.int64)
+    async with Mesh(server.url) as m, await m.vector(name, 2, shards=1, on_loss=on_loss) as envs:
+        await envs.set_attr("gain", 3)
+        await envs.reset(seed=1)
+        await envs.step(ones)
+        await workers.kill(envs.shards[0][0])
+        assert (await envs.step(ones))[3].all()
+        assert not (await envs.step(ones))[3].any()
+        assert (await envs.step(ones))[0].tolist() == [3, 3]
+
+
 async def test_vectors_of_coroutine_envs_are_resumed(server: EmbeddedServer, workers: Workers) -> None:
     workers.start(2)
     async with Mesh(server.url) as m, await m.vector("Awaited", 3, shards=1) as envs:

@@ -117,6 +117,30 @@ def test_large_arrays_count_the_same_whether_they_were_stacked_or_not() -> None:
     assert rows.values.tolist() == stacked.values.tolist()
 
 
+@pytest.mark.parametrize("signs", [(1, -1, 1, -1), (-1, -1, 1, 1), (-1, -1, -1, -1)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_mirrored_is_something_else(signs: Any, dtype: Any) -> None:
+    space = spaces.Box(-9, 9, (4,), dtype)
+    obs = np.array([[1, 2, 3, 4]], dtype)
+    one, other = Digests(1, batching(space)), Digests(1, batching(space))
+    one.add(ALL, obs, *outcome(1))
+    other.add(ALL, obs * np.array(signs, dtype), *outcome(1))
+    assert one.values[0] != other.values[0]
+    other = Digests(1, batching(space))
+    other.add(ALL, obs * np.array([-1, 1, 1, 1], dtype), *outcome(1, -1.0))
+    assert one.values[0] != other.values[0]
+
+
+def test_small_rows_count_the_same_in_a_large_batch() -> None:
+    space = spaces.Box(-9, 9, (17,), np.float64)
+    obs = batches(space, 600, 1)[0]
+    together, alone = Digests(600, batching(space)), Digests(600, batching(space))
+    together.add(ALL, Rows(list(obs)), *outcome(600))
+    for i in (0, 599):
+        alone.chain(i, obs[i : i + 1], *outcome(1), anew=False)
+        assert together.values[i] == alone.values[i]
+
+
 @given(st.data())
 def test_no_bit_of_an_observation_can_be_changed_unnoticed(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 40))

@@ -9,6 +9,7 @@ import pytest
 
 from meshrl.protocol import journals
 from meshrl.protocol.journals import Journals
+from meshrl.wire.codec import pack
 
 ALL = slice(None)
 BOTH = np.array([0, 1])
@@ -62,18 +63,41 @@ def test_what_no_sub_environment_needs_any_more_is_dropped() -> None:
     assert sent(journal) == ([b"s4"], [0, 0], [0, 0], [b"state c", b"state d"])
 
 
+def setting(name: str, *ids: int) -> bytes:
+    return pack({"name": name, "values": [1] * (len(ids) or 2), **({"ids": list(ids)} if ids else {})})
+
+
 def test_attributes_that_were_set_outlive_what_is_dropped() -> None:
+    a1, a2 = setting("a"), setting("b")
     journal = Journals(2)
-    asked(journal, "set_attr", b"a1")
+    asked(journal, "set_attr", a1)
     asked(journal, "reset", b"r1", (0, b"seed 1"), (1, b"seed 2"))
-    asked(journal, "set_attr", b"a2")
+    asked(journal, "set_attr", a2)
     asked(journal, "step", b"s")
     asked(journal, "reset", b"r2", (0, b"seed 3"), (1, b"seed 4"))
-    assert sent(journal)[:3] == ([b"a1", b"a2", b"r2"], [2, 2], [2, 2])
+    assert sent(journal)[:3] == ([a1, a2, b"r2"], [2, 2], [2, 2])
     journal.forget()
-    assert sent(journal) == ([b"a1", b"a2"], [-1, -1], [1, 1], [None, None])
+    assert sent(journal) == ([a1, a2], [-1, -1], [1, 1], [None, None])
     asked(journal, "reset", b"r3", (0, b"seed 5"), (1, b"seed 6"))
-    assert sent(journal)[:3] == ([b"a1", b"a2", b"r3"], [2, 2], [2, 2])
+    assert sent(journal)[:3] == ([a1, a2, b"r3"], [2, 2], [2, 2])
+
+
+def test_of_an_attribute_what_was_set_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals, "MAX_BYTES", 1000)
+    journal = Journals(2)
+    for n in range(100):
+        asked(journal, "set_attr", setting("a"))
+        asked(journal, "set_attr", last := setting("b", n % 2))
+        asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
+    assert sent(journal)[0] == [setting("b", 0), setting("a"), last, b"r"]
+    assert lacking(journal) == ""
+    asked(journal, "set_attr", both := setting("b"))
+    asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
+    assert sent(journal)[0] == [setting("a"), both, b"r"]
+    for _ in range(20):
+        journal.forget()
+        asked(journal, "reset", b"r" * 100, (0, b"seed 1"), (1, b"seed 2"))
+    assert lacking(journal) == ""
 
 
 def test_once_a_method_was_called_nothing_begins_anew() -> None:
@@ -115,6 +139,7 @@ def test_without_digests_nothing_can_be_proved() -> None:
     journal = Journals(2)
     journal.told(journal.asked("reset", b"r"), ALL, None)
     assert journal.lacking == "not_resumable"
+    assert len(journal) == 0
 
 
 def test_those_that_go_back_farthest_are_given_up_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:

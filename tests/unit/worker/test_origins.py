@@ -66,6 +66,32 @@ def test_half_a_number_that_a_generator_has_left_goes_with_it() -> None:
     assert draws[0] == draws[1]
 
 
+def test_a_state_is_that_of_before_the_reset_whatever_the_env_makes_of_it() -> None:
+    class Reused(Said):
+        def __init__(self) -> None:
+            super().__init__("state")
+            self.state = {"level": 0}
+
+        def get_state(self) -> Any:
+            return self.state
+
+        def set_state(self, state: Any) -> None:
+            self.state = state
+
+        def reset(self, **_: Any) -> tuple[int, dict[str, Any]]:
+            self.state["level"] += 1
+            return self.state["level"], {}
+
+    one, other = Reused(), Reused()
+    kept, put = outliving(one), outliving(other)
+    assert kept is not None
+    assert put is not None
+    state = kept.get()
+    one.reset()
+    put.put(state)
+    assert other.reset()[0] == 1
+
+
 def test_an_env_may_say_that_its_own_state_outlives_it() -> None:
     one, other = Said("state"), Said("state")
     for _ in range(3):
@@ -99,12 +125,13 @@ def test_a_wrapper_that_remembers_its_episodes_leaves_nothing_known() -> None:
     assert outliving(FrameStackObservation(NormalizeObservation(cartpole), 2)) is None
 
 
-@pytest.mark.parametrize("bad", [b"", bytes(36), "x" * 37, None, 5])
+# All zeros are no generator's state: it would give the same number for ever, and whoever draws would never end.
+@pytest.mark.parametrize("bad", [b"", bytes(36), bytes(37), "x" * 37, None, 5])
 def test_what_is_no_state_is_refused(bad: object) -> None:
     kept = outliving(gymnasium.make("CartPole-v1"))
     assert kept is not None
     with pytest.raises(MalformedMessage):
-        kept.put(bad)
+        kept.put(bad)  # type: ignore[arg-type]  # whatever a client sends
     nothing = outliving(Said("nothing"))
     assert nothing is not None
     assert nothing.get() == b""
