@@ -400,5 +400,5 @@ async def test_nothing_is_kept_of_what_was_received(url: str, make: Any) -> None
             await soon(pool.recv())
         gc.collect()
         assert [ref for ref in seen if ref() is not None] == []
-        assert len(context_of(m).flights) == len(pool._under_way) == len(pool._results._ready) == 0
+        assert len(context_of(m).flights) == pool.under_way == len(pool._results._ready) == 0
         assert worker.table.cached_bytes < 16 * 1000, "an answer a lane at most"
