@@ -80,6 +80,8 @@ class Connection:
         path = ThinPath if thin_supported() and scheme in {"nats", "tls"} else PlainPath
         self.path: ThinPath | PlainPath = path(self._events.failed)
         self._client = self.path.client
+        self._client.tls_only = "tls" in login_.options
+        self._client.has_certificate = login_.has_certificate
         self._awaited = Awaited(f"_INBOX.{login_.user}.{secrets.token_hex(8)}", self._events.tell)
         self._polling = Polling(self._awaited) if polls and may_poll() else None
         self._subscriptions: list[Any] = []

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import ssl
 import weakref
 from typing import Any
 
+from meshrl.bus.client import NoCertificate, NoTls
 from meshrl.bus.events import Events
 from meshrl.bus.login import Login
 from meshrl.errors import MeshUnreachable
@@ -44,7 +46,7 @@ async def first_connection(client: Any, login: Login, events: Events, name: str,
 
     Raises:
         LoginRefused: a server answers and refuses the login.
-        MeshUnreachable: no server answers.
+        MeshUnreachable: no server answers, or none with the TLS that was asked for.
     """
     loop = asyncio.get_running_loop()
     refused = events.refused = loop.create_future()
@@ -74,11 +76,36 @@ async def first_connection(client: Any, login: Login, events: Events, name: str,
             dial.exception()
         raise refused.result()
     cause = None if dial.cancelled() else dial.exception()
+    if (dial.cancelled() or cause is not None) and events.insecure is not None:
+        raise _insecure(events.insecure, login) from events.insecure
     if dial.cancelled() or cause is not None:
         raise MeshUnreachable(
             f"no NATS server answers at {login.url}; start one (meshrl up, docker compose up) or give its address "
             "(url=, MESHRL_URL)",
             url=login.url,
         ) from cause
+    events.insecure = None
     # Nobody this connection knows of is known from before it: word that nobody listens is to be believed at once.
     events.up_since = -math.inf
+
+
+def _insecure(why: Exception, login: Login) -> MeshUnreachable:
+    """What to do where a server answers, and TLS with it does not come about."""
+    if isinstance(why, NoTls):
+        remedy = (
+            "it does not offer TLS, and nothing is said to it in the clear; turn TLS on there, or write nats:// and "
+            "name no certificates"
+        )
+    elif isinstance(why, ssl.SSLCertVerificationError):
+        remedy = (
+            f"its certificate is not trusted ({why.verify_message}); give the certificate of its CA (tls_ca=, "
+            "MESHRL_TLS_CA with tls://, or in the login's file), and the host's name as its certificate has it"
+        )
+    elif isinstance(why, NoCertificate):
+        remedy = (
+            "it asks for a certificate of its clients; give tls_cert and tls_key (MESHRL_TLS_CERT and MESHRL_TLS_KEY, "
+            "with tls://)"
+        )
+    else:
+        remedy = f"TLS with it fails ({why}); see that both have TLS 1.2 or later, and its log for what it says of this"
+    return MeshUnreachable(f"a NATS server answers at {login.url}, but {remedy}", url=login.url, reason=str(why))

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import nats.errors
 
+from meshrl.bus.client import NoCertificate, NoTls
 from meshrl.bus.login import Login
 from meshrl.errors import BusClosed, LoginRefused, MeshError, MeshUnreachable, SubjectNotPermitted
 
@@ -50,6 +52,7 @@ class Events:
         on_close: called once, with the reason, when the connection has ended.
         up_since: when it came back; minus infinity at first, None while it is away.
         refused: while the first connection is made: done when the login is refused.
+        insecure: while the first connection is made: why TLS did not come about at the last attempt.
     """
 
     def __init__(self, owner: Owner, login: Login, name: str, on_error: Callable[[Exception], None] | None) -> None:
@@ -58,6 +61,7 @@ class Events:
         self.on_close: list[Callable[[MeshError], None]] = []
         self.up_since: float | None = None
         self.refused: asyncio.Future[MeshError] | None = None
+        self.insecure: Exception | None = None
         self._owner = owner
         self._user = login.user
         self._url = login.url
@@ -108,7 +112,10 @@ class Events:
 
     async def _error(self, exc: Exception) -> None:
         text = str(exc).lower()
-        if "permissions violation" in text:
+        if isinstance(exc, (ssl.SSLError, NoTls, NoCertificate)):
+            self.insecure = exc
+            (log.debug if self.refused is not None else log.warning)("%s: %s: %s", self._name, self._url, exc)
+        elif "permissions violation" in text:
             self._violation(text)
         elif "authentication timeout" in text:
             # The server waited in vain for this client's login: a slow client or network, which another attempt mends.
@@ -116,6 +123,7 @@ class Events:
         elif "authorization" in text or "authentication" in text:
             self._refusal()
         elif isinstance(exc, (OSError, nats.errors.UnexpectedEOF, nats.errors.StaleConnectionError)):
+            self.insecure = None
             log.debug("%s: %s", self._name, exc)  # the reconnection that follows is told of by _disconnected
         elif self.up_since is not None:
             self.failed(exc)

@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import nats.aio.client
 import nats.errors
 
+from meshrl.bus.client import Client
 from meshrl.bus.flushing import Flushes
 from meshrl.bus.thin import MAX_HELD_BYTES, SUBSCRIBE_S, RawHandler
 
@@ -26,7 +26,7 @@ class PlainPath:
     """Subscribes and publishes through nats-py's public API, with handlers called in order of arrival."""
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
-        self.client = nats.aio.client.Client()
+        self.client = Client()
         self.failed = failed
         self.dropped = 0
         self._out: deque[tuple[str, str, bytes]] = deque()

@@ -29,6 +29,8 @@ import nats.aio.client
 import nats.aio.transport
 import nats.errors
 
+from meshrl.bus.client import Client
+
 # A handler gets subject, reply subject, body and the raw header block (empty without headers).
 RawHandler = Callable[[str, str, bytes, bytes], None]
 
@@ -215,10 +217,8 @@ def thin_supported() -> bool:
     return all(callable(getattr(nats.aio.client.Client, name, None)) for name in wanted)
 
 
-class _Client(nats.aio.client.Client):  # type: ignore[misc]
+class _Client(Client):
     """nats-py's client on our transport; no word of the server ends it for good."""
-
-    _transport: Any
 
     def __init__(self, path: ThinPath) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from meshrl.bus.locate import URL_VARIABLE
+from meshrl.bus.login import CREDENTIALS_VARIABLE
 from meshrl.errors import UsageError
 
 Url = Annotated[
@@ -28,8 +29,8 @@ Namespace = Annotated[
 CredentialsFile = Annotated[
     Path | None,
     typer.Option(
-        help="Credentials (.creds) or NKEY seed file.",
-        envvar="MESHRL_CREDENTIALS",
+        # Read where the URL is, for Mesh() too: a login in the URL goes before the variable.
+        help=f"Credentials (.creds) or NKEY seed file; ${CREDENTIALS_VARIABLE} if the URL has no login.",
         show_default=False,
         metavar="FILE",
     ),

@@ -27,6 +27,7 @@ def test_the_overridden_methods_have_the_signatures_that_nats_py_calls() -> None
     assert list(inspect.signature(Client._process_err).parameters) == ["self", "err_msg"]
     assert list(inspect.signature(Client._process_op_err).parameters) == ["self", "e"]
     assert list(inspect.signature(Client._process_pong).parameters) == ["self"]
+    assert list(inspect.signature(Client._connect_command).parameters) == ["self"]
     for method in (Client._connect_to_server, Client._process_err, Client._process_op_err, Client._process_pong):
         assert inspect.iscoroutinefunction(method)
     assert list(inspect.signature(TcpTransport.connect).parameters) == ["self", "uri", "buffer_size", "connect_timeout"]
@@ -46,6 +47,8 @@ async def test_the_private_attributes_are_there_on_a_live_connection() -> None:
             assert client._pending == []
             assert client._pending_data_size == 0
             assert callable(client._transport._io_writer.is_closing)
+            assert client._transport._io_writer.get_extra_info("ssl_object") is None
+            assert client._server_info["version"] in str(client.connected_server_version)
             subscription = await client.subscribe("x")
             assert isinstance(subscription, Subscription)
             assert isinstance(subscription._id, int)

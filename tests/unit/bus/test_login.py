@@ -113,3 +113,52 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 def test_an_address_without_a_host_is_refused(url: str) -> None:
     with pytest.raises(InvalidName, match="nats://host"):
         login(url)
+
+
+def test_the_environments_file_counts_where_nothing_else_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = [nkeys.encode_seed(bytes([n] * 32), nkeys.PREFIX_BYTE_USER) for n in (1, 2)]
+    publics = [nkeys.from_seed(seed).public_key.decode() for seed in seeds]
+    files = [tmp_path / "one.nk", tmp_path / "two.nk"]
+    for file, seed in zip(files, seeds, strict=True):
+        file.write_text(f"-----BEGIN USER NKEY SEED-----\n{seed.decode()}\n")
+    monkeypatch.setenv("MESHRL_CREDENTIALS", str(files[0]))
+    assert login("nats://h").user == publics[0]
+    assert login("nats://h", files[1]).user == publics[1]
+    assert login("nats://ann:pw@h").user == "ann"
+    assert login("nats://token@h").user == ANONYMOUS
+    assert login("nats://h", Credentials()).user == ANONYMOUS
+
+
+def test_files_of_tls_in_the_environment_are_for_addresses_with_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHRL_TLS_CA", str(tmp_path / "absent.pem"))
+    assert login("nats://h").options == {}
+    for url in ("tls://h", "wss://h", "nats://h,tls://i"):
+        with pytest.raises(LoginRefused, match=r"absent\.pem.* cannot be used: .*PEM"):
+            login(url)
+
+
+@pytest.mark.parametrize("name", ["tls_ca", "tls_cert"])
+def test_a_file_of_tls_that_is_none_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "not.pem"
+    file.write_text("nonsense")
+    with pytest.raises(LoginRefused, match=r"not\.pem"):
+        login("tls://h", Credentials.model_validate({name: file}))
+
+
+def test_a_line_of_a_certificate_is_not_taken_for_a_seed(tmp_path: Path) -> None:
+    file = tmp_path / "only.pem"
+    file.write_text("-----BEGIN CERTIFICATE-----\nSUAAAA\n-----END CERTIFICATE-----\n")
+    with pytest.raises(LoginRefused, match="neither"):
+        login("nats://h", file)
+
+
+@pytest.mark.parametrize("seed", ["SUAAAA", "SU" + "!" * 56])
+def test_a_seed_that_is_damaged_is_refused(tmp_path: Path, seed: str) -> None:
+    file = tmp_path / "damaged.nk"
+    file.write_text(seed)
+    with pytest.raises(LoginRefused, match=r"damaged\.nk is damaged; get the file anew"):
+        login("nats://h", file)

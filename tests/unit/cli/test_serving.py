@@ -1,7 +1,5 @@
 """The command line by which a command runs itself as one of several processes."""
 
-from pathlib import Path
-
 import pytest
 import typer.main
 
@@ -43,11 +41,8 @@ def test_process_gets_everything_but_url_and_number_of_processes(line: list[str]
 
 def test_values_of_the_environment_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MESHRL_NAMESPACE", "lab")
-    monkeypatch.setenv("MESHRL_CREDENTIALS", "mine.creds")
     given = context(["serve", "cartpole", "--processes", "2"])
     monkeypatch.delenv("MESHRL_NAMESPACE")
-    monkeypatch.delenv("MESHRL_CREDENTIALS")
     made = process_line(given, 1)
     again = context(made[made.index("serve") :])
     assert again.params["namespace"] == "lab"
-    assert Path(again.params["credentials"]) == Path("mine.creds")
