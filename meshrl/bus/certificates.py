@@ -107,6 +107,16 @@ def make_signed(
         write_new(certificate, made.read_text())
 
 
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Refuse what is no host before anything is made.
+
+    Raises:
+        UsageError: one is neither a name nor an address.
+    """
+    for host in hosts:
+        _alternative(host)
+
+
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its user may read (0600), from its first byte on.
 

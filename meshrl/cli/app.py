@@ -19,6 +19,7 @@ from meshrl.cli.check import check
 from meshrl.cli.demo import demo
 from meshrl.cli.doctor import doctor
 from meshrl.cli.ls import ls
+from meshrl.cli.secure import app as secure
 from meshrl.cli.serve import serve
 from meshrl.cli.serve_agent import serve_agent
 from meshrl.cli.up import up
@@ -52,6 +53,7 @@ app.command("ls")(ls)
 app.command("check")(check)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.add_typer(secure, name="secure")
 
 
 def _say_version(wanted: bool) -> None:

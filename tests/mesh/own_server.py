@@ -45,7 +45,8 @@ def _write(home: Path, config: dict[str, Any], port: int) -> None:
     (home / "server.conf").write_text(json.dumps(whole))
 
 
-def _port(home: Path) -> int | None:
+def port_in(home: Path) -> int | None:
+    """The port that a server says it listens on, in the directory of its ports file."""
     for file in home.glob("*.ports"):
         try:
             return int(json.loads(file.read_text())["nats"][0].rpartition(":")[2])
@@ -61,8 +62,8 @@ async def own_server(home: Path, config: dict[str, Any]) -> AsyncIterator[OwnSer
     with (home / "log").open("wb") as log:
         process = subprocess.Popen([str(find_nats_server()), "-c", str(home / "server.conf")], stderr=log)  # noqa: ASYNC220
     try:
-        await until(lambda: process.poll() is not None or _port(home) is not None, "the server listens")
-        port = _port(home)
+        await until(lambda: process.poll() is not None or port_in(home) is not None, "the server listens")
+        port = port_in(home)
         assert port is not None, (home / "log").read_text()
         yield OwnServer(home, process, port)
     finally:
