@@ -38,6 +38,15 @@ CredentialsFile = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the NATS server at the start.", min=0.0, metavar="S")]
 Slots = Annotated[int, typer.Option(help="Envs held at once; a vector of 64 takes 64.", min=1, metavar="N")]
+MaxSlotsPerUser = Annotated[
+    int | None,
+    typer.Option(
+        help="Slots of a worker that one user (login) may take at once; further opens of that user wait.",
+        min=1,
+        show_default=False,
+        metavar="N",
+    ),
+]
 Processes = Annotated[
     str,
     typer.Option(

@@ -12,6 +12,7 @@ from meshrl.cli.options import (
     AllowKwargs,
     Capability,
     CredentialsFile,
+    MaxSlotsPerUser,
     Namespace,
     Processes,
     ProcessNumber,
@@ -45,6 +46,7 @@ def serve(
         ),
     ] = None,
     slots: Slots = 64,
+    max_slots_per_user: MaxSlotsPerUser = None,
     processes: Processes = "1",
     kwargs: Annotated[
         str, typer.Option(help="Arguments for the envs' constructors.", show_default=False, metavar="JSON")
@@ -101,6 +103,7 @@ def serve(
             namespace=namespace,
             credentials=credentials,
             slots=slots,
+            max_slots_per_user=max_slots_per_user,
             capabilities=capabilities,
             allow_kwargs=names_in(allow_kwargs),
             allow=names_in(allow),

@@ -9,6 +9,7 @@ from meshrl.cli.options import (
     AllowKwargs,
     Capability,
     CredentialsFile,
+    MaxSlotsPerUser,
     Namespace,
     Processes,
     ProcessNumber,
@@ -42,6 +43,7 @@ def serve_agent(
         ),
     ],
     slots: Slots = 64,
+    max_slots_per_user: MaxSlotsPerUser = None,
     processes: Processes = "1",
     allow_kwargs: AllowKwargs = "",
     capability: Capability = None,
@@ -74,6 +76,7 @@ def serve_agent(
             namespace=namespace,
             credentials=credentials,
             slots=slots,
+            max_slots_per_user=max_slots_per_user,
             capabilities=capabilities,
             allow_kwargs=names_in(allow_kwargs),
         )

@@ -13,6 +13,7 @@ from meshrl.client.finding import ASK_AGAIN_S, UNKNOWN_S, Finding
 from meshrl.client.flights import Entry, Flight
 from meshrl.errors import MeshError, MeshFull, SessionLost, UnknownName, WorkerDraining, from_wire
 from meshrl.protocol.placement import Choice, Shard
+from meshrl.protocol.shares import Share, shares_in_words
 from meshrl.wire.grants import parse_answer
 from meshrl.wire.messages import Close, Full, Grant, Kind, Open, check
 
@@ -95,6 +96,7 @@ class Opening(Finding):
         self._bounces: Counter[str] = Counter()
         self._excluded: set[str] = set()
         self._tickets: dict[str, str] = {}
+        self._shares: dict[str, Share] = {}  # of workers that had no more for this user
         self._refused = False
 
     @property
@@ -294,6 +296,8 @@ class Opening(Finding):
             placement.withdrawn(worker, slots)
             raise
         placement.busier(worker, full.load, now, slots)
+        if full.share is not None:
+            self._shares[worker] = Share(full.share, full.held or 0)
         if full.bounced:
             self._bounces[worker] += 1
         elif full.ticket is not None:
@@ -361,7 +365,9 @@ class Opening(Finding):
         )
         num_envs, slots = self.num_envs, self._slots_in_all(serving)
         what = "no slot" if num_envs == 1 else f"no room for {num_envs} sub-environments"
-        if slots < num_envs:
+        if self._shares:
+            text = f"{what} for {self._asked!r} within {self._wait:g} s: {shares_in_words(self._shares)} ({shown})"
+        elif slots < num_envs:
             text = (
                 f"{what}: the workers that serve {self._asked!r} have {slots} slots in all ({shown}); start workers "
                 f"with {MORE_SLOTS}"
@@ -377,6 +383,7 @@ class Opening(Finding):
             num_envs=num_envs,
             wait_s=self._wait,
             workers=loads,
+            shares={worker: share._asdict() for worker, share in self._shares.items()},
         )
 
     def _say_close(self, workers: set[str]) -> None:

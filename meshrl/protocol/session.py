@@ -164,16 +164,26 @@ class SessionTable:
 
     Attributes:
         slots: how many sub-environments its sessions may have together.
+        max_slots_per_user: how many those of one user may have; None for all of them.
         cached_bytes: of the answers that lanes keep.
     """
 
-    def __init__(self, slots: int, *, lease_s: float = LEASE_S, grant_s: float = GRANT_S) -> None:
+    def __init__(
+        self,
+        slots: int,
+        *,
+        max_slots_per_user: int | None = None,
+        lease_s: float = LEASE_S,
+        grant_s: float = GRANT_S,
+    ) -> None:
         self.slots = slots
+        self.max_slots_per_user = max_slots_per_user
         self.lease_s = lease_s
         self.grant_s = grant_s
         self.cached_bytes = 0
         self._sessions: dict[Key, Session] = {}
         self._taken = 0  # slots; written by the first thread alone
+        self._held: dict[str, int] = {}  # of these, by user
         self._gone: OrderedDict[Key, Gone] = OrderedDict()
         self._lasts: OrderedDict[Key, Last] = OrderedDict()
         self._last_sweep: float | None = None
@@ -193,6 +203,20 @@ class SessionTable:
         """Slots that may be given out now."""
         return max(0, self.slots - self._taken) if self.cached_bytes < MAX_CACHED_BYTES else 0
 
+    def held(self, user: str) -> int:
+        """Slots that a user's sessions take."""
+        return self._held.get(user, 0)
+
+    def share(self, user: str) -> int:
+        """Slots that a user may have beside those that it has, were they free."""
+        if self.max_slots_per_user is None:
+            return self.slots
+        return max(0, self.max_slots_per_user - self.held(user))
+
+    def free_for(self, user: str) -> int:
+        """Slots that may be given to a user now."""
+        return min(self.free, self.share(user))
+
     # ---------------------------------------------------------------- opened once
 
     def open(
@@ -200,7 +224,7 @@ class SessionTable:
     ) -> tuple[Opening, Session | None]:
         """Take an open. NEW has made the session and taken its slots; RAISED wants the old one ended first.
 
-        FULL has taken nothing: fewer than ``num_envs`` slots are free.
+        FULL has taken nothing: fewer than ``num_envs`` slots are free, or left of the user's share.
 
         WRONG_EPOCH gives the session whose epoch counts; of one that is gone, a stand-in that is ending and held
         nowhere.
@@ -212,11 +236,12 @@ class SessionTable:
                 stand_in = Session(user, id_, gone.epoch, reply_to)
                 stand_in.state = State.ENDING
                 return Opening.WRONG_EPOCH, stand_in
-            if num_envs > self.free:
+            if num_envs > self.free_for(user):
                 return Opening.FULL, None
             session = Session(user, id_, epoch, reply_to, num_envs=num_envs, pool=pool)
             self._sessions[session.key] = session
             self._taken += num_envs
+            self._held[user] = self.held(user) + num_envs
             self._gone.pop(session.key, None)
             self._lasts.pop(session.key, None)
             return Opening.NEW, session
@@ -263,6 +288,9 @@ class SessionTable:
         if self._sessions.get(session.key) is session:
             del self._sessions[session.key]
             self._taken -= session.num_envs
+            left = self._held.pop(session.user) - session.num_envs
+            if left:
+                self._held[session.user] = left
             self.cached_bytes -= session.cached_bytes
 
     def _remember(self, key: Key, gone: Gone, last: Last | None) -> None:

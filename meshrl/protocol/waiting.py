@@ -8,6 +8,10 @@ overtakes it, not even one that would fit, and slots stay idle for it. Where sma
 pass would wait for ever. But it keeps slots from others for ``KEEP_S`` at a stretch: then it goes behind all who wait,
 so that no wish for more than a worker will have soon shuts that worker for everybody.
 
+Where the operator bounds what one user may have, a user whose next open is beyond that *stands aside*: it is passed
+over, keeps nobody waiting, and has its old turn again as soon as slots of its own are freed, or its next open is
+another. Its later opens wait behind that one.
+
 A user's *turn* is a number, the smallest is next. A user who comes gets the largest so far, and a new one
 each time one of the user's waiters is served. It outlives the waiters for as long as a ticket stands for one
 of them, so that a user whose only open is away asking again does not fall behind those who came later.
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -107,20 +111,43 @@ class _Line:
 
     def __init__(self) -> None:
         self._users: dict[str, _User] = {}
-        self._turns: _Ranked[str] = _Ranked()  # of the users that have a waiter
+        self._turns: _Ranked[str] = _Ranked()  # of the users that have a waiter and do not stand aside
+        self._aside: set[str] = set()
         self._last_turn = itertools.count()
+        self.aside = 0  # waiters of those who stand aside
 
     def add(self, user: str, session: str, arrival: int) -> None:
         """Put a session in its place."""
         own = self._users.get(user)
         if own is None:
             own = self._users[user] = _User(next(self._last_turn))
+        if user in self._aside and session not in own.sessions:
+            self.aside += 1
         own.sessions.put(session, arrival)
-        if user not in self._turns:
+        if user not in self._turns and user not in self._aside:
             self._turns.put(user, own.turn)
+
+    def stand_aside(self, user: str) -> None:
+        """The user's next session is beyond its share: pass it over until :meth:`back`."""
+        self._turns.discard(user)
+        self._aside.add(user)
+        self.aside += len(self._users[user].sessions)
+
+    def back(self, user: str) -> None:
+        """The user has its turn again, if it stood aside."""
+        if user in self._aside:
+            own = self._users[user]
+            self._aside.remove(user)
+            self.aside -= len(own.sessions)
+            self._turns.put(user, own.turn)
+
+    def before(self, user: str) -> bool:
+        """Whether a session of this user that came now would have somebody before it."""
+        return bool(len(self._turns)) or user in self._aside
 
     def remove(self, user: str, session: str) -> None:
         """Take a session out; others of the same user keep their turn."""
+        self.back(user)  # the next of its sessions may be within its share
         own = self._users[user]
         own.sessions.discard(session)
         if not own.sessions:
@@ -203,6 +230,20 @@ class Waiting:
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self._waiters
 
+    @property
+    def in_line(self) -> int:
+        """Waiters who would take slots as soon as there are some: not those of users who stand aside."""
+        return len(self._waiters) - sum(line.aside for line in self._lines.values())
+
+    def before(self, user: str) -> bool:
+        """Whether an open of this user that came now would have somebody before it."""
+        return any(line.before(user) for line in self._lines.values())
+
+    def share_freed(self, user: str) -> None:
+        """Slots of this user were freed: what is beyond its share has to be looked at anew."""
+        for line in self._lines.values():
+            line.back(user)
+
     def __repr__(self) -> str:
         return f"<Waiting {len(self._waiters)}/{self._max_waiting}, {len(self._tickets)} tickets>"
 
@@ -242,6 +283,7 @@ class Waiting:
             if resume and not there.resume:
                 self._lines[False].remove(user, session)
                 self._lines[True].add(user, session, self._arrivals[key])
+            self.share_freed(user)  # it may need fewer now
             there = replace(there, until=until, resume=resume or there.resume, num_envs=num_envs)
             self._waiters[key] = there
             self._ends.put(key, until)
@@ -263,12 +305,13 @@ class Waiting:
         self._forget_ticket(key)
         return waiter
 
-    def next(self, free: int = 1, now: float = 0.0) -> Waiter | None:
+    def next(self, free: int = 1, now: float = 0.0, share: Callable[[str], int] | None = None) -> Waiter | None:
         """Take out the one waiter whose turn it is.
 
         Args:
             free: slots that can be given out now.
             now: monotonic seconds.
+            share: gives what a user may have beside what it has; without it, anything.
 
         Returns:
             it; None when nobody waits, or when it needs more than ``free`` and has not yet kept them for ``KEEP_S``.
@@ -276,6 +319,9 @@ class Waiting:
         for line in (self._lines[True], self._lines[False]):
             passed: set[_Key] = set()  # all who wait may need more than there is
             while (head := line.head()) is not None and head not in passed:
+                if share is not None and self._waiters[head].num_envs > share(head[0]):
+                    line.stand_aside(head[0])
+                    continue
                 if self._waiters[head].num_envs <= free:
                     line.serve(*head)
                     return self._take(head)

@@ -278,7 +278,7 @@ class Grant(Message):
         lease_s: the lease's length; a client renews about three times in it.
         step_deadline_s: how long a request may run.
         description: of the env as constructed for this session, its kwargs applied.
-        load: the worker's, this session included.
+        load: the worker's for this user, this session included.
     """
 
     session: Id
@@ -303,11 +303,19 @@ _DESCRIPTION = pack("description")
 
 
 class Full(Message):
-    """No slot is free (``ticket`` keeps the place), or the worker is busier than the client believed."""
+    """No slot is free (``ticket`` keeps the place), or the worker is busier than the client believed.
+
+    Attributes:
+        load: of the worker, as far as this user is concerned: ``free`` is at most what is left of its share.
+        share: how many slots the worker gives to one user, where the open is beyond that.
+        held: how many of them the user has.
+    """
 
     load: Load
     ticket: str | None = None
     bounced: bool = False
+    share: Count | None = None
+    held: Count | None = None
 
 
 class Renew(Message):

@@ -95,14 +95,19 @@ class Admission:
         if self._table.get(key) is None:
             if self.draining_until is not None:
                 raise self._draining()
-            # 1. Busier than the client believed: it may find better elsewhere, and asks without belief in the end.
-            free = 0 if self._parked else self._table.free  # for a newcomer
+            # 1. Busier than the client believed, or beyond its user's share: it may find better elsewhere, and asks
+            # without belief in the end.
+            waits = self._waiting.before(user)
+            free = 0 if waits else self._table.free  # for a newcomer
             slack = self._table.slots // SAME_LOAD if free >= open_.num_envs else 0
-            if open_.believed_free is not None and free < open_.believed_free - slack and key not in self._parked:
-                self._replies.send(reply, Full(load=self.load(), bounced=True).to_wire())
+            beyond = open_.num_envs > self._table.share(user)
+            busier = open_.believed_free is not None and (beyond or free < open_.believed_free - slack)
+            if busier and key not in self._parked:
+                self._replies.send(reply, self._full(open_, user, bounced=True))
                 return
+            self._check_share(open_)
             # 2. Others wait already: nobody overtakes them.
-            if self._parked:
+            if waits:
                 self._park(open_, user, reply, now)
                 return
         self._open(open_, user, reply, description, now)
@@ -178,6 +183,19 @@ class Admission:
             )
         return description
 
+    def _check_share(self, open_: Open) -> None:
+        """Refuse at once what no user will ever get here."""
+        share = self._table.max_slots_per_user
+        if share is not None and open_.num_envs > share:
+            raise UsageError(
+                f"{open_.name}: worker {self._worker} gives one user at most {share} of its slots, not "
+                f"{open_.num_envs}; spread them over workers, or ask its operator for more (--max-slots-per-user)",
+                name=open_.name,
+                worker=self._worker,
+                num_envs=open_.num_envs,
+                share=share,
+            )
+
     def _begin(self, session: Session, open_: Open, description: Description) -> None:
         def check_wanted() -> None:  # on a thread
             if session.state is State.ENDING:
@@ -214,7 +232,7 @@ class Admission:
             step_deadline_s=description.step_deadline_s,
             render_mode=open_.render_mode,
             description=description,
-            load=self.load(),
+            load=self.load(session.user),
         )
         packed = grant.to_wire_with(self._described(description))
         self._replies.send(self._table.granted(session, packed, time.monotonic()), session.grant)
@@ -252,8 +270,16 @@ class Admission:
                 self._parked[key] = (open_, reply)
                 if self._timer is None:
                     self._timer = asyncio.get_running_loop().call_later(PARKED_S, self._look_at_parked)
+                self._admit_parked()  # who is beyond its share stands aside from now on
                 return
-        self._replies.send(reply, Full(load=self.load()).to_wire())
+        self._replies.send(reply, self._full(open_, user))
+
+    def _full(self, open_: Open, user: str, *, ticket: str | None = None, bounced: bool = False) -> bytes:
+        """The answer that there is no slot; where that is for the user's share alone, it says so."""
+        beyond = open_.num_envs > self._table.share(user)
+        share = self._table.max_slots_per_user if beyond else None
+        held = None if share is None else self._table.held(user)
+        return Full(load=self.load(user), ticket=ticket, bounced=bounced, share=share, held=held).to_wire()
 
     def take_back(self, key: Key, epoch: int) -> bool:
         """The client gave up an open that is parked, or waits for its session's epoch before to close."""
@@ -274,7 +300,7 @@ class Admission:
         for waiter in self._waiting.due(time.monotonic()):
             parked = self._parked.pop((waiter.user, waiter.session), None)
             if parked is not None:
-                self._replies.send(parked[1], Full(load=self.load(), ticket=waiter.ticket).to_wire())
+                self._replies.send(parked[1], self._full(parked[0], waiter.user, ticket=waiter.ticket))
         # Room for answers comes without a word, unlike a slot; and who went may have kept slots from the next.
         self._admit_parked()
         if self._parked and self._timer is None:
@@ -282,6 +308,7 @@ class Admission:
 
     def slot_freed(self, key: Key) -> None:
         """A session's slots are free: an open that waits for just this session first, then as many as fit, in turn."""
+        self._waiting.share_freed(key[0])
         after = self._after_end.pop(key, None)
         if after is not None:
             open_, reply = after
@@ -294,7 +321,11 @@ class Admission:
             self.idle.set()
 
     def _admit_parked(self) -> None:
-        while self._parked and (waiter := self._waiting.next(self._table.free, time.monotonic())) is not None:
+        table = self._table
+        while self._parked:
+            waiter = self._waiting.next(table.free, time.monotonic(), table.share)
+            if waiter is None:
+                break
             parked = self._parked.pop((waiter.user, waiter.session), None)
             if parked is not None:
                 self._admit(*parked, waiter.user)
@@ -307,15 +338,15 @@ class Admission:
 
     # ---------------------------------------------------------------- load and drain
 
-    def load(self) -> Load:
-        """How busy the worker is."""
+    def load(self, user: str) -> Load:
+        """How busy the worker is for a user, who may have no more than its share."""
         table = self._table
         draining = self.draining_until is not None
-        return Load(slots=table.slots, free=table.free, waiting=len(self._parked), draining=draining)
+        return Load(slots=table.slots, free=table.free_for(user), waiting=self._waiting.in_line, draining=draining)
 
     def waiting_count(self) -> int:
-        """Parked opens."""
-        return len(self._parked)
+        """Parked opens, without those that wait for slots of their own user."""
+        return self._waiting.in_line
 
     def is_parked(self, key: Key) -> bool:
         """Whether an open of that session is parked."""

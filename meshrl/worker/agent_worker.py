@@ -52,6 +52,8 @@ class AgentWorker(Service):
         namespace: one mesh of several on the same NATS account.
         credentials: a credentials or NKEY file, or a :class:`~meshrl.bus.login.Credentials`.
         slots: how many stateful sessions the worker holds at once.
+        max_slots_per_user: how many of the slots one user's sessions may take together; an open beyond that waits, and
+            keeps nobody else waiting. None for all of them.
         capabilities: facts of this machine that clients may ask for by ``where``.
         allow_kwargs: constructor arguments of stateful agents that clients may pass.
         lease_s: seconds for which a session lives without a renewal.
@@ -68,6 +70,7 @@ class AgentWorker(Service):
         namespace: str = "default",
         credentials: str | Path | Credentials | None = None,
         slots: int = 64,
+        max_slots_per_user: int | None = None,
         capabilities: Mapping[str, Any] | None = None,
         allow_kwargs: Iterable[str] = (),
         lease_s: float = 15.0,
@@ -78,6 +81,7 @@ class AgentWorker(Service):
             namespace=namespace,
             credentials=credentials,
             slots=slots,
+            max_slots_per_user=max_slots_per_user,
             capabilities=capabilities,
             lease_s=lease_s,
         )

@@ -56,6 +56,8 @@ class EnvWorker(Service):
         credentials: a credentials or NKEY file, or a :class:`~meshrl.bus.login.Credentials`.
         slots: how many envs the worker holds at once, over all names: a single env takes one, a vector or pool one for
             each of its sub-environments.
+        max_slots_per_user: how many of the slots one user's sessions may take together; an open beyond that waits, and
+            keeps nobody else waiting. None for all of them.
         capabilities: facts of this machine that clients may ask for by ``where``.
         allow_kwargs: constructor arguments that clients may pass; ``("*",)`` for any.
         allow: public names of the env that clients may call and set; ``("*",)`` for any. Reading public attributes is
@@ -80,6 +82,7 @@ class EnvWorker(Service):
         namespace: str = "default",
         credentials: str | Path | Credentials | None = None,
         slots: int = SLOTS,
+        max_slots_per_user: int | None = None,
         capabilities: Mapping[str, Any] | None = None,
         allow_kwargs: Iterable[str] = (),
         allow: Iterable[str] = (),
@@ -96,6 +99,7 @@ class EnvWorker(Service):
             namespace=namespace,
             credentials=credentials,
             slots=slots,
+            max_slots_per_user=max_slots_per_user,
             capabilities=capabilities,
             lease_s=lease_s,
         )

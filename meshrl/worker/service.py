@@ -53,15 +53,22 @@ class Service(ABC):
         credentials: str | Path | Credentials | None,
         slots: int,
         capabilities: Mapping[str, Any] | None,
+        max_slots_per_user: int | None = None,
         lease_s: float = LEASE_S,
         grant_s: float = GRANT_S,
     ) -> None:
         if slots < 1:
             raise UsageError(f"a worker has at least one slot, not {slots}; give slots=1 or more", slots=slots)
+        if max_slots_per_user is not None and max_slots_per_user < 1:
+            raise UsageError(
+                f"a user's share is at least one slot, not {max_slots_per_user}; give max_slots_per_user=1 or more, or "
+                "None for all slots",
+                max_slots_per_user=max_slots_per_user,
+            )
         self.id = f"{self.kind[0]}{secrets.token_hex(5)}"
         self.url = url
         self.subjects = Subjects(namespace)
-        self.table = SessionTable(slots, lease_s=lease_s, grant_s=grant_s)
+        self.table = SessionTable(slots, max_slots_per_user=max_slots_per_user, lease_s=lease_s, grant_s=grant_s)
         self.capabilities = dict(capabilities or {})
         self._credentials = credentials
         self._threads = Threads(f"{self.kind}-{self.id}")

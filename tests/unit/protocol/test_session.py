@@ -428,3 +428,39 @@ def test_an_open_is_full_where_fewer_slots_are_free_than_it_needs(num_envs: int,
     table.open("bob", "other", 1, "inbox", 0.0, num_envs=10)
     assert table.open(*KEY, EPOCH, "inbox", 0.0, num_envs=num_envs)[0] is opening
     assert table.free == (6 - num_envs if opening is Opening.NEW else 6)
+
+
+# ---------------------------------------------------------------- shares
+
+
+@pytest.mark.parametrize(
+    ("share", "held", "num_envs", "opening"),
+    [
+        (None, 6, 2, Opening.NEW),
+        (None, 6, 3, Opening.FULL),
+        (4, 0, 4, Opening.NEW),
+        (4, 2, 2, Opening.NEW),
+        (4, 2, 3, Opening.FULL),
+        (4, 4, 1, Opening.FULL),
+        (99, 6, 2, Opening.NEW),
+    ],
+)
+def test_an_open_beyond_its_users_share_is_full(share: int | None, held: int, num_envs: int, opening: Opening) -> None:
+    table = SessionTable(8, max_slots_per_user=share)
+    if held:
+        table.open("ann", "first", 1, "", 0.0, num_envs=held)
+    assert table.free_for("ann") == min(8 - held, 8 if share is None else share - held)
+    assert table.open("ann", "s", 1, "", 0.0, num_envs=num_envs)[0] is opening
+
+
+def test_a_share_is_of_each_user_and_comes_back_with_the_slots() -> None:
+    table = SessionTable(4, max_slots_per_user=2)
+    _, first = table.open("ann", "s1", 1, "", 0.0, num_envs=2)
+    assert first is not None
+    assert (table.free_for("ann"), table.free_for("bob"), table.free) == (0, 2, 2)
+    assert table.open("bob", "s1", 1, "", 0.0, num_envs=2)[0] is Opening.NEW
+    table.ending(first, "closed")
+    assert table.free_for("ann") == 0, "its env is not closed yet"
+    table.ended(first)
+    table.ended(first)
+    assert (table.held("ann"), table.free_for("ann"), table.held("bob")) == (0, 2, 2)

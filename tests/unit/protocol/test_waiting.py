@@ -367,6 +367,7 @@ class WaitingIsItsNaiveModel(RuleBasedStateMachine):
         self.turns: dict[tuple[bool, str], int] = {}
         self.arrivals = 0
         self.turn = 0
+        self.shares = {"a": 2, "b": 9, "c": 1}  # what each user may still have
 
     def forget_idle(self) -> None:
         alive = {(place.resume, key[0]) for key, place in self.places.items()}
@@ -426,12 +427,17 @@ class WaitingIsItsNaiveModel(RuleBasedStateMachine):
 
     @rule()
     def next(self) -> None:
-        waiter = self.waiting.next()
-        if not self.places:
+        waiter = self.waiting.next(1, self.now, self.shares.__getitem__)
+        within = [key for key in self.places if self.shares[key[0]]]
+        if not within:
             assert waiter is None
+            assert self.waiting.in_line == 0, "whoever is left stands aside"
+            assert [self.waiting.before(user) for user in "abc"] == [
+                any(key[0] == user for key in self.places) for user in "abc"
+            ]
             return
         key = min(
-            self.places,
+            within,
             key=lambda key: (
                 not self.places[key].resume,
                 self.turns[self.places[key].resume, key[0]],
@@ -441,9 +447,15 @@ class WaitingIsItsNaiveModel(RuleBasedStateMachine):
         assert waiter is not None
         assert (waiter.user, waiter.session) == key
         place = self.places.pop(key)
+        self.shares[key[0]] -= 1
         self.turn += 1
         self.turns[place.resume, key[0]] = self.turn
         self.forget_idle()
+
+    @rule(user=users)
+    def a_session_of_the_user_ends(self, user: str) -> None:
+        self.shares[user] += 1
+        self.waiting.share_freed(user)
 
     @rule(user=users, session=sessions)
     def leave(self, user: str, session: str) -> None:
@@ -475,6 +487,11 @@ class WaitingIsItsNaiveModel(RuleBasedStateMachine):
             self.tickets.append((self.now + TICKET_S, key, self.places.pop(key)))
         self.tickets = self.tickets[-self.MAX_TICKETS :]
         self.forget_idle()
+
+    @invariant()
+    def those_in_line_are_some_of_those_who_wait(self) -> None:
+        within = sum(bool(self.shares[key[0]]) for key in self.places)
+        assert within <= self.waiting.in_line <= len(self.places)
 
     @invariant()
     def it_holds_whom_the_model_holds(self) -> None:
@@ -527,3 +544,60 @@ def test_a_worker_that_is_full_keeps_everybodys_place() -> None:
     served = waiting.next(2, 100 * KEEP_S)
     assert served is not None
     assert served.session == "b"
+
+
+# ---------------------------------------------------------------- shares
+
+
+def test_who_has_its_share_is_passed_over_and_has_its_old_turn_when_its_own_slots_are_freed() -> None:
+    waiting = Waiting()
+    park_all(waiting, "greedy 1", "greedy 2", "b 1", "c 1", "c 2")
+    share = {"greedy": 0, "b": 9, "c": 9}
+    order = [waiting.next(9, 0.0, share.__getitem__) for _ in range(2)]
+    assert [waiter.user for waiter in order if waiter is not None] == ["b", "c"]
+    assert waiting.in_line == 1
+    share["greedy"] = 1
+    waiting.share_freed("greedy")
+    waiter = waiting.next(9, 0.0, share.__getitem__)
+    assert waiter is not None
+    assert (waiter.user, waiter.session) == ("greedy", "1"), "before c, which came later and was served since"
+
+
+def test_who_stands_aside_keeps_no_slots_from_others_and_nobody_waiting() -> None:
+    waiting = Waiting()
+    waiting.park("greedy", "1", 0.0, FAR, num_envs=4)
+    share = {"greedy": 3, "b": 9}
+    assert waiting.before("b")
+    assert waiting.next(8, 0.0, share.__getitem__) is None
+    assert not waiting.before("b"), "b overtakes nobody whose turn it could be"
+    assert waiting.before("greedy"), "the user's own are served in their order"
+    waiting.park("greedy", "2", 0.0, FAR)
+    assert waiting.next(8, 0.0, share.__getitem__) is None, "though that one would be within the share"
+    assert (len(waiting), waiting.in_line) == (2, 0)
+
+
+@pytest.mark.parametrize("how", ["gives up", "is over", "asks for less"])
+def test_the_next_of_a_users_opens_is_looked_at_when_the_one_before_it_goes(how: str) -> None:
+    waiting = Waiting()
+    waiting.park("greedy", "big", 0.0, 1.0, num_envs=4)
+    waiting.park("greedy", "small", 0.0, FAR)
+    share = {"greedy": 1}
+    assert waiting.next(8, 0.0, share.__getitem__) is None
+    if how == "gives up":
+        waiting.leave("greedy", "big")
+    elif how == "is over":
+        assert [waiter.session for waiter in waiting.due(1.0)] == ["big"]
+    else:
+        waiting.park("greedy", "big", 0.0, FAR, num_envs=1)
+    waiter = waiting.next(8, 1.0, share.__getitem__)
+    assert waiter is not None
+    assert waiter.session == ("big" if how == "asks for less" else "small")
+
+
+def test_a_resume_beyond_its_users_share_lets_opens_of_others_pass() -> None:
+    waiting = Waiting()
+    waiting.park("greedy", "r", 0.0, FAR, resume=True)
+    park_all(waiting, "b 1")
+    waiter = waiting.next(1, 0.0, {"greedy": 0, "b": 1}.__getitem__)
+    assert waiter is not None
+    assert waiter.user == "b"

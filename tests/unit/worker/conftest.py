@@ -48,9 +48,9 @@ class Sent(Replies):
 class Bare:
     """A worker of one env, without a bus."""
 
-    def __init__(self, make: Callable[[], Any], slots: int) -> None:
+    def __init__(self, make: Callable[[], Any], slots: int, max_slots_per_user: int | None) -> None:
         self.replies = Sent()
-        self.table = SessionTable(slots)
+        self.table = SessionTable(slots, max_slots_per_user=max_slots_per_user)
         self.threads = Threads("bare")
         self.threads.loop = asyncio.get_running_loop()
         self.make = make
@@ -114,7 +114,7 @@ class Bare:
 def bare() -> Callable[..., Bare]:
     """Makes one, on the running loop."""
 
-    def make(env: Callable[[], Any], slots: int = 2) -> Bare:
-        return Bare(env, slots)
+    def make(env: Callable[[], Any], slots: int = 2, max_slots_per_user: int | None = None) -> Bare:
+        return Bare(env, slots, max_slots_per_user)
 
     return make

@@ -282,3 +282,62 @@ async def test_a_client_that_believes_in_slots_which_others_wait_for_is_sent_on(
     assert answer["bounced"] is True
     assert answer["load"] == {"slots": 4, "free": 3, "waiting": 1}
     worker.admission.stop()
+
+
+# ---------------------------------------------------------------- shares
+
+
+async def test_an_open_beyond_its_users_share_waits_and_others_pass_it(bare: Any) -> None:
+    worker: Bare = bare(Counter, slots=8, max_slots_per_user=2)
+    await worker.opened("s1")
+    await worker.opened("s2")
+    third = worker.open("s3", park_s=60.0)
+    assert worker.admission.is_parked(("anon", "s3"))
+    assert worker.admission.waiting_count() == 0, "it is in nobody's way"
+    granted = await worker.replies.to(worker.open("b1", user="bob", believed_free=6))
+    assert granted["session"] == "b1"
+    assert granted["load"] == {"slots": 8, "free": 1}, "what is left of bob's share"
+    worker.close("s1")
+    assert (await worker.replies.to(third))["session"] == "s3"
+    worker.admission.stop()
+
+
+async def test_an_answer_full_says_that_it_is_for_the_share_and_what_the_user_has_of_it(bare: Any) -> None:
+    worker: Bare = bare(Counter, slots=8, max_slots_per_user=1)
+    await worker.opened("s1")
+    for park_s in (0.0, 0.001):
+        answer = await worker.replies.to(worker.open("s2", park_s=park_s))
+        assert (answer["share"], answer["held"]) == (1, 1)
+        assert answer["load"]["free"] == 0, "for this user"
+        assert ("ticket" in answer) is (park_s > 0)
+    bounced = await worker.replies.to(worker.open("s3", believed_free=7, park_s=60.0))
+    assert (bounced["bounced"], bounced["share"]) == (True, 1)
+    worker.admission.stop()
+    full: Bare = bare(Counter, slots=1, max_slots_per_user=1)
+    await full.opened("s1")
+    answer = await full.replies.to(full.open("b1", user="bob"))
+    assert "share" not in answer, "bob has nothing: the worker is full"
+
+
+async def test_more_than_a_share_at_once_is_refused_with_both_numbers(bare: Any) -> None:
+    worker: Bare = with_vectors(bare(Counter, slots=16, max_slots_per_user=4))
+    bounced = await worker.replies.to(worker.open(form="vector", num_envs=8, believed_free=16))
+    assert bounced["load"]["free"] == 4, "so that its client asks others for the rest"
+    answer = await worker.replies.to(worker.open(form="vector", num_envs=8, park_s=60.0))
+    refusal = from_wire(answer["error"])
+    assert isinstance(refusal, UsageError)
+    assert "at most 4 of its slots, not 8" in refusal.message
+    assert (refusal.details["num_envs"], refusal.details["share"]) == (8, 4)
+    assert (await worker.opened("s2", form="vector", num_envs=4)).num_envs == 4
+
+
+async def test_a_user_who_gives_up_its_first_wish_gets_the_next(bare: Any) -> None:
+    worker: Bare = with_vectors(bare(Counter, slots=16, max_slots_per_user=4))
+    await worker.opened("s1", form="vector", num_envs=2)
+    big = worker.open("big", form="vector", num_envs=3, park_s=60.0)
+    small = worker.open("small", park_s=60.0)
+    assert worker.admission.is_parked(("anon", "small"))
+    assert (await worker.replies.to(worker.close("big")))["existed"]
+    assert (await worker.replies.to(small))["session"] == "small"
+    assert [to for to, _ in worker.replies.sent if to == big] == []
+    worker.admission.stop()
