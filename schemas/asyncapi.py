@@ -54,6 +54,9 @@ CHANNELS: dict[str, Channel] = {
     "advertisement": Channel(
         "registry.{kind}.{name}.{worker}", "A worker says of itself, every second, what it serves.", ["advertisement"]
     ),
+    "audit": Channel(
+        "audit.{worker}", "A worker says which session was opened, refused or has ended; for who keeps it.", ["audited"]
+    ),
     "ask": Channel("registry.ask", "Asks every worker for its descriptions; several answer.", ["ask"]),
     "open": Channel(_AT_WORKER % "open", "Asks one worker for a session.", ["open"]),
     "probe": Channel(_AT_WORKER % "probe", "Asks one worker what became of requests.", ["probe"]),
@@ -75,6 +78,7 @@ CHANNELS: dict[str, Channel] = {
 
 OPERATIONS: dict[str, Operation] = {
     "advertise": Operation("advertisement", "send", "Say what is served, and how busy the worker is.", []),
+    "audit": Operation("audit", "send", "Say who opened what, with which kwargs, and how it ended.", []),
     "describe": Operation("ask", "receive", "Tell the descriptions that were asked for.", ["known", "error"]),
     "open": Operation(
         "open", "receive", "Grant a session, park the open, or say how full it is.", ["grant", "full", "error"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from meshrl.wire import messages
+from meshrl.wire import audited, messages
 from meshrl.wire.subjects import VERSION
 from schemas.asyncapi import asyncapi
 from schemas.frames import DIALECT, frames
@@ -33,7 +33,7 @@ def models() -> dict[str, type[messages.Message]]:
     """Every control message, by the name of its schema: ``session_state`` for ``SessionState``."""
     return {
         re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): cls
-        for name, cls in vars(messages).items()
+        for name, cls in (vars(messages) | vars(audited)).items()
         if inspect.isclass(cls) and issubclass(cls, messages.Message) and cls is not messages.Message
     }
 

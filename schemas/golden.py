@@ -23,6 +23,7 @@ from meshrl.errors import SequenceGap
 from meshrl.wire import messages as m
 from meshrl.wire import spaces
 from meshrl.wire.arrays import KeyStyle
+from meshrl.wire.audited import Audited
 from meshrl.wire.codec import Codec
 from meshrl.wire.frames import error_reply
 from meshrl.wire.infos import pack_infos
@@ -216,6 +217,7 @@ def control() -> Iterator[tuple[str, m.Message]]:
         ),
     )
     yield "Full", m.Full(load=load, ticket="t1")
+    yield "Full for a share", m.Full(load=load, ticket="t1", share=2, held=2)
     yield "Renew", m.Renew(sessions=[("s1", 1), ("s2", 3)])
     yield "Renewed", m.Renewed(lease_s=15.0, lost=[("s2", "session_expired")])
     yield "Probe", m.Probe(awaited=[("s1", 1, 0, 2)])
@@ -230,6 +232,17 @@ def control() -> Iterator[tuple[str, m.Message]]:
     )
 
 
+def audit() -> Iterator[tuple[str, m.Message]]:
+    """An entry of each kind."""
+    who = {"worker": "e1", "user": "ann", "session": "s1", "epoch": 1, "kind": "env", "name": "CartPole-v1"}
+    pool = {"form": "pool", "num_envs": 4}
+    yield "Audited", Audited.model_validate({**who, "n": 1, "event": "opened", "kwargs": {"gravity": 9.8}})
+    ended = {"event": "ended", "reason": "ended", "code": "env_error", "type": "ValueError", "lasted_s": 1.5}
+    yield "Audited of an end", Audited.model_validate({**who, **pool, **ended, "n": 2, "ago_s": 0.25})
+    refused = {"event": "refused", "code": "kwargs_not_allowed", "kwargs": {"shell": "rm"}, "render_mode": "human"}
+    yield "Audited of a refusal", Audited.model_validate({**who, **refused, "n": 3})
+
+
 def vectors() -> dict[str, list[Notation]]:
     """Every vector by the file it belongs to."""
     made: dict[str, list[Notation]] = {"values": [], "arrays": [], "frames": [], "control": [], "parts": []}
@@ -238,7 +251,7 @@ def vectors() -> dict[str, list[Notation]]:
             for style in _styles(value):
                 hexed = Codec(style).pack(value).hex()
                 made[file].append({"name": name, "key_style": style, "value": note(value), "hex": hexed})
-    for name, message in control():
+    for name, message in (*control(), *audit()):
         fields = {"v": message.v, **message.model_dump(exclude_defaults=True)}
         entry = {"name": name, "message": type(message).__name__, "value": note(fields), "hex": message.to_wire().hex()}
         made["control"].append(entry)

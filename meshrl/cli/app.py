@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from meshrl import __version__
+from meshrl.cli.audit import audit
 from meshrl.cli.check import check
 from meshrl.cli.demo import demo
 from meshrl.cli.doctor import doctor
@@ -53,6 +54,7 @@ app.command("ls")(ls)
 app.command("check")(check)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.command("audit")(audit)
 app.add_typer(secure, name="secure")
 
 

@@ -23,7 +23,7 @@ the sessions that expired to its caller, and only the first thread removes them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any, Literal, NamedTuple
 
@@ -166,6 +166,7 @@ class SessionTable:
         slots: how many sub-environments its sessions may have together.
         max_slots_per_user: how many those of one user may have; None for all of them.
         cached_bytes: of the answers that lanes keep.
+        on_ending: is told of each session that ends, once: why, and the answer it ended with if it has one.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class SessionTable:
         self.lease_s = lease_s
         self.grant_s = grant_s
         self.cached_bytes = 0
+        self.on_ending: Callable[[Session, str, Last | None], None] | None = None
         self._sessions: dict[Key, Session] = {}
         self._taken = 0  # slots; written by the first thread alone
         self._held: dict[str, int] = {}  # of these, by user
@@ -281,6 +283,8 @@ class SessionTable:
         session.state = State.ENDING
         final = session.confirmed or reason == "closed"
         self._remember(session.key, Gone(reason, session.epoch, final), last)
+        if self.on_ending is not None:
+            self.on_ending(session, reason, last)
         return True
 
     def ended(self, session: Session) -> None:

@@ -79,6 +79,10 @@ class Subjects:
         """Asks every worker for its descriptions, and those that serve on demand for a name."""
         return f"{self.prefix}registry.ask"
 
+    def audit(self, worker: str) -> str:
+        """Where a worker says who opened what, and how it ended."""
+        return f"{self.prefix}audit.{worker}"
+
     # workers
 
     def worker(self, worker: str, op: str, user: str) -> str:

@@ -26,6 +26,7 @@ from meshrl.protocol.session import Key, Opening, Session, SessionTable, State
 from meshrl.protocol.waiting import Waiting
 from meshrl.wire.codec import Codec
 from meshrl.wire.messages import Description, Full, Grant, Kind, Load, Open, parse
+from meshrl.worker.audit import Audit
 from meshrl.worker.execution import Execution, Held, Hold
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.replies import Replies
@@ -51,6 +52,7 @@ class Admission:
         replies: where answers go.
         threads: where constructors run.
         construct: makes what an open asks for, on a thread.
+        audit: is told what is opened and refused.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Admission:
         replies: Replies,
         threads: Threads,
         construct: Construct,
+        audit: Audit | None = None,
     ) -> None:
         self.served: Mapping[str, Description] = {}
         self.draining_until: float | None = None
@@ -72,6 +75,7 @@ class Admission:
         self._replies = replies
         self._threads = threads
         self._construct = construct
+        self._audit = audit or Audit(worker)
         self._waiting = Waiting()
         self._parked: dict[Key, tuple[Open, str]] = {}
         self._after_end: dict[Key, tuple[Open, str]] = {}
@@ -84,9 +88,18 @@ class Admission:
     def on_open(self, subject: str, reply: str, data: bytes) -> None:
         """One open."""
         try:
-            self._take(parse(Open, data), subject.rpartition(".")[2], reply)
+            open_, user = parse(Open, data), subject.rpartition(".")[2]
         except MeshError as exc:
             self._replies.refuse(reply, exc)
+            return
+        try:
+            self._take(open_, user, reply)
+        except MeshError as exc:
+            self._refuse(open_, user, reply, exc)
+
+    def _refuse(self, open_: Open, user: str, reply: str, exc: MeshError) -> None:
+        self._audit.refused(user, open_, exc)
+        self._replies.refuse(reply, exc)
 
     def _take(self, open_: Open, user: str, reply: str) -> None:
         key = (user, open_.session)
@@ -197,6 +210,8 @@ class Admission:
             )
 
     def _begin(self, session: Session, open_: Open, description: Description) -> None:
+        self._audit.opened(session.user, open_)
+
         def check_wanted() -> None:  # on a thread
             if session.state is State.ENDING:
                 raise SessionUnknown(
@@ -247,6 +262,7 @@ class Admission:
         return kept[1]
 
     def _not_constructed(self, session: Session, exc: MeshError) -> None:
+        self._audit.failed(session, exc)
         self._table.ending(session, "not_constructed")
         self._table.ended(session)
         self._replies.refuse(session.reply_to, exc)
@@ -315,7 +331,7 @@ class Admission:
             try:
                 self._take(open_.model_copy(update={"believed_free": None}), key[0], reply)
             except MeshError as exc:
-                self._replies.refuse(reply, exc)
+                self._refuse(open_, key[0], reply, exc)
         self._admit_parked()
         if not len(self._table):
             self.idle.set()
@@ -334,7 +350,7 @@ class Admission:
         try:
             self._open(open_, user, reply, self._check(open_), time.monotonic())
         except MeshError as exc:
-            self._replies.refuse(reply, exc)
+            self._refuse(open_, user, reply, exc)
 
     # ---------------------------------------------------------------- load and drain
 

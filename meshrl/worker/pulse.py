@@ -1,7 +1,7 @@
 """The pulse: a worker's second thread, with a connection of its own, that is never blocked (R10).
 
 Whatever the first thread is doing (a step of a minute, a constructor that downloads), this one advertises, renews
-leases, answers probes and asks, and finds the leases that ran out.
+leases, answers probes and asks, finds the leases that ran out, and says what is for the audit.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from meshrl.wire.messages import (
     parse,
 )
 from meshrl.wire.subjects import Subjects
+from meshrl.worker.audit import Audit
 from meshrl.worker.threads import Threads
 
 log = logging.getLogger("meshrl.worker")
@@ -57,6 +58,7 @@ class Beating(Protocol):
     id: str
     table: SessionTable
     subjects: Subjects
+    audit: Audit
 
     @property
     def kind(self) -> Kind:
@@ -206,6 +208,7 @@ class Pulse:
                     task.cancel()
                 if connection.connected and not connection.closed:
                     self._advertise(connection, left=True)
+                    self._say_audit(connection)
                     await self._service.stop()
                     await connection.flush(1.0)
 
@@ -223,11 +226,20 @@ class Pulse:
                 expired = self._worker.table.sweep(now, SWEEP_S, connected=connection.connected)
                 if expired:
                     self._worker.expire(expired)
+                self._say_audit(connection)
                 if now >= due:
                     due = now + ADVERTISE_S
                     self._advertise(connection)
         finally:
             stopped.cancel()
+
+    def _say_audit(self, connection: Connection) -> None:
+        """What has come about since the last look; while the server is away it waits."""
+        if connection.closed or not connection.connected:
+            return
+        subject = self._worker.subjects.audit(self._worker.id)
+        for entry in self._worker.audit.taken(time.monotonic()):
+            connection.publish(subject, entry)
 
     def _back(self, connection: Connection) -> None:
         self._worker.table.grant_again(time.monotonic())

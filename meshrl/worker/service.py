@@ -24,6 +24,7 @@ from meshrl.protocol.session import GRANT_S, LEASE_S, Session, SessionTable, Sta
 from meshrl.wire.messages import Description, Kind, Open
 from meshrl.wire.subjects import Subjects
 from meshrl.worker.admission import Admission
+from meshrl.worker.audit import Audit
 from meshrl.worker.execution import CLOSE_S, Execution, Held
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.pulse import Pulse
@@ -40,6 +41,7 @@ class Service(ABC):
         id: the worker's id, new at every start.
         url: where it serves, without a password; known inside ``async with``.
         table: its sessions.
+        audit: what was opened, and how it ended.
     """
 
     kind: ClassVar[Kind]
@@ -73,7 +75,11 @@ class Service(ABC):
         self._credentials = credentials
         self._threads = Threads(f"{self.kind}-{self.id}")
         self._replies = Replies()
-        self._admission = Admission(self.id, self.kind, self.table, self._replies, self._threads, self._construct)
+        self.audit = Audit(self.id)
+        self.table.on_ending = self.audit.ended
+        self._admission = Admission(
+            self.id, self.kind, self.table, self._replies, self._threads, self._construct, self.audit
+        )
         self._execution = Execution(
             self.id,
             self.table,
@@ -154,6 +160,7 @@ class Service(ABC):
     async def __aexit__(self, *_exc: object) -> None:
         """Say goodbye, close every env, disconnect. An env that hangs is left behind after 5 s."""
         self.drain(0.0)
+        self.audit.stop()  # before the pulse, which has still to say it
         if self._pulse is not None:
             await self._threads.call(self._pulse.stop)
         self._admission.stop()

@@ -272,6 +272,7 @@ PLACES = {
 }
 BUILT: dict[str, str] = {
     "advertisement": SUBJECTS.advertisement("env", NAME, "e1"),
+    "audit": SUBJECTS.audit("e1"),
     "ask": SUBJECTS.ask,
     "open": SUBJECTS.worker("e1", "open", "anon"),
     "probe": SUBJECTS.worker("e1", "probe", "anon"),
@@ -309,7 +310,7 @@ def test_what_the_code_subscribes_to_hears_its_channels_and_no_other(pattern: st
 def test_no_builder_of_subjects_is_forgotten_here() -> None:
     public = {name for name in vars(Subjects) if not name.startswith("_")}
     assert public == {
-        *("namespace", "prefix", "advertisement", "advertisements", "ask", "worker", "at_worker"),
+        *("namespace", "prefix", "advertisement", "advertisements", "ask", "audit", "worker", "at_worker"),
         *("any_open", "any_act", "session", "session_prefix", "sessions"),
     }
 
@@ -353,4 +354,4 @@ def test_every_channel_has_an_operation_and_every_request_a_reply() -> None:
     operations = asyncapi()["operations"]
     used = {operation["channel"]["$ref"].rpartition("/")[2] for operation in operations.values()}
     assert used == set(asyncapi()["channels"]) - {"replies"}
-    assert {name for name, operation in operations.items() if "reply" not in operation} == {"advertise"}
+    assert {name for name, operation in operations.items() if "reply" not in operation} == {"advertise", "audit"}

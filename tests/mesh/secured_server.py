@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -58,3 +60,29 @@ async def secured_server(home: Path) -> AsyncIterator[Secured]:
     finally:
         process.terminate()
         await asyncio.to_thread(process.wait)
+
+
+async def cli(server: Secured, login: str, *line: str) -> str:
+    """What a command prints, with the login from the environment; an AssertionError with its stderr if it fails."""
+    return await run_cli({"MESHRL_URL": server.url, "MESHRL_CREDENTIALS": str(server.login(login))}, *line)
+
+
+async def run_cli(told: dict[str, str], *line: str) -> str:
+    """The same, with that in its environment."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MESHRL_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "meshrl", *line),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env={**kept, "COLUMNS": "200", **told},
+    )
+    try:
+        async with asyncio.timeout(90.0):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, err.decode()
+    return out.decode()

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -31,7 +28,7 @@ from meshrl.wire.subjects import Subjects
 from meshrl.worker.policies import random_policy
 from tests.mesh.conftest import until
 from tests.mesh.envs import Counter, Picture
-from tests.mesh.secured_server import Secured, init, secured_server
+from tests.mesh.secured_server import Secured, cli, init, secured_server
 from tests.mesh.test_agents import Remembers
 
 AT = Subjects()
@@ -361,35 +358,13 @@ async def test_the_operators_and_the_observers_commands_work(tmp_path: Path) -> 
         EnvWorker({"cartpole": "CartPole-v1"}, server.url, credentials=server.login("env-worker")) as worker,
         AgentWorker({"random": random_policy}, server.url, credentials=server.login("agent-worker")) as agents,
     ):
-        listing = json.loads(await _cli(server, "operator", "ls", "--json"))
+        listing = json.loads(await cli(server, "operator", "ls", "--json"))
         assert [each["worker"] for each in listing["envs"]] == [worker.id]
         assert [each["worker"] for each in listing["agents"]] == [agents.id]
-        assert json.loads(await _cli(server, "observer", "ls", "--json")) == listing
-        examined = json.loads(await _cli(server, "operator", "doctor", "--json"))
+        assert json.loads(await cli(server, "observer", "ls", "--json")) == listing
+        examined = json.loads(await cli(server, "operator", "doctor", "--json"))
         rows = {row["what"]: row for row in examined["rows"]}
         for what in ("mesh", "server", "max_payload", "JetStream", "workers"):
             assert rows[what]["status"] == "ok", rows[what]
-        report = json.loads(await _cli(server, "operator", "check", "cartpole", "--episodes", "1", "--json"))
+        report = json.loads(await cli(server, "operator", "check", "cartpole", "--episodes", "1", "--json"))
         assert not [result for result in report["results"] if result["outcome"] == "failed"]
-
-
-async def _cli(server: Secured, login: str, *line: str) -> str:
-    """What a command prints, with the login from the environment."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MESHRL_")}
-    told = {"MESHRL_URL": server.url, "MESHRL_CREDENTIALS": str(server.login(login))}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "meshrl", *line),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-        env={**kept, **told},
-    )
-    try:
-        async with asyncio.timeout(90.0):
-            out, err = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode == 0, err.decode()
-    return out.decode()

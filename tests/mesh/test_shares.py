@@ -37,7 +37,9 @@ async def test_who_has_its_share_waits_and_is_told_so_while_others_get_slots_at_
         Mesh(server.url("bob:p")) as bob,
     ):
         mine = [await ann.env("counter") for _ in range(2)]
-        with pytest.raises(MeshFull, match="gives one user 2 of its slots, of which you have 2; close sessions") as full:
+        with pytest.raises(
+            MeshFull, match="gives one user 2 of its slots, of which you have 2; close sessions"
+        ) as full:
             await ann.env("counter", wait=0.3)
         assert full.value.details["shares"] == {worker.id: {"share": 2, "held": 2}}
         third = asyncio.create_task(ann.env("counter", wait=60.0))

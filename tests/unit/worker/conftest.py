@@ -13,6 +13,7 @@ from meshrl.protocol.session import Session, SessionTable
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.messages import Close, Description, Open
 from meshrl.worker.admission import Admission
+from meshrl.worker.audit import Audit
 from meshrl.worker.execution import Execution
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.replies import Replies
@@ -48,13 +49,15 @@ class Sent(Replies):
 class Bare:
     """A worker of one env, without a bus."""
 
-    def __init__(self, make: Callable[[], Any], slots: int, max_slots_per_user: int | None) -> None:
+    def __init__(self, make: Callable[[], Any], slots: int, max_slots_per_user: int | None = None) -> None:
         self.replies = Sent()
         self.table = SessionTable(slots, max_slots_per_user=max_slots_per_user)
         self.threads = Threads("bare")
         self.threads.loop = asyncio.get_running_loop()
         self.make = make
-        self.admission = Admission("w1", "env", self.table, self.replies, self.threads, self._construct)
+        self.audit = Audit("w1")
+        self.table.on_ending = self.audit.ended
+        self.admission = Admission("w1", "env", self.table, self.replies, self.threads, self._construct, self.audit)
         self.execution = Execution(
             "w1",
             self.table,
