@@ -46,7 +46,7 @@ async def first_connection(client: Any, login: Login, events: Events, name: str,
 
     Raises:
         LoginRefused: a server answers and refuses the login.
-        MeshUnreachable: no server answers, or none with the TLS that was asked for.
+        MeshUnreachable: no server answers, or none with the TLS that was asked for, or it has too many connections.
     """
     loop = asyncio.get_running_loop()
     refused = events.refused = loop.create_future()
@@ -76,22 +76,24 @@ async def first_connection(client: Any, login: Login, events: Events, name: str,
             dial.exception()
         raise refused.result()
     cause = None if dial.cancelled() else dial.exception()
-    if (dial.cancelled() or cause is not None) and events.insecure is not None:
-        raise _insecure(events.insecure, login) from events.insecure
+    if (dial.cancelled() or cause is not None) and events.hindrance is not None:
+        raise _hindered(events.hindrance, login) from events.hindrance
     if dial.cancelled() or cause is not None:
         raise MeshUnreachable(
             f"no NATS server answers at {login.url}; start one (meshrl up, docker compose up) or give its address "
             "(url=, MESHRL_URL)",
             url=login.url,
         ) from cause
-    events.insecure = None
+    events.hindrance = None
     # Nobody this connection knows of is known from before it: word that nobody listens is to be believed at once.
     events.up_since = -math.inf
 
 
-def _insecure(why: Exception, login: Login) -> MeshUnreachable:
-    """What to do where a server answers, and TLS with it does not come about."""
-    if isinstance(why, NoTls):
+def _hindered(why: Exception, login: Login) -> MeshUnreachable:
+    """What to do where a server answers, and a connection with it does not come about."""
+    if not isinstance(why, (ssl.SSLError, NoTls, NoCertificate)):
+        remedy = f"it says {why}; close connections that are not needed, or ask its operator to raise that limit"
+    elif isinstance(why, NoTls):
         remedy = (
             "it does not offer TLS, and nothing is said to it in the clear; turn TLS on there, or write nats:// and "
             "name no certificates"

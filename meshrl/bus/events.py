@@ -52,7 +52,8 @@ class Events:
         on_close: called once, with the reason, when the connection has ended.
         up_since: when it came back; minus infinity at first, None while it is away.
         refused: while the first connection is made: done when the login is refused.
-        insecure: while the first connection is made: why TLS did not come about at the last attempt.
+        hindrance: while the first connection is made: what stood between it and a server that answered, at the last
+            attempt.
     """
 
     def __init__(self, owner: Owner, login: Login, name: str, on_error: Callable[[Exception], None] | None) -> None:
@@ -61,7 +62,7 @@ class Events:
         self.on_close: list[Callable[[MeshError], None]] = []
         self.up_since: float | None = None
         self.refused: asyncio.Future[MeshError] | None = None
-        self.insecure: Exception | None = None
+        self.hindrance: Exception | None = None
         self._owner = owner
         self._user = login.user
         self._url = login.url
@@ -112,8 +113,9 @@ class Events:
 
     async def _error(self, exc: Exception) -> None:
         text = str(exc).lower()
-        if isinstance(exc, (ssl.SSLError, NoTls, NoCertificate)):
-            self.insecure = exc
+        full = self.refused is not None and "maximum" in text  # of connections, at all or of an account
+        if full or isinstance(exc, (ssl.SSLError, NoTls, NoCertificate)):
+            self.hindrance = exc
             (log.debug if self.refused is not None else log.warning)("%s: %s: %s", self._name, self._url, exc)
         elif "permissions violation" in text:
             self._violation(text)
@@ -123,7 +125,8 @@ class Events:
         elif "authorization" in text or "authentication" in text:
             self._refusal()
         elif isinstance(exc, (OSError, nats.errors.UnexpectedEOF, nats.errors.StaleConnectionError)):
-            self.insecure = None
+            if isinstance(exc, ConnectionRefusedError):  # nobody answers any more
+                self.hindrance = None
             log.debug("%s: %s", self._name, exc)  # the reconnection that follows is told of by _disconnected
         elif self.up_since is not None:
             self.failed(exc)

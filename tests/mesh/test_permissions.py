@@ -21,7 +21,7 @@ from gymnasium import spaces
 from meshrl import AgentWorker, EnvWorker, Mesh
 from meshrl.bus.connect import connect
 from meshrl.bus.connection import Connection
-from meshrl.errors import LoginRefused, MeshError, SubjectNotPermitted, UnknownName
+from meshrl.errors import LoginRefused, MeshError, MeshUnreachable, SubjectNotPermitted, UnknownName
 from meshrl.protocol.roles import ROLES
 from meshrl.wire.messages import Open
 from meshrl.wire.subjects import Subjects
@@ -265,6 +265,28 @@ async def test_nobody_gets_in_without_a_login_or_with_one_that_was_revoked(tmp_p
                 pass
         async with connect(server.url, credentials=server.login("ann")):
             pass
+
+
+async def test_a_team_has_the_connections_and_subscriptions_that_the_operator_gives_it(tmp_path: Path) -> None:
+    home = tmp_path / "d"
+    init(home, *RED)
+    record = json.loads((home / "logins.json").read_text())
+    record["teams"]["red"]["limits"] |= {"max_connections": 2, "max_subscriptions": 5}
+    (home / "logins.json").write_text(json.dumps(record))
+    init(home, "--team", "red", "--team", "blue")
+    errors: list[Exception] = []
+    async with (
+        secured_server(home) as server,
+        connect(server.url, credentials=server.login("ann")),
+        connect(server.url, credentials=server.login("env-worker"), on_error=errors.append) as worker,
+    ):
+        with pytest.raises(MeshUnreachable, match=r"it says .*maximum .*connections.*ask its operator to raise"):
+            async with connect(server.url, credentials=server.login("bob"), timeout=2.0):
+                pass
+        async with connect(server.url, credentials=server.login("learner", "blue")):
+            for n in range(6):
+                await worker.subscribe(AT.at_worker(f"e{n}", "open"), lambda *_: None)
+            await until(lambda: any("maximum subscriptions" in str(exc) for exc in errors), "there is one too many")
 
 
 # --------------------------------------------------------------------------- what must work
