@@ -116,7 +116,9 @@ class Events:
         full = self.refused is not None and "maximum" in text  # of connections, at all or of an account
         if full or isinstance(exc, (ssl.SSLError, NoTls, NoCertificate)):
             self.hindrance = exc
-            (log.debug if self.refused is not None else log.warning)("%s: %s: %s", self._name, self._url, exc)
+            # At first its caller is told. Later, TLS also fails where a server just ends, which is no matter.
+            matters = self.refused is None and type(exc) is not ssl.SSLError
+            log.log(logging.WARNING if matters else logging.DEBUG, "%s: %s: %s", self._name, self._url, exc)
         elif "permissions violation" in text:
             self._violation(text)
         elif "authentication timeout" in text:
