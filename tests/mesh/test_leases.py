@@ -206,7 +206,10 @@ async def test_users_take_turns_however_much_one_of_them_asks_for(url: str) -> N
 
 
 class Ear:
-    """Hears every message of the server, but for those that are sent by the clock, and their answers."""
+    """Hears every message of the server, but for those that are sent by the clock, and their answers.
+
+    Nor the entries of the audit, which are for who keeps one, and otherwise go no further than the server.
+    """
 
     def __init__(self) -> None:
         self.heard: list[str] = []
@@ -218,7 +221,7 @@ class Ear:
         if ".registry." in subject or ".probe." in subject:
             self._by_the_clock.add(reply)
             self.advertised.append(subject.rpartition(".")[2])
-        elif subject not in self._by_the_clock:
+        elif subject not in self._by_the_clock and ".audit." not in subject:
             self.heard.append(subject)
             if ".renew." in subject:
                 self.renewals.append(reply)
