@@ -1,4 +1,14 @@
-"""The first connection of a client of nats-py: made within a deadline, or refused; later it comes back for ever."""
+"""The first connection of a client of nats-py: made within a deadline, or refused; later it comes back for ever.
+
+How it comes back, where a connection is lost (:class:`Comeback`):
+
+    attempt                           waits before it
+    the first                         up to ``FIRST_WAIT_S``
+    at the next server of the pool    not
+    at the first of the pool again    ``RECONNECT_WAIT_S``
+
+The pool is the addresses that were given, and those of the cluster that the server told of. Both waits are drawn.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +17,9 @@ import math
 import random
 import ssl
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from meshrl.bus.client import NoCertificate, NoTls
 from meshrl.bus.events import Events
@@ -16,8 +28,16 @@ from meshrl.errors import MeshUnreachable
 
 # A client comes back within half a second of its server; the spread keeps a thousand from doing so at once.
 RECONNECT_WAIT_S = (0.1, 0.5)
-# A server that froze is noticed in two missed pings.
-PING_INTERVAL_S = 10
+# Where a node of a cluster is lost, all its clients lose it in one moment and the others are there at once: by itself
+# nats-py dials them in that moment. Those who wait for a worker meanwhile do so for 0.6 s (doubt.GRACE_S).
+FIRST_WAIT_S = (0.0, 0.3)
+# What is there answers the dial of one that comes back in a fraction of it; NATS's own clients have the same limit. A
+# server that takes connections and says nothing must not hold up the attempt at the next.
+REDIAL_S = 2.0
+# A server that froze, or a connection that is half open, is noticed in two missed pings: after 5 to 7.5 s. That has to
+# be before a worker is given up for its silence (doubt.FROZEN_S, 10 s), which may be no fault of the worker's.
+PING_INTERVAL_S = 2.5
+MAX_PINGS = 2
 # A server gives a login two seconds, and callers have a deadline of their own. A loop that dials thousands at once must
 # not use them up by being busy with the others: so many are under way, and the rest have not begun.
 AT_ONCE = 64
@@ -32,6 +52,29 @@ def few_at_once() -> asyncio.Semaphore:
     if gate is None:
         gate = _DIALLING[loop] = asyncio.Semaphore(AT_ONCE)
     return gate
+
+
+class Comeback:
+    """Which server is tried next after a loss, and after how long a wait; nats-py asks before each attempt.
+
+    Args:
+        draw: gives a number between two.
+    """
+
+    def __init__(self, draw: Callable[[float, float], float] = random.uniform) -> None:
+        self._draw = draw
+        self._attempts = 0
+
+    def __call__(self, pool: Sequence[Any], _info: object = None) -> tuple[Any, float]:
+        """The server of the pool, which is in an order of chance, and the wait in seconds."""
+        at = self._attempts % len(pool)
+        bounds = FIRST_WAIT_S if self._attempts == 0 else RECONNECT_WAIT_S if at == 0 else (0.0, 0.0)
+        self._attempts += 1
+        return pool[at], self._draw(*bounds)
+
+    def lost(self) -> None:
+        """The connection was lost: the next attempt is the first."""
+        self._attempts = 0
 
 
 async def first_connection(client: Any, login: Login, events: Events, name: str, timeout: float) -> None:
@@ -49,6 +92,9 @@ async def first_connection(client: Any, login: Login, events: Events, name: str,
         MeshUnreachable: no server answers, or none with the TLS that was asked for, or it has too many connections.
     """
     loop = asyncio.get_running_loop()
+    comeback = Comeback()
+    # What a WebSocket raises in an attempt that nats-py leaves to us would end all attempts.
+    ours = all(urlsplit(server).scheme in {"nats", "tls"} for server in login.servers)
     refused = events.refused = loop.create_future()
     dial = loop.create_task(
         client.connect(
@@ -58,8 +104,9 @@ async def first_connection(client: Any, login: Login, events: Events, name: str,
             connect_timeout=timeout,
             max_reconnect_attempts=-1,
             reconnect_time_wait=random.uniform(*RECONNECT_WAIT_S),  # noqa: S311  # jitter
+            reconnect_to_server_handler=comeback if ours else None,
             ping_interval=PING_INTERVAL_S,
-            max_outstanding_pings=2,
+            max_outstanding_pings=MAX_PINGS,
             **events.options(client),
             **login.options,
         )
@@ -85,6 +132,8 @@ async def first_connection(client: Any, login: Login, events: Events, name: str,
             url=login.url,
         ) from cause
     events.hindrance = None
+    events.on_disconnect.append(comeback.lost)
+    client.options["connect_timeout"] = min(timeout, REDIAL_S)
     # Nobody this connection knows of is known from before it: word that nobody listens is to be believed at once.
     events.up_since = -math.inf
 

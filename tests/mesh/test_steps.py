@@ -196,20 +196,6 @@ async def test_a_closed_env_and_a_closed_mesh_say_so(url: str) -> None:
             await m.env("counter")
 
 
-async def test_a_server_restart_in_mid_episode_costs_a_pause_and_no_step(server: EmbeddedServer) -> None:
-    async with EnvWorker({"counter": Counter}, server.url), Mesh(server.url) as m:
-        env = await m.env("counter")
-        await env.reset(seed=0)
-        for expected in range(1, 200):
-            if expected in {50, 120}:
-                stepping = asyncio.create_task(env.step(expected))
-                await asyncio.to_thread(server.restart)
-                obs, reward, *_ = await stepping
-            else:
-                obs, reward, *_ = await env.step(expected)
-            assert (obs, reward) == (expected, float(expected))
-
-
 async def test_a_step_in_human_mode_that_is_cancelled_while_its_frame_is_fetched_is_settled_too(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
