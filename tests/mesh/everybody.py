@@ -100,14 +100,19 @@ class Everybody:
 
     Attributes:
         rounds: how many steps each has taken.
+        env: the single one.
+        envs: the vector.
+        pool: of as many sub-environments as the vector.
+        agent: the stateful one.
+        stateless: the other.
     """
 
     def __init__(self, env: RemoteEnv, envs: RemoteVectorEnv, pool: RemotePool, agents: list[RemoteAgent]) -> None:
         self.rounds = 0
-        self._env = env
-        self._envs = envs
-        self._pool = pool
-        self._agent, self._stateless = agents
+        self.env = env
+        self.envs = envs
+        self.pool = pool
+        self.agent, self.stateless = agents
 
     async def round(self) -> None:
         """One step of each, all at once; every answer is the one that is due, whatever happens to the network."""
@@ -118,11 +123,11 @@ class Everybody:
                 group.create_task(stepping)
 
     async def _single(self, n: int) -> None:
-        assert await self._env.step(n) == (n, float(n), False, False, {})
+        assert await self.env.step(n) == (n, float(n), False, False, {})
 
     async def _vector(self, n: int) -> None:
         actions = np.arange(NUM_ENVS) * 1000 + n
-        observations, rewards, terminations, truncations, infos = await self._envs.step(actions)
+        observations, rewards, terminations, truncations, infos = await self.envs.step(actions)
         assert observations.tolist() == [n] * NUM_ENVS
         assert rewards.tolist() == actions.tolist()
         assert not terminations.any()
@@ -131,15 +136,15 @@ class Everybody:
 
     async def _pooled(self, n: int) -> None:
         actions = np.arange(NUM_ENVS) * 1000 + n
-        await self._pool.send(actions, range(NUM_ENVS))
-        batch = await self._pool.recv(min=NUM_ENVS)
+        await self.pool.send(actions, range(NUM_ENVS))
+        batch = await self.pool.recv(min=NUM_ENVS)
         assert batch.observations.tolist() == batch.steps.tolist() == [n] * NUM_ENVS
         assert batch.rewards.tolist() == actions[batch.env_ids].tolist()
         assert not batch.first.any()
 
     async def _acts(self, n: int) -> None:
-        assert await self._agent.act(n) == n
-        assert await self._stateless.act(n) == 2 * n
+        assert await self.agent.act(n) == n
+        assert await self.stateless.act(n) == 2 * n
 
     async def keep_on(self, until: asyncio.Event | asyncio.Task[Any]) -> None:
         """Rounds, one after another, until that is set or done."""
@@ -152,11 +157,11 @@ class Everybody:
     async def counts(self) -> None:
         """What was executed at the workers is what was asked for, to the step; nobody was reset meanwhile."""
         async with asyncio.timeout(ROUND_S):
-            assert await self._env.get_attr("executed") == self.rounds
-            assert await self._env.get_attr("resets") == 1
-            assert (await self._env.state()).total_steps == self.rounds
-            assert await self._envs.get_attr("executed") == (self.rounds,) * NUM_ENVS
-            assert await self._envs.get_attr("resets") == (1,) * NUM_ENVS
+            assert await self.env.get_attr("executed") == self.rounds
+            assert await self.env.get_attr("resets") == 1
+            assert (await self.env.state()).total_steps == self.rounds
+            assert await self.envs.get_attr("executed") == (self.rounds,) * NUM_ENVS
+            assert await self.envs.get_attr("resets") == (1,) * NUM_ENVS
 
 
 @asynccontextmanager
