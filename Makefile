@@ -8,16 +8,28 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak setup check lint types layers bench lock schemas wheel clean
+.PHONY: help demo test vanish fuzz fuzz-coverage soak setup check lint types layers bench lock schemas wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.demo ## four learners share a pool of CartPoles over a real nats-server, and learn it
 	$(BIN)/meshrl demo
 
 test: $(VENV)/.dev ## the suite, against a real nats-server; what needs torch or EnvPool runs where they are installed
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+vanish: $(VENV)/.dev ## ten thousand clients that open a session and are killed: no slot stays taken, no memory used
+	MESHRL_VANISH=10000 $(BIN)/pytest tests/mesh/test_vanishing.py -s $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.dev ## a million mutated messages on every subject of real workers, about eight minutes
+	MESHRL_FUZZ_MESSAGES=1000000 $(BIN)/pytest tests/fuzz/test_messages.py -s $(PYTEST_ARGS)
+
+# In an environment of its own: atheris has wheels for Linux alone, and nothing else here needs it.
+fuzz-coverage: ## the coverage-guided fuzzer on codec, lanes and sessions, a minute each; keeps what it finds
+	$(MAKE) setup VENV=.venv-fuzz
+	.venv-fuzz/bin/pip install --quiet --disable-pip-version-check atheris==3.0.0
+	.venv-fuzz/bin/python -m tests.fuzz.coverage --seconds $(or $(FUZZ_S),60)
 
 soak: $(VENV)/.dev ## five minutes of sessions that come and go, which may leave no memory behind
 	MESHRL_SOAK_S=300 $(BIN)/pytest tests/mesh/test_memory.py --timeout=600 $(PYTEST_ARGS)
@@ -51,7 +63,7 @@ wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove the environment and everything made
-	rm -rf $(VENV) .venv-oldest .venv-sb3 .venv-3.* dist build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-oldest .venv-sb3 .venv-fuzz .venv-3.* dist build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 14)))' || \
