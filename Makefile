@@ -22,8 +22,8 @@ test: $(VENV)/.dev ## the suite, against a real nats-server; what needs torch or
 vanish: $(VENV)/.dev ## ten thousand clients that open a session and are killed: no slot stays taken, no memory used
 	MESHRL_VANISH=10000 $(BIN)/pytest tests/mesh/test_vanishing.py -s $(PYTEST_ARGS)
 
-fuzz: $(VENV)/.dev ## a million mutated messages on every subject of real workers, about eight minutes
-	MESHRL_FUZZ_MESSAGES=1000000 $(BIN)/pytest tests/fuzz/test_messages.py -s $(PYTEST_ARGS)
+fuzz: $(VENV)/.dev ## a million mutated messages to real workers, and 50,000 calls of a client that is told mutants
+	MESHRL_FUZZ_MESSAGES=1000000 MESHRL_FUZZ_ANSWERS=50000 $(BIN)/pytest tests/fuzz -s $(PYTEST_ARGS)
 
 # In an environment of its own: atheris has wheels for Linux alone, and nothing else here needs it.
 fuzz-coverage: ## the coverage-guided fuzzer on codec, lanes and sessions, a minute each; keeps what it finds

@@ -7,7 +7,9 @@ import inspect
 from nats.aio.client import Client
 
 from meshrl.bus.dialling import FIRST_WAIT_S, MAX_PINGS, PING_INTERVAL_S, RECONNECT_WAIT_S, REDIAL_S, Comeback
+from meshrl.client.keeper import RENEWALS_A_LEASE
 from meshrl.protocol.doubt import FROZEN_S, GRACE_S
+from meshrl.protocol.session import LEASE_S
 
 POOL = ["a", "b", "c"]
 
@@ -46,7 +48,9 @@ def test_the_waits_of_many_are_spread() -> None:
 
 
 def test_half_open_connections_are_noticed_before_workers_are_given_up_for_their_silence() -> None:
-    assert PING_INTERVAL_S * (MAX_PINGS + 1) + RECONNECT_WAIT_S[1] < FROZEN_S - 1.0
+    noticed_s = PING_INTERVAL_S * (MAX_PINGS + 1) + RECONNECT_WAIT_S[1]
+    assert noticed_s < FROZEN_S - 1.0
+    assert noticed_s < LEASE_S - LEASE_S / RENEWALS_A_LEASE, "and before leases run out that cannot be renewed over one"
 
 
 def test_a_worker_that_moves_to_another_node_is_back_before_it_is_taken_for_dead() -> None:
