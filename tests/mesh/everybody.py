@@ -88,10 +88,10 @@ def served(url: str, *, workers: int = 2, **kwargs: Any) -> Iterator[list[Worker
 
 
 @asynccontextmanager
-async def served_here(url: str, agents_url: str | None = None) -> AsyncIterator[EnvWorker]:
+async def served_here(url: str, agents_url: str | None = None, **kwargs: Any) -> AsyncIterator[EnvWorker]:
     """An env worker and an agent worker in this process, where its connections are what matters."""
     agents = AgentWorker({"counting": Counting, "twice": twice}, agents_url or url)
-    async with EnvWorker({"counted": Counted}, url) as worker, agents:
+    async with EnvWorker({"counted": Counted}, url, **kwargs) as worker, agents:
         yield worker
 
 

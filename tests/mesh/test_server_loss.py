@@ -35,24 +35,23 @@ async def streams(server: EmbeddedServer) -> int:
     return count
 
 
-@pytest.mark.parametrize("empty", [False, True], ids=["with its state", "empty"])
-async def test_a_server_that_is_killed_again_and_again_costs_a_pause_and_no_step(
-    server: EmbeddedServer, empty: bool
+async def test_a_server_that_is_killed_and_comes_back_with_its_state_or_empty_costs_a_pause_and_no_step(
+    server: EmbeddedServer,
 ) -> None:
     client = await nats.connect(server.url)
     await client.jetstream().add_stream(name="state", subjects=["state"])
     await client.close()
     with served(server.url):
         async with everybody(server.url) as all_:
-            for _ in range(3):
-
-                async def lose() -> None:
-                    await asyncio.to_thread(server.kill)
-                    await asyncio.to_thread(server.restart, empty=empty)
-
-                await all_.keep_on(asyncio.create_task(lose()))
+            for empty in (False, False, True, True):
+                await all_.keep_on(asyncio.create_task(asyncio.to_thread(lose, server, empty=empty)))
                 await all_.round()
-            assert await streams(server) == (0 if empty else 1)
+                assert await streams(server) == (0 if empty else 1)
+
+
+def lose(server: EmbeddedServer, *, empty: bool) -> None:
+    server.kill()
+    server.restart(empty=empty)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="stops the server by signal")
@@ -64,6 +63,41 @@ async def test_a_server_that_stands_still_for_a_while_costs_a_pause_and_no_step(
             assert not stepping.done()
         await stepping
         await all_.round()
+
+
+async def test_a_server_that_is_away_for_longer_than_a_lease_costs_no_session(server: EmbeddedServer) -> None:
+    """Nobody can renew meanwhile: the worker lets no lease run out that it could not have heard of."""
+    async with served_here(server.url, lease_s=1.0) as worker, everybody(server.url, shards=1) as all_:
+        taken = worker.table.slots - worker.table.free
+        await asyncio.to_thread(server.kill)
+        stepping = asyncio.create_task(all_.round())
+        await asyncio.sleep(2.5)  # the scenario
+        assert not stepping.done()
+        await asyncio.to_thread(server.restart)
+        await stepping
+        await all_.round()
+        assert worker.table.slots - worker.table.free == taken
+
+
+async def test_opens_and_closes_that_are_under_way_when_the_server_is_lost_take_and_free_their_slots_once(
+    server: EmbeddedServer,
+) -> None:
+    async with served_here(server.url, slots=32, lease_s=2.0) as worker, Mesh(server.url) as m:
+        for _ in range(2):
+            opening = [asyncio.create_task(m.env("counted")) for _ in range(20)]
+            vector = asyncio.create_task(m.vector("counted", 12))
+            await asyncio.sleep(0.005)  # some are granted by now, and some are not
+            await asyncio.to_thread(server.kill)
+            await asyncio.to_thread(server.restart)
+            envs, whole = await asyncio.gather(*opening), await vector
+            assert worker.table.free == 0
+            assert len({env.session_id for env in envs}) == 20
+            closing = [asyncio.create_task(held.close()) for held in (*envs, whole)]
+            await asyncio.sleep(0)
+            await asyncio.to_thread(server.kill)
+            await asyncio.to_thread(server.restart)
+            await asyncio.gather(*closing)  # of one whose word was lost, the lease ends it
+            await until(lambda: worker.table.free == 32, "all slots are free")
 
 
 # --------------------------------------------------------------------------- a cluster
