@@ -17,6 +17,8 @@
         ├── UnknownName (LookupError), MeshFull (TimeoutError), WorkerDraining
         ├── SessionUnknown (LookupError), SessionExpired, SessionLost, ReplayDiverged
         ├── EnvError, AgentError          an exception in remote code, with its traceback
+        └── EnvProcessDied, LimitExceeded, DeadlineExceeded (TimeoutError)
+                                          an EnvError each: its process ended, or went over what the operator set
 
 Each class that can travel has a ``code``, the text by which it is known on the wire (``schemas/v1``);
 :func:`from_wire` finds the class again. Facts are attributes, collected in ``details``.
@@ -339,6 +341,33 @@ class EnvError(WorkerError):
     """The env's code raised; ``remote_traceback`` has its traceback, ``details["type"]`` the exception's class."""
 
     code = "env_error"
+
+
+class EnvProcessDied(EnvError):
+    """The process that ran the env has ended: a crash in native code, ``os._exit``, or somebody killed it.
+
+    ``details`` have ``signal`` (its name) or ``exit_code``, and in ``stderr`` the last lines that it wrote.
+    """
+
+    code = "env_process_died"
+
+
+class LimitExceeded(EnvError):
+    """The env took more memory or CPU time than its operator gives to a process.
+
+    ``details["limit"]`` is ``memory`` or ``cpu``; ``max_memory_bytes`` or ``max_cpu_s`` is the limit.
+    """
+
+    code = "limit_exceeded"
+
+
+class DeadlineExceeded(EnvError, TimeoutError):
+    """A step, a reset or a constructor of the env took longer than its operator allows.
+
+    ``details["deadline"]`` is ``step`` or ``reset``, ``deadline_s`` its length.
+    """
+
+    code = "deadline_exceeded"
 
 
 class AgentError(WorkerError):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from meshrl.client.flights import Entry, Flight
 from meshrl.client.shielded import shielded
 from meshrl.errors import (
+    AgentError,
+    EnvError,
     MeshError,
     MeshUnreachable,
     SessionClosed,
@@ -166,7 +168,7 @@ class RemoteSession:
         """What an error that the worker answered means for the session; gives what its user is to be told."""
         if isinstance(exc, GONE_ERRORS):
             return self._lose_as(str(exc.details.get("reason", exc.code)))
-        if exc.code in {"env_error", "agent_error"}:
+        if isinstance(exc, (EnvError, AgentError)):
             self._lose_as("ended", str(exc))
         elif isinstance(exc, SessionLost):
             self._lose(exc)

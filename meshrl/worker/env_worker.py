@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 import threading
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,11 @@ from gymnasium.vector import VectorEnv
 
 from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
-from meshrl.errors import EnvError, MeshError, UnknownName
+from meshrl.errors import EnvError, MeshError, UnknownName, UsageError
 from meshrl.protocol.names import near
 from meshrl.wire import spaces
 from meshrl.wire.messages import Description, Open, Vectors
+from meshrl.worker.children import Children
 from meshrl.worker.constructing import construct_all
 from meshrl.worker.describe import describe_env, encodable
 from meshrl.worker.drawing import alone, draws
@@ -29,14 +29,19 @@ from meshrl.worker.factories import EnvSource, Factory, as_factory, registered
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import HostedVector
+from meshrl.worker.isolation import Deadlines, Isolation, check_isolation
+from meshrl.worker.limits import Limits
+from meshrl.worker.process_env import ProcessEnv, picklable
+from meshrl.worker.raised import EndsSession, described
 from meshrl.worker.service import Service, valid_names
 from meshrl.worker.vector_implementations import HostedImplementation, describe_implementation, make_implementation
 
 log = logging.getLogger("meshrl.worker")
 
 SLOTS = 64
-# How long one request of a session may run before its client gives the session up.
+# How long one step may run, or one reset.
 STEP_DEADLINE_S = 300.0
+RESET_DEADLINE_S = 300.0
 
 
 class EnvWorker(Service):
@@ -64,7 +69,11 @@ class EnvWorker(Service):
             always allowed.
         on_demand: serve any id in Gymnasium's registry as soon as somebody asks for it.
         import_modules: let a client's ``module:Name-v1`` import that module; only where clients are this user's own.
-        step_deadline_s: how long one request may run before its client gives the session up.
+        isolation: ``inline``, ``thread`` or ``process``; see :mod:`~meshrl.worker.isolation`.
+        step_deadline_s: how long a step may take, or anything else that is asked of an env; its session ends then.
+        reset_deadline_s: how long a reset may take, or a constructor.
+        max_memory_bytes: memory of each env's process, with ``isolation="process"``.
+        max_cpu_s: CPU time of each env's process in its life, with ``isolation="process"``.
         lease_s: seconds for which a session lives without a renewal.
         vectors: how vectors are hosted, for all names or by name: ``meshrl`` steps envs one by one and can do
             everything; ``gymnasium`` is the env's own vector entry point and ``envpool`` is EnvPool, which are fast and
@@ -88,7 +97,11 @@ class EnvWorker(Service):
         allow: Iterable[str] = (),
         on_demand: bool = False,
         import_modules: bool = False,
+        isolation: Isolation = "thread",
         step_deadline_s: float = STEP_DEADLINE_S,
+        reset_deadline_s: float = RESET_DEADLINE_S,
+        max_memory_bytes: int | None = None,
+        max_cpu_s: float | None = None,
         lease_s: float = 15.0,
         vectors: str | Mapping[str, str] = "meshrl",
     ) -> None:
@@ -108,16 +121,32 @@ class EnvWorker(Service):
         self._allow = frozenset(allow)
         self._on_demand = on_demand
         self._import_modules = import_modules
-        self._step_deadline_s = step_deadline_s
+        self._isolation = check_isolation(isolation, vectors)
+        self._deadlines = Deadlines(step_deadline_s, reset_deadline_s)
+        self._limits = Limits(max_memory_bytes, max_cpu_s)
+        self._limits.check()
+        if self._limits and isolation != "process":
+            raise UsageError(
+                f"max_memory_bytes and max_cpu_s are those of an env's process, which isolation={isolation!r} does not "
+                'give it; say isolation="process", or let meshrl serve limit the whole worker process'
+            )
+        self._children = Children(self._deadlines, self._limits) if isolation == "process" else None
+        self._pickled: dict[str, bytes] = {}  # factories, by name
         self._vectors = vectors
         self._making: dict[str, threading.Lock] = {}  # by name: one that takes its time holds no other up
         self._adding = threading.Lock()
 
     async def _describe_all(self) -> dict[str, Description]:
+        if self._children is not None:
+            await self._threads.call(self._children.start)
         described = {}
         for name, factory in self._factories.items():
             described[name] = await self._threads.call(partial(self._describe, name, factory))
         return described
+
+    def _let_all_go(self) -> None:
+        if self._children is not None:
+            self._children.stop()
 
     async def _subscribe(self, connection: Connection) -> None:
         # For clients that keep no directory; what is served on demand has to be asked for first, in the registry.
@@ -134,7 +163,7 @@ class EnvWorker(Service):
         op = "constructor"
         try:
             vectors = describe_implementation(name, factory, self._implementation(name))
-            env = factory.make({}, None)
+            env = self._make(name, factory, {}, None)
             try:
                 op = "description"
                 return self._describe_env(name, env, vectors)
@@ -142,19 +171,36 @@ class EnvWorker(Service):
                 self._let_go(name, env)
         except MeshError:
             raise
+        except EndsSession as exc:
+            raise exc.error from exc
         except (Exception, SystemExit) as exc:
             what = "constructed" if op == "constructor" else "described"
+            kind, message, text = described(exc)
             raise EnvError(
-                f"{name}: the env cannot be {what}: {type(exc).__name__}: {exc}"[:2000] + self._remedy(name, op, exc),
-                remote_traceback="".join(traceback.format_exception(exc))[-20_000:],
-                type=type(exc).__name__,
+                f"{name}: the env cannot be {what}: {kind}: {message}"[:2000] + self._remedy(name, op, kind),
+                remote_traceback=text[-20_000:],
+                type=kind,
                 op=op,
             ) from exc
 
-    def _remedy(self, name: str, op: str, exc: BaseException) -> str:
+    def _make(self, name: str, factory: Factory, kwargs: Mapping[str, Any], render_mode: str | None) -> Any:
+        """A new env, where the operator wants it; on a thread.
+
+        Raises:
+            EndsSession: its process ended, or was ended.
+            Exception: whatever its constructor raises.
+        """
+        if self._children is None:
+            return factory.make(kwargs, render_mode)
+        pickled = self._pickled.get(name)
+        if pickled is None:
+            pickled = self._pickled[name] = picklable(name, factory)
+        return ProcessEnv.make(self._children, self._limits, name, pickled, dict(kwargs), render_mode)
+
+    def _remedy(self, name: str, op: str, kind: str) -> str:
         if op == "description":
             return "; an env has observation_space and action_space once it is constructed"
-        if isinstance(exc, TypeError):
+        if kind == "TypeError":
             return (
                 "; it is constructed without arguments to see its spaces; if it needs some, serve it by name with "
                 f"them: meshrl serve {name} --kwargs '{{...}}', or Factory(source, kwargs)"
@@ -176,17 +222,17 @@ class EnvWorker(Service):
 
     def _describe_env(self, name: str, env: Any, vectors: Vectors | None) -> Description:
         factory = self._factories.get(name)  # one that is served on demand has no arguments, and is not there yet
-        return describe_env(
-            env,
-            arguments=None if factory is None else factory.kwargs,
-            name=name,
-            worker=self.id,
-            capabilities=self.capabilities,
-            allow_kwargs=self._allow_kwargs,
-            allow=self._allow,
-            step_deadline_s=self._step_deadline_s,
-            vectors=vectors,
-        )
+        fields: dict[str, Any] = {
+            "name": name,
+            "worker": self.id,
+            "capabilities": self.capabilities,
+            "allow_kwargs": sorted(self._allow_kwargs),
+            "allow": sorted(self._allow),
+            "step_deadline_s": self._deadlines.advertised(enforced=self._children is not None),
+        }
+        if isinstance(env, ProcessEnv):
+            return env.describe(vectors=vectors, arguments=factory is not None, **fields)
+        return describe_env(env, arguments=None if factory is None else factory.kwargs, vectors=vectors, **fields)
 
     def provide(self, name: str) -> Description | None:
         """The description of ``name``, made now if the worker serves on demand and Gymnasium knows the name.
@@ -230,7 +276,7 @@ class EnvWorker(Service):
         envs = construct_all(
             open_.name,
             open_.num_envs,
-            partial(factory.make, open_.kwargs, open_.render_mode),
+            partial(self._make, open_.name, factory, open_.kwargs, open_.render_mode),
             check=check_wanted,
             let_go=partial(self._let_go, open_.name),
             threads=self._threads,

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from meshrl.errors import (
@@ -36,6 +35,8 @@ from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import SPREAD, HostedVector
 from meshrl.worker.pooling import Pooling
+from meshrl.worker.process_env import ProcessEnv
+from meshrl.worker.raised import EndsSession, described
 from meshrl.worker.replies import Replies
 from meshrl.worker.sub_envs import Crashed
 from meshrl.worker.threads import Threads
@@ -88,11 +89,13 @@ class Hold:
         held: what has one lane; None in a pool.
         pool: what has many; None in any other session.
         vector: ``held``, where its sub-environments can be spread over threads.
+        processes: the envs of it that are in processes of their own. They block the thread that asks them, so nothing
+            is asked on the event loop.
         pack: writes a reply as its client reads it.
         paces: by op: what may run on the event loop, once it has shown itself fast there.
     """
 
-    __slots__ = ("held", "paces", "pack", "pool", "task", "vector")
+    __slots__ = ("held", "paces", "pack", "pool", "processes", "task", "vector")
 
     def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
         self.held = None if isinstance(held, HostedPool) else held
@@ -104,7 +107,8 @@ class Hold:
         self.paces: dict[str, Pace | BatchPace] = {"step": held.pace, "reset": Pace()}
         if self.vector is not None:
             self.paces["reset"] = self.vector.reset_pace
-        if held.draws:
+        self.processes = [env for env in _envs_of(held) if isinstance(env, ProcessEnv)]
+        if held.draws or self.processes:
             self.paces = {}
         self.task: asyncio.Task[None] | None = None
 
@@ -115,12 +119,20 @@ class Hold:
         running = self.pool or self.held
         if isinstance(running, HostedPool | HostedVector | HostedEnv):
             running.cancel()
+        for env in self.processes:
+            env.abandon(CLOSE_S)
 
     async def close(self, seconds: float) -> None:
         """Let go of what is held."""
         held = self.held or self.pool
         assert held is not None, "a hold has one or the other"
         await held.close(seconds)
+
+
+def _envs_of(held: Held | HostedPool) -> Sequence[Any]:
+    if isinstance(held, HostedVector | HostedPool):
+        return held.envs
+    return [held.env] if isinstance(held, HostedEnv) else []
 
 
 class Execution:
@@ -234,7 +246,7 @@ class Execution:
         held: Held = session.held.held
         began = time.monotonic()
         try:
-            if op == "render":
+            if op == "render" and not session.held.processes:
                 with DRAWING:
                     frame = held.run(op, body)
             else:
@@ -303,14 +315,18 @@ class Execution:
         if isinstance(exc, Crashed) and exc.__cause__ is not None:
             facts["env_id"] = exc.env_id
             op, exc = f"{op} of sub-environment {exc.env_id}", exc.__cause__
-        text = "".join(traceback.format_exception(exc))
+        if isinstance(exc, EndsSession):
+            error = exc.error
+            known = {"op": op.partition(" ")[0], **error.details, "worker": self._worker, **facts}
+            return type(error)(error.message, remote_traceback=error.remote_traceback, **known)
+        kind, message, text = described(exc)
         remedy = (
             "mend what the remote traceback shows" if op == "constructor" else "its session is over, open a new one"
         )
         return self._crash(
-            f"{what}: {op} raised {type(exc).__name__}: {exc}"[:MAX_MESSAGE_CHARS] + f"; {remedy}",
+            f"{what}: {op} raised {kind}: {message}"[:MAX_MESSAGE_CHARS] + f"; {remedy}",
             remote_traceback=text[-MAX_TRACEBACK_CHARS:],
-            type=type(exc).__name__,
+            type=kind,
             op=op.partition(" ")[0],
             worker=self._worker,
             **facts,

@@ -39,6 +39,7 @@ class HostedPool:
         threads: where what takes its time runs.
 
     Attributes:
+        envs: as given.
         pace: where to step them.
         coroutine: whether their ``reset`` or ``step`` must be awaited.
         draws: whether they run alone; see :mod:`~meshrl.worker.drawing`.
@@ -57,6 +58,7 @@ class HostedPool:
         self.steps: NDArray[np.int64] = np.zeros(len(envs), np.int64)
         self._derived = open_.seeding == "derived"
         self._subs = SubEnvs(envs, open_)
+        self.envs = self._subs.envs
         self.draws = self._subs.draws
         self.first = self._subs.first
         self._batches = batching(envs[0].action_space)

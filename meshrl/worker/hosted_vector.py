@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from functools import partial
 from operator import methodcaller
 from typing import Any
 
@@ -20,6 +21,7 @@ from meshrl.wire.messages import Open
 from meshrl.worker.attributes import Attributes, is_wrapped
 from meshrl.worker.calls import Calls, is_coroutine
 from meshrl.worker.drawing import alone, draws
+from meshrl.worker.process_env import ProcessEnv
 from meshrl.worker.redoing import Deed, Done, Redoing, Replay
 from meshrl.worker.spread import Finished, Spread
 from meshrl.worker.sub_envs import FEW_IDS, Outcome, Outcomes, SubEnvs, flags_of, rewards_of
@@ -49,6 +51,7 @@ class HostedVector:
         threads: where what takes its time runs.
 
     Attributes:
+        envs: as given.
         pace: where to step them.
         reset_pace: where to reset them.
         coroutine: whether their ``reset`` or ``step`` must be awaited.
@@ -61,6 +64,7 @@ class HostedVector:
         self.reset_pace = BatchPace(len(envs))
         self.coroutine = has_coroutines(envs[0])
         self._subs = SubEnvs(envs, open_)
+        self.envs = self._subs.envs
         self.draws = self._subs.draws
         self._batches = batching(envs[0].action_space)
         self._attributes = Attributes(open_.name, allow)
@@ -290,7 +294,9 @@ class HostedVector:
         wrapper = body.get("wrapper")
         if not isinstance(wrapper, str):
             raise MalformedMessage("is_wrapped needs a wrapper's class, as module:Class")
-        return {"values": [is_wrapped(self._subs.envs[i], wrapper) for i in self._chosen(body)]}
+        chosen = (self._subs.envs[i] for i in self._chosen(body))
+        asked = (env.is_wrapped if isinstance(env, ProcessEnv) else partial(is_wrapped, env) for env in chosen)
+        return {"values": [ask(wrapper) for ask in asked]}
 
     def _chosen(self, body: Frame) -> Sequence[int]:
         """The sub-environments that a request means: those it lists under ``ids``, or all."""

@@ -81,7 +81,7 @@ class Pooling:
 
         if pool.coroutine:
             pool.start(op, lanes, given, told)
-        elif op == "step" and not pool.draws and pool.pace.inline_for(len(lanes)):
+        elif op == "step" and not pool.draws and not session.held.processes and pool.pace.inline_for(len(lanes)):
             everything = np.arange(len(lanes))
             try:
                 frame, alone = pool.run(op, lanes, given)

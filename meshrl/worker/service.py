@@ -116,6 +116,9 @@ class Service(ABC):
     def _stop(self) -> None:  # noqa: B027  # as above
         """Answer nothing of that any more."""
 
+    def _let_all_go(self) -> None:  # noqa: B027  # as above
+        """Let go of what was started for all sessions; on a thread, when no session is left."""
+
     def provide(self, name: str) -> Description | None:
         """The description of ``name``; a worker that serves on demand begins to here. Called on any thread."""
         return self._admission.served.get(name)
@@ -132,7 +135,16 @@ class Service(ABC):
         """
         self._threads.loop = asyncio.get_running_loop()
         url = await locate(self.url, credentials=self._credentials, namespace=self.subjects.namespace)
-        self._admission.served = await self._describe_all()
+        try:
+            self._admission.served = await self._describe_all()
+            self._connection = await self._begin(url)
+        except BaseException:
+            await self._threads.call(self._let_all_go)
+            raise
+        log.info("%s worker %s serves %s at %s", self.kind, self.id, ", ".join(self._admission.served), self.url)
+        return self
+
+    async def _begin(self, url: str) -> Connection:
         connection = await dial(
             url, name=f"{self.kind} worker {self.id}", credentials=self._credentials, on_error=self._bus_error
         )
@@ -153,9 +165,7 @@ class Service(ABC):
             finally:
                 await connection.close()
             raise
-        self._connection = connection
-        log.info("%s worker %s serves %s at %s", self.kind, self.id, ", ".join(self._admission.served), self.url)
-        return self
+        return connection
 
     async def __aexit__(self, *_exc: object) -> None:
         """Say goodbye, close every env, disconnect. An env that hangs is left behind after 5 s."""
@@ -174,6 +184,7 @@ class Service(ABC):
             except TimeoutError:
                 log.warning("worker %s leaves %d envs behind that did not close", self.id, len(self.table))
                 self._execution.abandon()
+        await self._threads.call(self._let_all_go)
         await self._connection.close()
 
     async def serve_forever(self) -> None:

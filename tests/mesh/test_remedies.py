@@ -27,6 +27,7 @@ from meshrl.wire.messages import Open, parse
 from meshrl.wire.spaces import describe
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
+from tests.mesh.dangerous_envs import Dangerous
 from tests.mesh.envs import Breaks, Counter
 from tests.mesh.own_server import own_server
 
@@ -368,6 +369,33 @@ async def env_that_raises(stage: Stage) -> None:
     env = await stage.env("breaks", at="step")
     await env.reset()
     await env.step(0)
+
+
+@case(errors.EnvProcessDied, "was ended by SIGSEGV during step; .*open a new one")
+async def env_that_crashes(stage: Stage) -> None:
+    async with isolated(stage) as env:
+        await env.step(Dangerous.SEGFAULT)
+
+
+@case(errors.LimitExceeded, "have its operator raise --max-memory")
+async def env_that_takes_too_much(stage: Stage) -> None:
+    async with isolated(stage, max_memory_bytes=1 << 30) as env:
+        await env.step(Dangerous.ALLOCATE)
+
+
+@case(errors.DeadlineExceeded, "its session is over, open a new one; .* its operator raises --step-deadline")
+async def env_that_hangs(stage: Stage) -> None:
+    async with isolated(stage, step_deadline_s=1.0) as env:
+        await env.step(Dangerous.HANG)
+
+
+@asynccontextmanager
+async def isolated(stage: Stage, **kwargs: Any) -> AsyncIterator[RemoteEnv]:
+    """An env in a process of its own, after its reset."""
+    async with EnvWorker({"dangerous": Dangerous}, stage.url, isolation="process", **kwargs):
+        env = await stage.mesh.env("dangerous")
+        await env.reset()
+        yield env
 
 
 @case(errors.AgentError, "act raised ZeroDivisionError: no way to act")

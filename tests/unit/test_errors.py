@@ -46,6 +46,7 @@ STANDARD: dict[str, tuple[type[Exception], ...]] = {
     "UnknownName": (LookupError,),
     "MeshFull": (TimeoutError,),
     "SessionUnknown": (LookupError,),
+    "DeadlineExceeded": (TimeoutError,),
 }
 
 
