@@ -14,7 +14,7 @@
     │   ├── MeshUnreachable (ConnectionError), LoginRefused (PermissionError), RequestTimeout (TimeoutError)
     │   ├── SubjectNotPermitted (PermissionError), BusClosed (ConnectionError)
     └── WorkerError           the worker: it answered, with an error
-        ├── UnknownName (LookupError), MeshFull (TimeoutError), WorkerDraining
+        ├── UnknownName (LookupError), MeshFull (TimeoutError), WorkerDraining, WorkerCondemned
         ├── SessionUnknown (LookupError), SessionExpired, SessionLost, ReplayDiverged
         ├── EnvError, AgentError          an exception in remote code, with its traceback
         └── EnvProcessDied, LimitExceeded, DeadlineExceeded (TimeoutError)
@@ -307,6 +307,15 @@ class WorkerDraining(WorkerError):
     """The worker is going away and takes no new sessions (R11)."""
 
     code = "worker_draining"
+
+
+class WorkerCondemned(WorkerError):
+    """The worker ends itself, to be replaced: it holds env code that it cannot end, or has used its CPU time.
+
+    ``details["worker"]`` is its id. What its clients are told is another error, of their own session.
+    """
+
+    code = "worker_condemned"
 
 
 class SessionUnknown(WorkerError, LookupError):

@@ -1,7 +1,7 @@
 """The app: its commands, its global options, and how its errors are told.
 
 Every error is one line on stderr, ``error: <what and what to do>``. Exit codes: 0 done, 1 an error, 2 the command line
-was not understood, 130 Ctrl-C.
+was not understood, 75 a worker that ended to be started again, 130 Ctrl-C.
 """
 
 import logging
@@ -24,7 +24,8 @@ from meshrl.cli.secure import app as secure
 from meshrl.cli.serve import serve
 from meshrl.cli.serve_agent import serve_agent
 from meshrl.cli.up import up
-from meshrl.errors import MeshError
+from meshrl.errors import MeshError, WorkerCondemned
+from meshrl.worker.running import CONDEMNED_CODE
 
 INTERRUPTED = 130
 
@@ -121,7 +122,7 @@ def _tell(exc: BaseException, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(exc)
     print(f"error: {_sentence(exc)}", file=sys.stderr)
-    return 1
+    return CONDEMNED_CODE if isinstance(exc, WorkerCondemned) else 1
 
 
 def _sentence(exc: BaseException) -> str:

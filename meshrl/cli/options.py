@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,24 @@ Capability = Annotated[
     list[str] | None,
     typer.Option(help="KEY=VALUE that clients may ask for by where=; repeatable.", metavar="KEY=VALUE"),
 ]
+
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE | re.ASCII)
+
+
+def bytes_in(text: str | None, option: str) -> int | None:
+    """How many bytes ``2G``, ``512MiB`` or ``1.5g`` are; units are powers of 1024.
+
+    Raises:
+        UsageError: it is no such size.
+    """
+    if text is None:
+        return None
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"{option} is a size such as 512M or 2G, not {text!r}")
+    return int(float(found["number"]) * _UNITS[found["unit"].lower()])
 
 
 def names_in(text: str) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ The rules of this file:
 
     1. a process that dies is started again, later each time, and the reason is told;
     2. one whose starts fail :data:`MAX_FAILED_STARTS` times in a row ends the command: what it serves has become
-       impossible (an env whose package was replaced, a login that was taken back);
+       impossible (an env whose package was replaced, a login that was taken back); so does one that serves and dies
+       soon more than :data:`MAX_CRASHES` times in a row, for what is asked of it kills it;
     3. what a process writes, on either stream, comes out on this one's stderr with its number in front. It goes
        through a pipe, line by line, so nothing is lost and nothing lies on a disk;
     4. that it serves is a line too, which is not passed on (:func:`ready_line`).
@@ -35,6 +36,7 @@ from meshrl.bus.guard import Guarded
 from meshrl.bus.locate import URL_VARIABLE
 from meshrl.cli.supervisor import MAX_DEATHS, WATCH_S, WELL_S, wait_before_restart_s
 from meshrl.errors import WorkerError
+from meshrl.worker.running import CONDEMNED_CODE
 
 log = logging.getLogger("meshrl.cli")
 
@@ -43,6 +45,9 @@ STOP_S = 8.0
 
 MAX_FAILED_STARTS = 5
 """In a row; the waits between them add up to 15 s at most, for something that comes back by itself."""
+
+MAX_CRASHES = 12
+"""In a row, each within half a minute; with the waits between them, over a minute in which nobody had a worker."""
 
 # Of a process that ended by the guard's signal itself; on Windows none says goodbye.
 TERMINATED = 1 if sys.platform == "win32" else 128 + signal.SIGTERM
@@ -78,6 +83,8 @@ def how_it_ended(code: int) -> str:
         return f"lost its guard, which was ended by {name or f'signal {number}'}"
     if code > 128 and name:
         return f"was ended by {name}"
+    if code == CONDEMNED_CODE:
+        return f"ended with exit code {code}, since its worker was condemned"
     return f"ended with exit code {code if code < 256 else hex(code)}"
 
 
@@ -200,6 +207,11 @@ class ServingProcess:
             deaths = 1 if served and time.monotonic() - self._born > WELL_S else deaths + 1
             if failed_starts >= MAX_FAILED_STARTS:
                 raise WorkerError(f"{how}; {failed_starts} starts in a row have failed, so all processes are ended")
+            if deaths > MAX_CRASHES:
+                raise WorkerError(
+                    f"{how}, {deaths} times in a row and each time within {WELL_S:g} s, so all processes are ended; "
+                    'what it wrote stands above. isolation "process" keeps an env that crashes from ending its worker'
+                )
             wait_s = wait_before_restart_s(min(deaths, MAX_DEATHS))
             assert wait_s is not None
             self._say(f"{how}; it is started again in {wait_s:g} s")

@@ -19,6 +19,7 @@ from meshrl.cli.options import (
     Slots,
     Url,
     Wait,
+    bytes_in,
     capabilities_in,
     json_object,
     names_in,
@@ -26,12 +27,14 @@ from meshrl.cli.options import (
 )
 from meshrl.cli.processes import ready_line
 from meshrl.cli.reach import reach
-from meshrl.cli.serving import stay_serving, stay_serving_in_processes
+from meshrl.cli.serving import NO_LIMITS, stay_serving, stay_serving_in_processes
 from meshrl.errors import InvalidName, UsageError
 from meshrl.protocol.names import near, resolve
-from meshrl.worker.env_worker import EnvWorker
+from meshrl.worker.env_worker import RESET_DEADLINE_S, STEP_DEADLINE_S, EnvWorker
 from meshrl.worker.factories import Factory, is_gymnasium_id
-from meshrl.worker.running import run, until_stopped
+from meshrl.worker.isolation import Deadlines, check_isolation
+from meshrl.worker.limits import Limits
+from meshrl.worker.running import end_condemned, run, until_stopped
 
 
 def serve(
@@ -69,6 +72,31 @@ def serve(
             metavar="HOW",
         ),
     ] = "meshrl",
+    isolation: Annotated[
+        str,
+        typer.Option(
+            help="Where envs run: thread (and inline once they are fast), inline, or process: one of its own for each.",
+            metavar="HOW",
+        ),
+    ] = "thread",
+    step_deadline: Annotated[
+        float, typer.Option(help="Seconds that a step may take; then its session ends.", metavar="S")
+    ] = STEP_DEADLINE_S,
+    reset_deadline: Annotated[
+        float, typer.Option(help="Seconds that a reset or a constructor may take.", metavar="S")
+    ] = RESET_DEADLINE_S,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of each env's process (--isolation process), else of each worker process: 512M, 2G.",
+            show_default=False,
+            metavar="SIZE",
+        ),
+    ] = None,
+    max_cpu_seconds: Annotated[
+        float | None,
+        typer.Option(help="CPU seconds of each of these processes in its life.", show_default=False, metavar="S"),
+    ] = None,
     on_demand: Annotated[
         bool, typer.Option("--on-demand", help="Serve any id of Gymnasium's registry when somebody asks.")
     ] = False,
@@ -85,6 +113,11 @@ def serve(
     import_from_here()
     envs = served_envs(names or [], json_object(kwargs, "--kwargs"))
     capabilities = capabilities_in(capability)
+    where = check_isolation(isolation, vectors)
+    limits = Limits(bytes_in(max_memory, "--max-memory"), max_cpu_seconds)
+    limits.check()
+    Deadlines(step_deadline, reset_deadline)  # refused before anything is waited for
+    of_envs = limits if where == "process" else NO_LIMITS
     what = ", ".join([*envs, *(["Gymnasium's registry on demand"] if on_demand else [])])
 
     def announcement(worker: EnvWorker) -> str:
@@ -108,9 +141,15 @@ def serve(
             allow_kwargs=names_in(allow_kwargs),
             allow=names_in(allow),
             on_demand=on_demand,
+            isolation=where,
+            step_deadline_s=step_deadline,
+            reset_deadline_s=reset_deadline,
+            max_memory_bytes=of_envs.max_memory_bytes,
+            max_cpu_s=of_envs.max_cpu_s,
             vectors=vectors,
+            last_resort=end_condemned,
         )
-        await stay_serving(worker, announcement)
+        await stay_serving(worker, announcement, NO_LIMITS if where == "process" else limits)
 
     run(until_stopped(stay()))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,25 +18,34 @@ from meshrl.bus.login import login
 from meshrl.cli.processes import ServingProcess
 from meshrl.cli.supervisor import Supervisor
 from meshrl.errors import WorkerError
+from meshrl.worker.limits import GRACE_CPU_S, Limits
 from meshrl.worker.running import spare_what_stays
 from meshrl.worker.service import Service
 
 W = TypeVar("W", bound=Service)
 
+NO_LIMITS = Limits()
+
 # What differs between the parent's command line and its processes'. The url may hold a password.
 NOT_PASSED_ON = {"url", "processes", "process"}
 
 
-async def stay_serving(worker: W, announcement: Callable[[W], str]) -> None:
+async def stay_serving(worker: W, announcement: Callable[[W], str], limits: Limits = NO_LIMITS) -> None:
     """Serve until cancelled; then the worker says goodbye.
 
     Args:
         worker: not yet entered.
         announcement: the line for stdout once it is advertised; its address is known by then.
+        limits: of this process.
 
     Raises:
+        WorkerCondemned: it holds env code that it cannot end, or this process has used its CPU time.
         MeshError: it cannot start, or its connection ended for good.
     """
+    limits.apply(grace_cpu_s=GRACE_CPU_S)
+    if limits.max_cpu_s is not None:
+        message = f"its process has used the {limits.max_cpu_s:g} s of CPU time that it may have (--max-cpu-seconds)"
+        asyncio.get_running_loop().add_signal_handler(signal.SIGXCPU, worker.condemn, message)
     async with worker:
         spare_what_stays()
         print(announcement(worker), flush=True)

@@ -125,7 +125,7 @@ class WorkerProcess:
         self._ready.unlink(missing_ok=True)
         env = {**os.environ, URL_VARIABLE: self._url}
         env.pop(EMBEDDED_VARIABLE, None)
-        line = [sys.executable, "-m", "meshrl.worker.host", "--ready", str(self._ready), *self._arguments]
+        line = [sys.executable, "-m", "meshrl.worker.host", "--replaced", "--ready", str(self._ready), *self._arguments]
         self._born = time.monotonic()
         # On the event loop, although it blocks for some hundredths of a second: a cancelled wait for a thread would
         # leave a process behind that nobody knows.

@@ -128,6 +128,10 @@ class Lanes:
                 refused.append((at, Verdict.BUSY if ahead[at] == 1 else Verdict.STALE))
         return Received(run if len(run) else _NOBODY, list(repeat.values()), refused)
 
+    def reply_to(self, lanes: Indices) -> set[str]:
+        """The reply subjects that the answers of running lanes go to."""
+        return set(self._reply_to[lanes].tolist())
+
     def answer(self, lanes: Indices, packed: bytes) -> set[str]:
         """Keep the answer of lanes that ran; gives the reply subjects that it goes to."""
         self.cached_bytes += len(packed)

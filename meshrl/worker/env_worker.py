@@ -24,6 +24,7 @@ from meshrl.worker.children import Children
 from meshrl.worker.constructing import construct_all
 from meshrl.worker.describe import describe_env, encodable
 from meshrl.worker.drawing import alone, draws
+from meshrl.worker.enforcing import Enforcing
 from meshrl.worker.execution import CLOSE_S, Held
 from meshrl.worker.factories import EnvSource, Factory, as_factory, registered
 from meshrl.worker.hosted import HostedEnv
@@ -32,6 +33,7 @@ from meshrl.worker.hosted_vector import HostedVector
 from meshrl.worker.isolation import Deadlines, Isolation, check_isolation
 from meshrl.worker.limits import Limits
 from meshrl.worker.process_env import ProcessEnv, picklable
+from meshrl.worker.pulse import SWEEP_S
 from meshrl.worker.raised import EndsSession, described
 from meshrl.worker.service import Service, valid_names
 from meshrl.worker.vector_implementations import HostedImplementation, describe_implementation, make_implementation
@@ -78,6 +80,10 @@ class EnvWorker(Service):
         vectors: how vectors are hosted, for all names or by name: ``meshrl`` steps envs one by one and can do
             everything; ``gymnasium`` is the env's own vector entry point and ``envpool`` is EnvPool, which are fast and
             can do less (see :mod:`~meshrl.worker.vector_implementations`). Single envs are not concerned.
+        last_resort: ends this process; to be given where somebody then starts another one. With it, a worker that holds
+            env code which it cannot end (a thread that hangs) condemns itself: it takes no new sessions, and
+            ``serve_forever`` raises :class:`~meshrl.errors.WorkerCondemned`. It is called, on a thread, if the process
+            still lives some seconds later.
     """
 
     kind = "env"
@@ -104,6 +110,7 @@ class EnvWorker(Service):
         max_cpu_s: float | None = None,
         lease_s: float = 15.0,
         vectors: str | Mapping[str, str] = "meshrl",
+        last_resort: Callable[[], None] | None = None,
     ) -> None:
         if not on_demand:
             valid_names(envs or {})
@@ -115,13 +122,15 @@ class EnvWorker(Service):
             max_slots_per_user=max_slots_per_user,
             capabilities=capabilities,
             lease_s=lease_s,
+            inline=isolation == "inline",
+            last_resort=last_resort,
         )
         self._factories = {name: as_factory(source) for name, source in (envs or {}).items()}
         self._allow_kwargs = frozenset(allow_kwargs)
         self._allow = frozenset(allow)
         self._on_demand = on_demand
         self._import_modules = import_modules
-        self._isolation = check_isolation(isolation, vectors)
+        check_isolation(isolation, vectors)
         self._deadlines = Deadlines(step_deadline_s, reset_deadline_s)
         self._limits = Limits(max_memory_bytes, max_cpu_s)
         self._limits.check()
@@ -132,6 +141,17 @@ class EnvWorker(Service):
             )
         self._children = Children(self._deadlines, self._limits) if isolation == "process" else None
         self._pickled: dict[str, bytes] = {}  # factories, by name
+        self._enforcing = None
+        if self._children is None:
+            self._enforcing = Enforcing(
+                self.id,
+                self.table,
+                self._deadlines,
+                SWEEP_S,
+                end_late=lambda *late: self._threads.back(self._execution.end_late, *late),
+                condemn=None if last_resort is None else self.condemn,
+            )
+        self._inline = isolation == "inline"
         self._vectors = vectors
         self._making: dict[str, threading.Lock] = {}  # by name: one that takes its time holds no other up
         self._adding = threading.Lock()
@@ -141,8 +161,12 @@ class EnvWorker(Service):
             await self._threads.call(self._children.start)
         described = {}
         for name, factory in self._factories.items():
-            described[name] = await self._threads.call(partial(self._describe, name, factory))
+            described[name] = await self._code_threads.call(partial(self._describe, name, factory))
         return described
+
+    def overdue(self, now: float) -> list[tuple[str, bytes]]:
+        """Look for requests over their deadline; on the pulse's thread."""
+        return [] if self._enforcing is None else self._enforcing.look(now)
 
     def _let_all_go(self) -> None:
         if self._children is not None:
@@ -213,7 +237,9 @@ class EnvWorker(Service):
             closing = (alone(env.close) if draws(env) else env.close)()
             if inspect.isawaitable(closing):
                 assert self._threads.loop is not None, "a worker that makes envs was started"
-                asyncio.run_coroutine_threadsafe(_awaited(closing), self._threads.loop).result(CLOSE_S)
+                on_loop = asyncio.run_coroutine_threadsafe(_awaited(closing), self._threads.loop)
+                if not self._inline:  # where this is a thread of its own, which may wait
+                    on_loop.result(CLOSE_S)
         except (Exception, SystemExit) as exc:  # noqa: BLE001  # it is not needed any more
             log.warning("worker %s: closing an env of %s raised %r", self.id, name, exc)
 
@@ -258,7 +284,7 @@ class EnvWorker(Service):
             if known is not None:
                 return known
             factory = Factory(found)
-            described = self._describe(found, factory)
+            described = self._code_threads.wait(partial(self._describe, found, factory))
             with self._adding:
                 self._factories[found] = factory
                 self._admission.served = {**self._admission.served, found: described}
@@ -279,7 +305,7 @@ class EnvWorker(Service):
             partial(self._make, open_.name, factory, open_.kwargs, open_.render_mode),
             check=check_wanted,
             let_go=partial(self._let_go, open_.name),
-            threads=self._threads,
+            threads=self._code_threads,
         )
         try:
             own = description
@@ -293,16 +319,16 @@ class EnvWorker(Service):
 
     def _host(self, open_: Open, envs: list[Any]) -> Held | HostedPool:
         if open_.form == "vector":
-            return HostedVector(envs, open_, allow=self._allow, threads=self._threads)
+            return HostedVector(envs, open_, allow=self._allow, threads=self._code_threads)
         if open_.form == "pool":
-            return HostedPool(envs, open_, threads=self._threads)
+            return HostedPool(envs, open_, threads=self._code_threads)
         return HostedEnv(
             envs[0],
             name=open_.name,
             session=open_.session,
             worker=self.id,
             allow=self._allow,
-            threads=self._threads,
+            threads=self._code_threads,
             digests=open_.digests,
         )
 
@@ -315,7 +341,7 @@ class EnvWorker(Service):
             )
 
         hosted = HostedImplementation(
-            make, open_, seeded_at_construction=implementation == "envpool", threads=self._threads
+            make, open_, seeded_at_construction=implementation == "envpool", threads=self._code_threads
         )
         own = description.model_copy(
             update={

@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from meshrl.errors import (
+    EnvError,
+    LimitExceeded,
     MalformedMessage,
     MeshError,
     MessageTooLarge,
@@ -25,15 +27,16 @@ from meshrl.errors import (
 )
 from meshrl.protocol.lane import Lane, Verdict
 from meshrl.protocol.pace import BatchPace, Pace
-from meshrl.protocol.session import Key, Session, SessionTable, State
+from meshrl.protocol.session import ANY_LANE, Key, Session, SessionTable, State
 from meshrl.wire.codec import Codec, pack, unpack
-from meshrl.wire.frames import Frame, check_request, error_reply, is_of_lanes
+from meshrl.wire.frames import Frame, Indices, check_request, error_reply, is_of_lanes
 from meshrl.wire.messages import Close, Closed, check
 from meshrl.wire.parts import MAX_MESSAGE_BYTES
 from meshrl.worker.drawing import DRAWING
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import SPREAD, HostedVector
+from meshrl.worker.limits import memory_exceeded, of_this_process
 from meshrl.worker.pooling import Pooling
 from meshrl.worker.process_env import ProcessEnv
 from meshrl.worker.raised import EndsSession, described
@@ -88,6 +91,7 @@ class Hold:
     Attributes:
         held: what has one lane; None in a pool.
         pool: what has many; None in any other session.
+        op: what it was last asked.
         vector: ``held``, where its sub-environments can be spread over threads.
         processes: the envs of it that are in processes of their own. They block the thread that asks them, so nothing
             is asked on the event loop.
@@ -95,7 +99,7 @@ class Hold:
         paces: by op: what may run on the event loop, once it has shown itself fast there.
     """
 
-    __slots__ = ("held", "paces", "pack", "pool", "processes", "task", "vector")
+    __slots__ = ("held", "op", "paces", "pack", "pool", "processes", "task", "vector")
 
     def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
         self.held = None if isinstance(held, HostedPool) else held
@@ -111,6 +115,7 @@ class Hold:
         if held.draws or self.processes:
             self.paces = {}
         self.task: asyncio.Task[None] | None = None
+        self.op = ""
 
     def cancel(self) -> None:
         """Cancel the coroutines of an env whose session is over, and what of it has not begun on any thread."""
@@ -207,6 +212,7 @@ class Execution:
 
     def _run(self, session: Session, lane: Lane, op: str, body: Frame, now: float) -> None:
         hold: Hold = session.held
+        hold.op = op
         held = hold.held
         assert held is not None, "a session of one lane holds what has one"
         pace = hold.paces.get(op)
@@ -320,6 +326,11 @@ class Execution:
             known = {"op": op.partition(" ")[0], **error.details, "worker": self._worker, **facts}
             return type(error)(error.message, remote_traceback=error.remote_traceback, **known)
         kind, message, text = described(exc)
+        allowed = of_this_process().max_memory_bytes if isinstance(exc, MemoryError) else None
+        if allowed is not None and self._crash is EnvError:
+            over = memory_exceeded(what, op, allowed)
+            known = {**over.details, "worker": self._worker, **facts}
+            return LimitExceeded(over.message, remote_traceback=text[-MAX_TRACEBACK_CHARS:], **known)
         remedy = (
             "mend what the remote traceback shows" if op == "constructor" else "its session is over, open a new one"
         )
@@ -342,6 +353,19 @@ class Execution:
         else:
             existed = self._take_back(key, close.epoch)
         self._replies.send(reply, Closed(existed=existed).to_wire())
+
+    def end_late(self, session: Session, lanes: Indices | None, packed: bytes) -> None:
+        """End a session of which a request is over its deadline, and was answered so.
+
+        The request itself goes on: as long as its thread does not come back, the session holds its slots.
+        """
+        if session.state is State.OPENING:
+            self._table.ending(session, "not_constructed")
+            return
+        lane = session.lane
+        of = (ANY_LANE, 0) if lane is None or lanes is not None else (0, lane.seq)
+        if session.running and self._table.ending(session, "ended", last=(session.epoch, *of, packed)):
+            session.held.cancel()
 
     def end(self, session: Session, reason: str) -> None:
         """End a session; its slot is free when nothing of it runs any more and its env is closed."""

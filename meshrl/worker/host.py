@@ -10,18 +10,28 @@ import argparse
 import asyncio
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 from meshrl.bus.locate import URL_VARIABLE
+from meshrl.errors import WorkerCondemned
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.env_worker import EnvWorker
 from meshrl.worker.policies import random_policy
-from meshrl.worker.running import run, spare_what_stays, until_stopped
+from meshrl.worker.running import CONDEMNED_CODE, end_condemned, run, spare_what_stays, until_stopped
 from meshrl.worker.service import Service
 
 
 async def serve(
-    url: str, *, namespace: str, credentials: Path | None, slots: int, agents: bool, private: bool, ready: Path | None
+    url: str,
+    *,
+    namespace: str,
+    credentials: Path | None,
+    slots: int,
+    agents: bool,
+    private: bool,
+    replaced: bool,
+    ready: Path | None,
 ) -> None:
     """Serve until cancelled.
 
@@ -32,6 +42,7 @@ async def serve(
         slots: of the env worker.
         agents: serve the agent ``random`` too.
         private: the server is this user's alone, so clients may pass, call and import anything public.
+        replaced: whether somebody starts it again when it ends, so that it may end where it holds code that hangs.
         ready: a file to make once everything is advertised.
     """
     anything = ("*",) if private else ()
@@ -45,6 +56,7 @@ async def serve(
             import_modules=private,
             allow_kwargs=anything,
             allow=anything,
+            last_resort=end_condemned if replaced else None,
         )
     ]
     if agents:
@@ -74,9 +86,14 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=4096)
     parser.add_argument("--agents", action="store_true")
     parser.add_argument("--private", action="store_true")
+    parser.add_argument("--replaced", action="store_true")
     parser.add_argument("--ready", type=Path)
     options = vars(parser.parse_args())
-    run(until_stopped(serve(os.environ[URL_VARIABLE], **options)))
+    try:
+        run(until_stopped(serve(os.environ[URL_VARIABLE], **options)))
+    except WorkerCondemned as exc:
+        print(f"error: {exc.message}", file=sys.stderr, flush=True)  # noqa: T201  # its log's last line, which is told
+        sys.exit(CONDEMNED_CODE)
 
 
 if __name__ == "__main__":

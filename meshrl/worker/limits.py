@@ -111,7 +111,5 @@ def _memory() -> int:
 
 def _lower(which: int, soft: int, hard: int) -> None:
     """Set a limit, but for what was limited further before."""
-    ceiling = resource.getrlimit(which)[1]
-    if ceiling != resource.RLIM_INFINITY:
-        soft, hard = min(soft, ceiling), min(hard, ceiling)
-    resource.setrlimit(which, (soft, hard))
+    before = [math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(which)]
+    resource.setrlimit(which, (int(min(soft, before[0])), int(min(hard, before[1]))))

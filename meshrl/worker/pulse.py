@@ -94,6 +94,10 @@ class Beating(Protocol):
         """End these; called from the pulse's thread."""
         ...
 
+    def overdue(self, now: float) -> list[tuple[str, bytes]]:
+        """Look for requests over their deadline; gives the answers to be sent, each with its reply subject."""
+        ...
+
 
 class Pulse:
     """Runs the second thread of a worker from :meth:`start` to :meth:`stop`."""
@@ -227,6 +231,8 @@ class Pulse:
                 if expired:
                     self._worker.expire(expired)
                 self._say_audit(connection)
+                for to, packed in self._worker.overdue(now):
+                    connection.publish(to, packed)
                 if now >= due:
                     due = now + ADVERTISE_S
                     self._advertise(connection)

@@ -3,15 +3,24 @@
 import asyncio
 import contextlib
 import gc
+import os
 import signal
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+
+# Of a program whose worker was condemned: it is to be started again ("temporary failure" in sysexits.h).
+CONDEMNED_CODE = 75
 
 # Objects more than there were, of those that can be in cycles, before Python's collector looks at the newest; its own
 # number is some sessions' worth.
 COLLECT_AFTER = 10_000
+
+
+def end_condemned() -> NoReturn:
+    """The last resort of a program whose condemned worker does not end."""
+    os._exit(CONDEMNED_CODE)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from meshrl.bus.connect import dial
 from meshrl.bus.connection import Connection
 from meshrl.bus.locate import locate
 from meshrl.bus.login import Credentials
-from meshrl.errors import InvalidName, UsageError, WorkerError
+from meshrl.errors import InvalidName, UsageError, WorkerCondemned, WorkerError
 from meshrl.protocol.session import GRANT_S, LEASE_S, Session, SessionTable, State
 from meshrl.wire.messages import Description, Kind, Open
 from meshrl.wire.subjects import Subjects
@@ -27,11 +28,17 @@ from meshrl.worker.admission import Admission
 from meshrl.worker.audit import Audit
 from meshrl.worker.execution import CLOSE_S, Execution, Held
 from meshrl.worker.hosted_pool import HostedPool
+from meshrl.worker.on_loop import OnLoop
 from meshrl.worker.pulse import Pulse
 from meshrl.worker.replies import Replies
 from meshrl.worker.threads import Threads
 
 log = logging.getLogger("meshrl.worker")
+
+# What a condemned worker gives its other sessions to finish what they run; then its clients find them gone.
+CONDEMNED_S = 5.0
+# What it has to end by itself after that: to say goodbye (3 s at most), and to close its envs (5 s at most).
+LAST_RESORT_S = 15.0
 
 
 class Service(ABC):
@@ -58,6 +65,8 @@ class Service(ABC):
         max_slots_per_user: int | None = None,
         lease_s: float = LEASE_S,
         grant_s: float = GRANT_S,
+        inline: bool = False,
+        last_resort: Callable[[], None] | None = None,
     ) -> None:
         if slots < 1:
             raise UsageError(f"a worker has at least one slot, not {slots}; give slots=1 or more", slots=slots)
@@ -74,17 +83,18 @@ class Service(ABC):
         self.capabilities = dict(capabilities or {})
         self._credentials = credentials
         self._threads = Threads(f"{self.kind}-{self.id}")
+        self._code_threads = OnLoop(f"{self.kind}-{self.id}") if inline else self._threads  # where served code runs
         self._replies = Replies()
         self.audit = Audit(self.id)
         self.table.on_ending = self.audit.ended
         self._admission = Admission(
-            self.id, self.kind, self.table, self._replies, self._threads, self._construct, self.audit
+            self.id, self.kind, self.table, self._replies, self._code_threads, self._construct, self.audit
         )
         self._execution = Execution(
             self.id,
             self.table,
             self._replies,
-            self._threads,
+            self._code_threads,
             self.crash,
             parked=self._admission.take_back,
             freed=self._admission.slot_freed,
@@ -93,6 +103,8 @@ class Service(ABC):
         self._pulse: Pulse | None = None
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
+        self._last_resort = last_resort
+        self._condemned = False
 
     def __repr__(self) -> str:
         names = ", ".join(self._admission.served)
@@ -133,7 +145,7 @@ class Service(ABC):
             LoginRefused: it refuses the login.
             InvalidName, EnvError: something served cannot be made.
         """
-        self._threads.loop = asyncio.get_running_loop()
+        self._threads.loop = self._code_threads.loop = asyncio.get_running_loop()
         url = await locate(self.url, credentials=self._credentials, namespace=self.subjects.namespace)
         try:
             self._admission.served = await self._describe_all()
@@ -191,6 +203,7 @@ class Service(ABC):
         """Serve until :meth:`stop` is called.
 
         Raises:
+            WorkerCondemned: it was condemned.
             MeshError: the connection ended for good (a refused login after a reconnect).
         """
         await self._stopped.wait()
@@ -209,6 +222,33 @@ class Service(ABC):
         self._admission.drain(time.monotonic() + seconds)
         if self._pulse is not None:
             self._pulse.nudge()
+
+    def overdue(self, now: float) -> list[tuple[str, bytes]]:  # noqa: ARG002  # not every kind has deadlines
+        """Look for requests over their deadline; on the pulse's thread."""
+        return []
+
+    def condemn(self, message: str) -> None:
+        """End this worker, so that it is replaced: ``serve_forever`` raises a :class:`WorkerCondemned`.
+
+        It takes no new sessions from now on, and goes in 5 s; at once if it has no session but those that end. If that
+        does not end the process, ``last_resort`` does. To be called on any thread, also while the event loop hangs.
+
+        Args:
+            message: why, in one line.
+        """
+        if self._condemned:
+            return
+        self._condemned = True
+        seconds = CONDEMNED_S if any(session.state is not State.ENDING for session in self.table) else 0.0
+        why = WorkerCondemned(f"worker {self.id} ends, to be started again: {message}", worker=self.id)
+        log.error("%s", why.message)
+        self._admission.draining_until = time.monotonic() + seconds  # for the pulse, which says it to everybody
+        if self._pulse is not None:
+            self._pulse.nudge()
+        self._threads.back(self.drain, seconds)
+        _later(seconds, lambda: self._threads.back(self._die, why))
+        if self._last_resort is not None:
+            _later(seconds + LAST_RESORT_S, self._last_resort)
 
     def _die(self, why: BaseException) -> None:
         self._failure = why
@@ -251,6 +291,12 @@ class Service(ABC):
             if session.lease_until < now and session.state is State.OPEN:
                 log.info("worker %s: the lease of session %s of %s ran out", self.id, session.id, session.user)
                 self._execution.end(session, "session_expired")
+
+
+def _later(seconds: float, call: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
 
 
 def valid_names(names: Mapping[str, object]) -> None:

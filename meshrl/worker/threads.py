@@ -97,6 +97,10 @@ class Threads:
             raise exc
         return value  # type: ignore[return-value]  # without an exception it is what the call gave
 
+    def wait(self, call: Callable[[], T]) -> T:
+        """Make ``call`` where jobs may run; to be called on a thread that may wait: here it is that one."""
+        return call()
+
     def back(self, call: Callable[..., object], *args: object) -> None:
         """Call on the event loop, from any thread and in this order; a loop that has ended needs nothing any more."""
         assert self.loop is not None, "the loop is set before the first job"

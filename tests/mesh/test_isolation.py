@@ -30,6 +30,7 @@ from meshrl.errors import (
     UnencodableValue,
     UsageError,
 )
+from meshrl.testing import conformance
 from tests.mesh.conftest import until
 from tests.mesh.dangerous_envs import Dangerous
 from tests.mesh.envs import Breaks, Counter, Nested
@@ -362,6 +363,30 @@ async def test_env_on_demand_is_made_in_a_process(server: EmbeddedServer) -> Non
             assert (await env.step(0))[1] == 1.0
 
 
+async def test_isolated_env_keeps_every_promise_that_meshrl_check_knows(url: str) -> None:
+    async with Mesh(url) as m:
+        report = await conformance(m, "CartPole-v1")
+    assert report.ok, str(report)
+
+
+async def test_episode_moves_between_a_worker_that_isolates_and_one_that_does_not(server: EmbeddedServer) -> None:
+    local = gymnasium.make("CartPole-v1")
+    local.reset(seed=5)
+    with WorkerProcess(server.url, SERVED, isolation="process") as isolating:
+        async with Mesh(server.url) as m:
+            env = await m.env("CartPole-v1", on_loss="resume")
+            await env.reset(seed=5)
+            for action in (0, 1, 1):
+                local.step(action)
+                await env.step(action)
+            with WorkerProcess(server.url, SERVED) as other:
+                isolating.kill()
+                obs, *_ = await env.step(0)
+                assert env.worker == other.id
+                assert obs.tobytes() == local.step(0)[0].tobytes()
+                await env.close()
+
+
 # --------------------------------------------------------------------------- processes that end with their worker
 
 
@@ -436,7 +461,7 @@ def unimportable() -> Callable[[], Any]:
     return Local
 
 
-@pytest.mark.parametrize("source", [unimportable(), partial(unimportable(), 0.0)])
+@pytest.mark.parametrize("source", [unimportable(), partial(unimportable())])
 async def test_what_no_other_process_can_have_is_refused_at_the_start(server: EmbeddedServer, source: Any) -> None:
     with pytest.raises(UsageError, match="put it into a module that can be imported"):
         async with EnvWorker({"counter": source}, server.url, isolation="process"):

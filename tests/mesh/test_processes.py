@@ -1,5 +1,6 @@
 """``meshrl serve --processes``: several workers behind one command, which lives as long as they can."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,10 +14,12 @@ import pytest
 from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.mesh import Mesh
+from meshrl.errors import MeshError
 from meshrl.wire.codec import unpack
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
-from tests.mesh.test_cli import Cli, arguments_of, ends, exits, free_port, one_error, read_until
+from tests.mesh.dangerous_envs import Dangerous
+from tests.mesh.test_cli import ROOT, Cli, arguments_of, ends, exits, free_port, one_error, read_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and waits by pidfd")
 
@@ -188,6 +191,29 @@ def test_server_that_is_away_and_login_that_is_refused_are_one_error(cli: Cli, s
     done = cli.run(*command, f"nats://me:wrong@127.0.0.1:{server.port}")
     assert done.returncode == 1
     assert "wrong" not in one_error(done, "refuses the login of me")
+
+
+async def test_crash_loop_ends_the_command_with_a_message_and_a_code(cli: Cli, server: EmbeddedServer) -> None:
+    # Of its own number of crashes, with its own waits between them, this would take two minutes.
+    (cli.directory / "sitecustomize.py").write_text("import meshrl.cli.processes as p; p.MAX_CRASHES = 1")
+    process = cli.start(
+        *("serve", "tests.mesh.dangerous_envs:Dangerous", "--processes", "2"),
+        MESHRL_URL=server.url,
+        PYTHONPATH=f"{cli.directory}{os.pathsep}{ROOT}",
+    )
+    read_until(process.stdout, "serving")
+    async with Mesh(server.url) as mesh:
+        while process.poll() is None:
+            with contextlib.suppress(MeshError):  # by turns there is nobody, or it dies of this
+                env = await mesh.env("Dangerous", wait=1.0)
+                await env.reset()
+                await env.step(Dangerous.EXIT)
+    _, err = process.communicate(timeout=60.0)
+    assert process.returncode == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("error: process ")
+    assert "ended with exit code 7, 2 times in a row and each time within 30 s, so all processes are ended" in last
+    assert cli.processes() == []
 
 
 def test_process_that_cannot_start_any_more_ends_the_command(cli: Cli, server: EmbeddedServer) -> None:

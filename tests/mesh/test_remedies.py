@@ -331,6 +331,13 @@ async def worker_that_goes(stage: Stage) -> None:
     await stage.open("late")
 
 
+@case(errors.WorkerCondemned, "ends, to be started again: ")
+async def worker_that_ends_itself(stage: Stage) -> None:
+    async with EnvWorker({"other": Counter}, stage.url) as worker:
+        worker.condemn("it holds what never ends")
+        await worker.serve_forever()
+
+
 @case(errors.SessionUnknown, "open a new session")
 async def session_that_is_not_there(stage: Stage) -> None:
     await stage.request("reset", 1)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from meshrl.cli.options import capabilities_in, json_object, names_in, processes_in, usable_cores
+from meshrl.cli.options import bytes_in, capabilities_in, json_object, names_in, processes_in, usable_cores
 from meshrl.errors import UsageError
 
 
@@ -70,3 +70,18 @@ def test_cores_that_this_process_may_not_use_do_not_count() -> None:
 def test_anything_but_a_number_of_processes_or_auto_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--processes is a number from 1, or auto"):
         processes_in(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512M", 512 << 20), ("2G", 2 << 30), ("1.5g", 3 << 29), ("64 KiB", 65536), ("100", 100), ("1TB", 1 << 40)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert bytes_in(text, "--max-memory") == size
+    assert bytes_in(None, "--max-memory") is None
+
+
+@pytest.mark.parametrize("text", ["", "much", "2X", "-1G", "G", "1 2G", "٢G"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--max-memory is a size such as 512M or 2G"):
+        bytes_in(text, "--max-memory")

@@ -80,6 +80,7 @@ def test_bytes_that_are_no_text_and_lines_that_do_not_end_are_passed_on() -> Non
         (128, "ended with exit code 128"),
         (137, "was ended by SIGKILL"),
         (139, "was ended by SIGSEGV"),
+        (75, "ended with exit code 75, since its worker was condemned"),
         (255, "ended with exit code 255"),
         (0xC0000005, "ended with exit code 0xc0000005"),
         (-9, "lost its guard, which was ended by SIGKILL"),
@@ -167,6 +168,22 @@ async def test_process_that_dies_but_serves_in_between_is_started_again_and_agai
     await asyncio.gather(watching, return_exceptions=True)
     process.stop()
     assert not process.failure
+
+
+async def test_process_that_serves_and_dies_at_once_too_often_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(processes, "MAX_CRASHES", 3)
+    told: list[str] = []
+    crashing = f"import sys; print('''{ready_line('e1')}'''); sys.exit(9)"
+    process = ServingProcess(7, [sys.executable, "-c", crashing], URL, told.append)
+    supervised = Supervisor([process], None, told.append)
+    await supervised.start()
+    with pytest.raises(WorkerError, match="ended with exit code 9, 4 times in a row and each time within 30 s, so all"):
+        await supervised.watch()
+    await supervised.stop()
+    assert len([line for line in told if "it is started again in" in line]) == 3
 
 
 @posix
