@@ -67,6 +67,17 @@ Capability = Annotated[
 ]
 
 
+IsolationMode = Annotated[
+    str,
+    typer.Option(
+        help="Where envs run: thread (and inline once they are fast), inline, or process: one of its own for each.",
+        metavar="HOW",
+    ),
+]
+StepDeadline = Annotated[float, typer.Option(help="Seconds that a step may take; then its session ends.", metavar="S")]
+ResetDeadline = Annotated[float, typer.Option(help="Seconds that a reset or a constructor may take.", metavar="S")]
+
+
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE | re.ASCII)
 

@@ -12,11 +12,14 @@ from meshrl.cli.options import (
     AllowKwargs,
     Capability,
     CredentialsFile,
+    IsolationMode,
     MaxSlotsPerUser,
     Namespace,
     Processes,
     ProcessNumber,
+    ResetDeadline,
     Slots,
+    StepDeadline,
     Url,
     Wait,
     bytes_in,
@@ -72,19 +75,9 @@ def serve(
             metavar="HOW",
         ),
     ] = "meshrl",
-    isolation: Annotated[
-        str,
-        typer.Option(
-            help="Where envs run: thread (and inline once they are fast), inline, or process: one of its own for each.",
-            metavar="HOW",
-        ),
-    ] = "thread",
-    step_deadline: Annotated[
-        float, typer.Option(help="Seconds that a step may take; then its session ends.", metavar="S")
-    ] = STEP_DEADLINE_S,
-    reset_deadline: Annotated[
-        float, typer.Option(help="Seconds that a reset or a constructor may take.", metavar="S")
-    ] = RESET_DEADLINE_S,
+    isolation: IsolationMode = "thread",
+    step_deadline: StepDeadline = STEP_DEADLINE_S,
+    reset_deadline: ResetDeadline = RESET_DEADLINE_S,
     max_memory: Annotated[
         str | None,
         typer.Option(

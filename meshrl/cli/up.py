@@ -14,10 +14,12 @@ from rich.text import Text
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.login import login
 from meshrl.bus.record import UpLock, write_record
-from meshrl.cli.options import CredentialsFile, Namespace, Url, Wait
+from meshrl.cli.options import CredentialsFile, IsolationMode, Namespace, ResetDeadline, StepDeadline, Url, Wait
 from meshrl.cli.reach import reach
 from meshrl.cli.supervisor import Supervisor, WorkerProcess
 from meshrl.errors import UsageError
+from meshrl.worker.env_worker import RESET_DEADLINE_S, STEP_DEADLINE_S
+from meshrl.worker.isolation import Deadlines, check_isolation
 from meshrl.worker.running import run, until_stopped
 
 HOST = "127.0.0.1"
@@ -39,6 +41,9 @@ def up(
         ),
     ] = None,
     port: Annotated[int, typer.Option(help="Port of the server; 0 for any.", min=0, max=65535)] = 0,
+    isolation: IsolationMode = "thread",
+    step_deadline: StepDeadline = STEP_DEADLINE_S,
+    reset_deadline: ResetDeadline = RESET_DEADLINE_S,
     wait: Wait = 30.0,
     namespace: Namespace = "default",
     credentials: CredentialsFile = None,
@@ -46,6 +51,8 @@ def up(
     """Run a NATS server (unless --url names one) and workers for any id in Gymnasium's registry."""
     if url and (store is not None or port):
         raise UsageError("--store and --port are for a server of meshrl's own; leave them out with --url")
+    check_isolation(isolation, "meshrl")
+    deadlines = Deadlines(step_deadline, reset_deadline)
     console = Console(highlight=False)
 
     def say(text: str) -> None:
@@ -61,7 +68,8 @@ def up(
             else:
                 address = await reach(url, credentials=credentials, namespace=namespace, wait_s=wait)
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshrl-up-")))
-            options = ["--namespace", namespace, "--slots", str(slots)]
+            options = ["--namespace", namespace, "--slots", str(slots), "--isolation", isolation]
+            options += [f"--step-deadline={deadlines.step_s}", f"--reset-deadline={deadlines.reset_s}"]
             if server is not None:  # its login is in its address
                 options += ["--private"]
             elif credentials is not None:

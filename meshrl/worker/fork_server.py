@@ -77,6 +77,9 @@ class ForkServer:
         finally:
             for pid in self._numbers:
                 _kill_group(pid)
+            with contextlib.suppress(ChildProcessError):
+                while True:  # so that none of them is there any more when this one is not
+                    os.waitpid(-1, 0)
 
     def _order(self) -> bool:
         try:

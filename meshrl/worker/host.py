@@ -16,7 +16,8 @@ from pathlib import Path
 from meshrl.bus.locate import URL_VARIABLE
 from meshrl.errors import WorkerCondemned
 from meshrl.worker.agent_worker import AgentWorker
-from meshrl.worker.env_worker import EnvWorker
+from meshrl.worker.env_worker import RESET_DEADLINE_S, STEP_DEADLINE_S, EnvWorker
+from meshrl.worker.isolation import ISOLATIONS, Isolation
 from meshrl.worker.policies import random_policy
 from meshrl.worker.running import CONDEMNED_CODE, end_condemned, run, spare_what_stays, until_stopped
 from meshrl.worker.service import Service
@@ -31,6 +32,9 @@ async def serve(
     agents: bool,
     private: bool,
     replaced: bool,
+    isolation: Isolation,
+    step_deadline: float,
+    reset_deadline: float,
     ready: Path | None,
 ) -> None:
     """Serve until cancelled.
@@ -43,6 +47,9 @@ async def serve(
         agents: serve the agent ``random`` too.
         private: the server is this user's alone, so clients may pass, call and import anything public.
         replaced: whether somebody starts it again when it ends, so that it may end where it holds code that hangs.
+        isolation: of the env worker.
+        step_deadline: in seconds, of the env worker.
+        reset_deadline: in seconds, of the env worker.
         ready: a file to make once everything is advertised.
     """
     anything = ("*",) if private else ()
@@ -56,6 +63,9 @@ async def serve(
             import_modules=private,
             allow_kwargs=anything,
             allow=anything,
+            isolation=isolation,
+            step_deadline_s=step_deadline,
+            reset_deadline_s=reset_deadline,
             last_resort=end_condemned if replaced else None,
         )
     ]
@@ -87,6 +97,9 @@ def main() -> None:
     parser.add_argument("--agents", action="store_true")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--replaced", action="store_true")
+    parser.add_argument("--isolation", choices=ISOLATIONS, default="thread")
+    parser.add_argument("--step-deadline", type=float, default=STEP_DEADLINE_S)
+    parser.add_argument("--reset-deadline", type=float, default=RESET_DEADLINE_S)
     parser.add_argument("--ready", type=Path)
     options = vars(parser.parse_args())
     try:

@@ -19,7 +19,7 @@ from meshrl.worker.running import CONDEMNED_CODE
 from tests.mesh.conftest import until
 from tests.mesh.dangerous_envs import Dangerous
 from tests.mesh.envs import Coroutine, Gated
-from tests.mesh.test_cli import Cli, exits, read_until
+from tests.mesh.test_cli import ROOT, Cli, exits, read_until
 from tests.mesh.test_processes import cli, ids
 from tests.mesh.worker_process import WorkerProcess
 
@@ -185,6 +185,26 @@ async def test_serve_replaces_a_process_that_holds_what_never_ends(cli: Cli, ser
         for action in (0, 1):
             obs, *_ = await kept.step(action)
         assert obs.shape == (4,), "a session that could move has moved, or was not concerned"
+    process.terminate()
+    assert process.wait(60) == 0
+
+
+async def test_up_replaces_a_process_that_holds_what_never_ends(cli: Cli) -> None:
+    path = f"{cli.directory}:{ROOT}"
+    process = cli.start("up", "--workers", "1", "--step-deadline", str(DEADLINE_S), PYTHONPATH=path)
+    (cli.directory / "hanging.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Hanging-v0', 'tests.mesh.dangerous_envs:Dangerous', disable_env_checker=True)\n"
+    )
+    address = next(line for line in read_until(process.stdout, "Ctrl-C ends it.") if "MESHRL_URL=" in line)
+    async with Mesh(address.strip().removeprefix("MESHRL_URL=")) as m:
+        env = await m.env("hanging:Hanging-v0")
+        await env.reset()
+        await late(env.step(Dangerous.HANG))
+        told = " ".join(read_until(process.stdout, "it is started again"))
+        assert f"ended with code {CONDEMNED_CODE}" in " ".join(told.split())
+        async with await m.env("cartpole", wait=60.0) as another:
+            await another.reset(seed=1)
     process.terminate()
     assert process.wait(60) == 0
 
