@@ -15,7 +15,6 @@ request has its whole time again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshrl.protocol.lanes import Lanes
-from meshrl.protocol.session import LATE_SWEEPS, Key, Session, State
+from meshrl.protocol.session import LATE_SWEEPS, Key, Session, SessionTable, State
 from meshrl.wire.frames import Indices
 from meshrl.worker.isolation import Deadlines
 
@@ -82,21 +81,23 @@ class Overdue:
         self._pools: dict[Key, tuple[Session, _SeenLanes]] = {}
         self._told: dict[Key, tuple[Session, float]] = {}
 
-    def look(self, sessions: Iterable[Session], now: float) -> list[Late]:
+    def look(self, table: SessionTable, now: float) -> list[Late]:
         """Those that have become late since the last look."""
         if self._looked_at is not None and now - self._looked_at > self._late_s:
             self._not_before = now
         self._looked_at = now
-        found, here = [], set()
-        for session in sessions:
-            here.add(session.key)
+        found = []
+        for session in table:
+            lane = session.lane
+            if lane is not None and not lane.running and session.state is State.OPEN:
+                continue  # thousands of them, four times a second
             late = None if self._was_told(session) else self._late(session, now)
             if late is not None:
                 self._told[session.key] = (session, now)
                 found.append(late)
         for known in (self._opening, self._pools, self._told):
-            for gone in known.keys() - here:
-                del known[gone]
+            for key in [key for key, of in known.items() if table.get(key) is not of[0]]:
+                del known[key]
         return found
 
     def stuck(self, now: float) -> Session | None:

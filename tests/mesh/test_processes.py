@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -212,7 +213,10 @@ async def test_crash_loop_ends_the_command_with_a_message_and_a_code(cli: Cli, s
     assert process.returncode == 1
     last = err.splitlines()[-1]
     assert last.startswith("error: process ")
-    assert "ended with exit code 7, 2 times in a row and each time within 30 s, so all processes are ended" in last
+    # Clients may find a worker, and kill it, a moment before it says that it serves.
+    assert re.search(
+        r"ended with exit code 7( before it served: .*)?, 2 times in a row and each time within 30 s, so all", last
+    )
     assert cli.processes() == []
 
 
