@@ -27,7 +27,8 @@ from meshrl.protocol.waiting import Waiting
 from meshrl.wire.codec import Codec
 from meshrl.wire.messages import Description, Full, Grant, Kind, Load, Open, parse
 from meshrl.worker.audit import Audit
-from meshrl.worker.execution import Execution, Held, Hold
+from meshrl.worker.execution import Execution
+from meshrl.worker.hold import Held, Hold
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.replies import Replies
 from meshrl.worker.threads import Threads

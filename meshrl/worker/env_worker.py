@@ -25,8 +25,8 @@ from meshrl.worker.constructing import construct_all
 from meshrl.worker.describe import describe_env, encodable
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.enforcing import Enforcing
-from meshrl.worker.execution import CLOSE_S, Held
 from meshrl.worker.factories import EnvSource, Factory, as_factory, registered
+from meshrl.worker.hold import CLOSE_S, Held
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import HostedVector

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from meshrl.errors import (
     EnvError,
@@ -28,116 +28,25 @@ from meshrl.errors import (
 from meshrl.protocol.lane import Lane, Verdict
 from meshrl.protocol.pace import BatchPace, Pace
 from meshrl.protocol.session import ANY_LANE, Key, Session, SessionTable, State
-from meshrl.wire.codec import Codec, pack, unpack
+from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, Indices, check_request, error_reply, is_of_lanes
 from meshrl.wire.messages import Close, Closed, check
 from meshrl.wire.parts import MAX_MESSAGE_BYTES
 from meshrl.worker.drawing import DRAWING
-from meshrl.worker.hosted import HostedEnv
-from meshrl.worker.hosted_pool import HostedPool
-from meshrl.worker.hosted_vector import SPREAD, HostedVector
+from meshrl.worker.hold import CLOSE_S, Held, Hold
+from meshrl.worker.hosted_vector import SPREAD
 from meshrl.worker.limits import memory_exceeded, of_this_process
 from meshrl.worker.pooling import Pooling
-from meshrl.worker.process_env import ProcessEnv
 from meshrl.worker.raised import EndsSession, described
 from meshrl.worker.replies import Replies
 from meshrl.worker.sub_envs import Crashed
 from meshrl.worker.threads import Threads
-from meshrl.worker.vector_implementations import HostedImplementation
 
 log = logging.getLogger("meshrl.worker")
 
-# What a coroutine that closes an env may take; one that takes longer is left behind, and the slot is free.
-CLOSE_S = 5.0
 # What of an exception travels: its message, and the end of its traceback.
 MAX_MESSAGE_CHARS = 2000
 MAX_TRACEBACK_CHARS = 20_000
-
-
-class Held(Protocol):
-    """What a session holds: an env, or a stateful agent."""
-
-    @property
-    def pace(self) -> Pace | BatchPace:
-        """Whether to step it on the event loop."""
-        ...
-
-    @property
-    def coroutine(self) -> bool:
-        """Whether it must be awaited."""
-        ...
-
-    @property
-    def draws(self) -> bool:
-        """Whether it has to wait for others that draw, so that it must not run on the event loop."""
-        ...
-
-    def run(self, op: str, body: Frame) -> Frame:
-        """Carry out one op."""
-        ...
-
-    async def run_async(self, op: str, body: Frame) -> Frame:
-        """The same where it must be awaited."""
-        ...
-
-    async def close(self, seconds: float) -> None:
-        """Let go of it; a coroutine of its own has ``seconds`` for that."""
-        ...
-
-
-class Hold:
-    """What the worker keeps with a session: the env, how its client wants arrays, and the coroutine it runs.
-
-    Attributes:
-        held: what has one lane; None in a pool.
-        pool: what has many; None in any other session.
-        op: what it was last asked.
-        vector: ``held``, where its sub-environments can be spread over threads.
-        processes: the envs of it that are in processes of their own. They block the thread that asks them, so nothing
-            is asked on the event loop.
-        pack: writes a reply as its client reads it.
-        paces: by op: what may run on the event loop, once it has shown itself fast there.
-    """
-
-    __slots__ = ("held", "op", "paces", "pack", "pool", "processes", "task", "vector")
-
-    def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
-        self.held = None if isinstance(held, HostedPool) else held
-        self.pool = held if isinstance(held, HostedPool) else None
-        self.vector = held if isinstance(held, HostedVector) else None
-        batches = self.vector is not None or isinstance(held, HostedImplementation)
-        self.pack = codec.pack_batch if batches or self.pool is not None else codec.pack
-        # An env's resets are not as fast as its steps (levels are made, files read), so they earn the loop themselves.
-        self.paces: dict[str, Pace | BatchPace] = {"step": held.pace, "reset": Pace()}
-        if self.vector is not None:
-            self.paces["reset"] = self.vector.reset_pace
-        self.processes = [env for env in _envs_of(held) if isinstance(env, ProcessEnv)]
-        if held.draws or self.processes:
-            self.paces = {}
-        self.task: asyncio.Task[None] | None = None
-        self.op = ""
-
-    def cancel(self) -> None:
-        """Cancel the coroutines of an env whose session is over, and what of it has not begun on any thread."""
-        if self.task is not None:
-            self.task.cancel()
-        running = self.pool or self.held
-        if isinstance(running, HostedPool | HostedVector | HostedEnv):
-            running.cancel()
-        for env in self.processes:
-            env.abandon(CLOSE_S)
-
-    async def close(self, seconds: float) -> None:
-        """Let go of what is held."""
-        held = self.held or self.pool
-        assert held is not None, "a hold has one or the other"
-        await held.close(seconds)
-
-
-def _envs_of(held: Held | HostedPool) -> Sequence[Any]:
-    if isinstance(held, HostedVector | HostedPool):
-        return held.envs
-    return [held.env] if isinstance(held, HostedEnv) else []
 
 
 class Execution:

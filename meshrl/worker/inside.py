@@ -28,11 +28,10 @@ from meshrl.wire import spaces
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame
 from meshrl.wire.messages import Vectors
-from meshrl.worker.attributes import Attributes
+from meshrl.worker.attributes import Attributes, is_wrapped
 from meshrl.worker.channel import Channel
 from meshrl.worker.describe import describe_env
 from meshrl.worker.factories import Factory
-from meshrl.worker.attributes import is_wrapped
 
 MAX_MESSAGE_CHARS = 2000
 MAX_TRACEBACK_CHARS = 20_000

@@ -26,7 +26,8 @@ from meshrl.wire.messages import Description, Kind, Open
 from meshrl.wire.subjects import Subjects
 from meshrl.worker.admission import Admission
 from meshrl.worker.audit import Audit
-from meshrl.worker.execution import CLOSE_S, Execution, Held
+from meshrl.worker.execution import Execution
+from meshrl.worker.hold import CLOSE_S, Held
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.on_loop import OnLoop
 from meshrl.worker.pulse import Pulse

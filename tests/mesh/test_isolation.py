@@ -233,7 +233,7 @@ async def everything_of(pool: RemotePool) -> None:
 async def test_env_that_hangs_is_ended_when_its_client_closes_it(
     server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meshrl.worker.execution.CLOSE_S", 0.1)
+    monkeypatch.setattr("meshrl.worker.hold.CLOSE_S", 0.1)
     async with EnvWorker(SERVED, server.url, isolation="process") as worker, Mesh(server.url) as m:
         env = await m.env("dangerous")
         pid = (await env.reset())[1]["pid"]
