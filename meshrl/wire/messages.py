@@ -276,7 +276,8 @@ class Grant(Message):
 
     Attributes:
         lease_s: the lease's length; a client renews about three times in it.
-        step_deadline_s: how long a request may run.
+        step_deadline_s: how long a request may run until the client gives it up: a moment longer than the description
+            says, since the worker ends it by then.
         description: of the env as constructed for this session, its kwargs applied.
         load: the worker's for this user, this session included.
     """

@@ -30,6 +30,7 @@ from meshrl.worker.audit import Audit
 from meshrl.worker.execution import Execution
 from meshrl.worker.hold import Held, Hold
 from meshrl.worker.hosted_pool import HostedPool
+from meshrl.worker.isolation import ENFORCED_S
 from meshrl.worker.replies import Replies
 from meshrl.worker.threads import Threads
 
@@ -245,7 +246,7 @@ class Admission:
             worker=self._worker,
             lease_s=self._table.lease_s,
             grant_s=self._table.grant_s,
-            step_deadline_s=description.step_deadline_s,
+            step_deadline_s=description.step_deadline_s + ENFORCED_S,
             render_mode=open_.render_mode,
             description=description,
             load=self.load(session.user),

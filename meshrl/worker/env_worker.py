@@ -254,7 +254,7 @@ class EnvWorker(Service):
             "capabilities": self.capabilities,
             "allow_kwargs": sorted(self._allow_kwargs),
             "allow": sorted(self._allow),
-            "step_deadline_s": self._deadlines.advertised(enforced=self._children is not None),
+            "step_deadline_s": self._deadlines.longest_s,
         }
         if isinstance(env, ProcessEnv):
             return env.describe(vectors=vectors, arguments=factory is not None, **fields)

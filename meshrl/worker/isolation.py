@@ -17,8 +17,8 @@ from meshrl.errors import UsageError
 Isolation = Literal["inline", "thread", "process"]
 ISOLATIONS: tuple[Isolation, ...] = get_args(Isolation)
 
-# How long a client goes on waiting past the longest deadline of a worker that enforces them: the worker's own error
-# tells more than the client's, and is found out in steps of a quarter of a second.
+# How long a client goes on waiting past the longest deadline: the worker's own error tells more than the client's, and
+# is found out in steps of a quarter of a second.
 ENFORCED_S = 5.0
 
 
@@ -47,9 +47,10 @@ class Deadlines:
         """One of them."""
         return self.step_s if which == "step" else self.reset_s
 
-    def advertised(self, *, enforced: bool) -> float:
-        """When clients give a request up."""
-        return max(self.step_s, self.reset_s) + (ENFORCED_S if enforced else 0.0)
+    @property
+    def longest_s(self) -> float:
+        """After which nothing of an env runs any more."""
+        return max(self.step_s, self.reset_s)
 
 
 def check_isolation(isolation: str, vectors: object) -> Isolation:

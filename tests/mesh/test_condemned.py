@@ -25,7 +25,6 @@ from tests.mesh.worker_process import WorkerProcess
 
 __all__ = ["cli"]  # a fixture
 
-# The client itself gives up at its first look after this, which here comes half as late again.
 DEADLINE_S = 1.5
 DANGEROUS = "tests.mesh.dangerous_envs:Dangerous"
 
