@@ -32,6 +32,7 @@ from meshrl.worker.attributes import Attributes, is_wrapped
 from meshrl.worker.channel import Channel
 from meshrl.worker.describe import describe_env
 from meshrl.worker.factories import Factory
+from meshrl.worker.origins import outliving, resumable
 
 MAX_MESSAGE_CHARS = 2000
 MAX_TRACEBACK_CHARS = 20_000
@@ -62,6 +63,7 @@ class Inside:
             "set": self._set,
             "is_wrapped": lambda body: {"value": is_wrapped(self._env, body["wrapper"])},
             "random": self._random,
+            "outlives": self._outlives,
             "close": self._close,
         }
 
@@ -128,6 +130,15 @@ class Inside:
         if "state" in body:
             bit_generator.state = body["state"]
         return {"value": bit_generator.state}
+
+    def _outlives(self, body: Frame) -> Frame:
+        """What outlives its resets: whether that is known, what it is now, or what it is to be."""
+        kept = outliving(self._env)
+        if kept is None:
+            return {"value": None, "resumable": resumable(self._env)}
+        if "state" in body:
+            kept.put(body["state"])
+        return {"value": kept.get(), "resumable": True}
 
     def _close(self, _body: Frame) -> Frame:
         if self._env is not None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
@@ -73,8 +73,21 @@ class Outliving(NamedTuple):
     put: Callable[[bytes], None]
 
 
+@runtime_checkable
+class Elsewhere(Protocol):
+    """An env in a process of its own, where alone can be seen what outlives it."""
+
+    resumable: bool
+
+    def outliving(self) -> tuple[Callable[[], bytes], Callable[[bytes], None]] | None:
+        """What gives, and what takes, what outlives its resets; None where that is not known."""
+
+
 def outliving(env: Any) -> Outliving | None:
     """What outlives the resets of ``env``; None where that is not known."""
+    if isinstance(env, Elsewhere):
+        there = env.outliving()
+        return None if there is None else Outliving(*there)
     bare = getattr(env, "unwrapped", env)
     said = said_by(env)
     if not _forgets(env, bare):
@@ -98,6 +111,8 @@ def said_by(env: Any) -> object:
 
 def resumable(env: Any) -> bool:
     """Whether it does not say that it cannot be."""
+    if isinstance(env, Elsewhere):
+        return env.resumable
     return said_by(env) != "unknown"
 
 

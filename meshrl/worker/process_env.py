@@ -7,6 +7,7 @@ event loop. Coroutine functions are run to their end over there, so here they ar
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -168,6 +169,20 @@ class ProcessEnv:
             self._ask("set", name=name, value=value, outermost=True)
 
     # ---------------------------------------------------------------- and what they do not
+
+    @cached_property
+    def resumable(self) -> bool:
+        """Whether it does not say that it cannot be resumed."""
+        return bool(self._ask("outlives")["resumable"])
+
+    def outliving(self) -> tuple[Callable[[], bytes], Callable[[bytes], None]] | None:
+        """What gives, and what takes, what outlives its resets; None where that is not known."""
+        if self._ask("outlives")["value"] is None:
+            return None
+        return lambda: self._ask("outlives")["value"], self._outlive
+
+    def _outlive(self, state: bytes) -> None:
+        self._ask("outlives", state=state)
 
     def is_wrapped(self, wrapper: str) -> bool:
         """Whether a wrapper of that class, ``module:Class``, is around it."""

@@ -376,14 +376,31 @@ async def test_episode_moves_between_a_worker_that_isolates_and_one_that_does_no
         async with Mesh(server.url) as m:
             env = await m.env("CartPole-v1", on_loss="resume")
             await env.reset(seed=5)
+            local.reset()
+            await env.reset()  # goes on with a generator that is in the env's own process
             for action in (0, 1, 1):
                 local.step(action)
                 await env.step(action)
+            assert len(env._session.recovery.journal) == 4  # type: ignore[attr-defined]
             with WorkerProcess(server.url, SERVED) as other:
                 isolating.kill()
                 obs, *_ = await env.step(0)
                 assert env.worker == other.id
                 assert obs.tobytes() == local.step(0)[0].tobytes()
+                await env.close()
+
+
+async def test_isolated_env_that_says_it_cannot_be_resumed_is_not(server: EmbeddedServer) -> None:
+    serves = {"never": "tests.mesh.resumed_envs:Unresumable"}
+    with WorkerProcess(server.url, serves, isolation="process") as isolating:
+        async with Mesh(server.url) as m, await m.env("never") as env:
+            await env.reset(seed=1)
+            await env.step(1)
+            with WorkerProcess(server.url, serves, isolation="process"):
+                isolating.kill()
+                _, _, _, truncated, info = await env.step(1)
+                assert truncated
+                assert info["session_lost"]["not_resumed"] == "not_resumable"
                 await env.close()
 
 
