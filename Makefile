@@ -8,7 +8,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test vanish fuzz fuzz-coverage soak setup check lint types layers bench lock schemas wheel clean
+.PHONY: help demo test vanish fuzz fuzz-coverage soak setup check lint types layers bench bench-losses lock schemas wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ layers: $(VENV)/.dev ## import-linter: imports only point down
 
 bench: $(VENV)/.dev ## meshrl and every peer in one run, about half an hour; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --write-docs
+
+bench-losses: $(VENV)/.dev ## what resuming costs a step, and how long a killed worker is missed; about three minutes
+	$(BIN)/python benchmarks/losses.py
 
 schemas: $(VENV)/.dev ## write schemas/v1 anew from the code
 	$(BIN)/python -m schemas.generate

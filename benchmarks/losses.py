@@ -1,11 +1,11 @@
 """What it costs that episodes outlive their workers, and how long one that is lost stays away.
 
-python benchmarks/losses.py                 both, about three minutes; written to results/losses.json
+python benchmarks/losses.py                 both, about three minutes; written to results/losses/latest.json
 python benchmarks/losses.py --pairs 40 --kills 100
 
 Processor time is summed over client, worker and nats-server, and compared in interleaved pairs of turns with
-``on_loss="raise"``, in one process each. A kill is SIGKILL for the worker with a step in flight, while others are there
-to take its sessions; what is counted is the time from the kill to the answer, beside that of the same steps alone.
+``on_loss="raise"``. A kill is SIGKILL for the worker with a step in flight, while another is there to take its session;
+what is counted is the time from the kill to the answer, with the replay of up to a hundred steps in it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks import estimates, measuring
 from meshrl import Mesh
 from meshrl.bus.embedded import EmbeddedServer
 
-RESULTS = Path(__file__).resolve().parent / "results" / "losses.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "losses" / "latest.json"
 TICKS_S = os.sysconf("SC_CLK_TCK")
 SERVE = ("-m", "meshrl", "serve", "CartPole-v1", "--slots", "512")
 WARM_UP_STEPS = 400

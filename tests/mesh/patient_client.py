@@ -31,7 +31,8 @@ async def _outcome(stepping: Callable[[], Awaitable[Any]]) -> Any:
 async def main(url: str, namespace: str) -> None:
     async with Mesh(url, namespace=namespace) as m:
         env = await m.env("told", on_loss="raise")
-        envs, pool = await m.vector("told", NUM_ENVS), await m.pool("told", NUM_ENVS)
+        envs = await m.vector("told", NUM_ENVS, on_loss="raise")
+        pool = await m.pool("told", NUM_ENVS, on_loss="raise")
         await env.reset()
         await envs.reset()
         await pool.reset()

@@ -142,7 +142,7 @@ async def test_worker_that_holds_what_never_ends_condemns_itself(
     served: dict[str, Any] = {"gated": gate.hang_in_step, "CartPole-v1": "CartPole-v1"}
     async with Mesh(url) as m:
         async with EnvWorker(served, url, step_deadline_s=DEADLINE_S, last_resort=called.set) as worker:
-            other = await m.env("CartPole-v1")
+            other = await m.env("CartPole-v1", on_loss="raise")
             await other.reset(seed=1)
             env = await m.env("gated")
             await env.reset()
@@ -212,7 +212,7 @@ async def test_worker_whose_process_has_used_its_cpu_time_is_replaced(cli: Cli, 
     process = cli.start("serve", DANGEROUS, "--max-cpu-seconds", "3", MESHRL_URL=server.url)
     read_until(process.stdout, "serving")
     async with Mesh(server.url) as m:
-        env = await m.env("Dangerous")
+        env = await m.env("Dangerous", on_loss="raise")
         await env.reset()
         with pytest.raises(MeshError):
             await env.step(Dangerous.COMPUTE)

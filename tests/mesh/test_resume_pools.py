@@ -83,6 +83,7 @@ async def test_workers_that_are_killed_again_and_again_cost_no_transition_of_a_p
         for n in range(3):
             playing = asyncio.ensure_future(play(pool, alone, 60))
             await asyncio.sleep(0.01)
+            await until(lambda n=n: pool.shards[n % 2][0] in workers.running, "it is back from the last time")  # type: ignore[misc]
             await workers.kill(pool.shards[n % 2][0])
             await playing
     assert alone.rows >= 3 * 60 * 3

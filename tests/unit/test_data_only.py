@@ -16,8 +16,14 @@ CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 # Attributes, of whatever module where none is named.
 METHODS = {"import_module", "os.system", "os.popen", "literal_eval", "load_module", "exec_module"}
 # What an operator names is imported in the first; no client's name comes there (tests/mesh/test_nothing_runs.py). The
-# other imports this package's own modules when they are first asked for.
-IMPORTS = {"worker/factories.py": {"import_module"}, "adapters/__init__.py": {"import_module"}}
+# other imports this package's own modules when they are first asked for. The last two: what makes an env goes from the
+# worker to the process that it is to live in, and no client has touched it; back comes nothing but this codec's values.
+IMPORTS = {
+    "worker/factories.py": {"import_module"},
+    "adapters/__init__.py": {"import_module"},
+    "worker/process_env.py": {"pickle"},
+    "worker/inside.py": {"pickle"},
+}
 
 
 def found(tree: ast.AST) -> Iterator[str]:
