@@ -61,6 +61,7 @@ CHANNELS: dict[str, Channel] = {
     "open": Channel(_AT_WORKER % "open", "Asks one worker for a session.", ["open"]),
     "probe": Channel(_AT_WORKER % "probe", "Asks one worker what became of requests.", ["probe"]),
     "renew": Channel(_AT_WORKER % "renew", "Renews leases at one worker.", ["renew"]),
+    "drain": Channel(_AT_WORKER % "drain", "Has one worker leave, when its sessions have moved.", ["drain"]),
     "act_at_worker": Channel(
         _AT_WORKER % "act", "An act that must be split goes to one worker.", ["act_anywhere.request"]
     ),
@@ -86,6 +87,7 @@ OPERATIONS: dict[str, Operation] = {
     "open_anywhere": Operation("open_anywhere", "receive", "The same.", ["grant", "full", "error"]),
     "probe": Operation("probe", "receive", "Say what became of each request.", ["probed", "error"]),
     "renew": Operation("renew", "receive", "Renew what is held, say what is not.", ["renewed", "error"]),
+    "drain": Operation("drain", "receive", "Leave, and say how many sessions there are still.", ["drained", "error"]),
     "act_at_worker": Operation("act_at_worker", "receive", "Act for one observation.", ["act_anywhere.reply", "error"]),
     "act_anywhere": Operation("act_anywhere", "receive", "Act for one observation.", ["act_anywhere.reply", "error"]),
     **{

@@ -222,6 +222,8 @@ def control() -> Iterator[tuple[str, m.Message]]:
     yield "Renewed", m.Renewed(lease_s=15.0, lost=[("s2", "session_expired")])
     yield "Probe", m.Probe(awaited=[("s1", 1, 0, 2)])
     yield "Probed", m.Probed(states=["running"])
+    yield "Drain", m.Drain(seconds=60.0)
+    yield "Drained", m.Drained(sessions=3)
     yield "Close", m.Close(epoch=1)
     yield "Closed", m.Closed(existed=True)
     yield (

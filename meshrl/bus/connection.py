@@ -55,6 +55,14 @@ class Subscription:
             with contextlib.suppress(nats.errors.Error):
                 await self._connection.path.unsubscribe(raw)
 
+    async def drain(self) -> None:
+        """End it; what the server sends before it knows of that still comes to the handler. Safe to call twice."""
+        raw, self._raw = self._raw, None
+        if raw is not None and not self._connection.closed:
+            self._connection.ended(raw)
+            with contextlib.suppress(nats.errors.Error):
+                await self._connection.path.unsubscribe(raw, drain=True)
+
 
 class Connection:
     """One connection to NATS; made by :mod:`~meshrl.bus.connect`, used from its own event loop alone.

@@ -56,9 +56,9 @@ class PlainPath:
             await self.flush(SUBSCRIBE_S)
         return subscription
 
-    async def unsubscribe(self, subscription: Any) -> None:
-        """End a subscription."""
-        await subscription.unsubscribe()
+    async def unsubscribe(self, subscription: Any, *, drain: bool = False) -> None:
+        """End a subscription; with ``drain``, when what is under way has come."""
+        await (subscription.drain() if drain else subscription.unsubscribe())
 
     def publish(self, subject: str, reply: str, body: bytes) -> None:
         """Send soon, in order."""

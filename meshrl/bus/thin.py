@@ -278,9 +278,9 @@ class ThinPath:
             await self.flush(SUBSCRIBE_S)
         return subscription
 
-    async def unsubscribe(self, subscription: Any) -> None:
-        """End a subscription; messages that are still under way go nowhere."""
-        await subscription.unsubscribe()
+    async def unsubscribe(self, subscription: Any, *, drain: bool = False) -> None:
+        """End a subscription; messages that are still under way go nowhere, or (``drain``) where all others went."""
+        await (subscription.drain() if drain else subscription.unsubscribe())
         self.handlers.pop(str(subscription._id).encode(), None)  # noqa: SLF001
 
     def publish(self, subject: str, reply: str, body: bytes) -> None:

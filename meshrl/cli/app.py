@@ -19,6 +19,7 @@ from meshrl.cli.audit import audit
 from meshrl.cli.check import check
 from meshrl.cli.demo import demo
 from meshrl.cli.doctor import doctor
+from meshrl.cli.drain import drain
 from meshrl.cli.ls import ls
 from meshrl.cli.secure import app as secure
 from meshrl.cli.serve import serve
@@ -53,6 +54,7 @@ app.command("serve")(serve)
 app.command("serve-agent")(serve_agent)
 app.command("ls")(ls)
 app.command("check")(check)
+app.command("drain")(drain)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.command("audit")(audit)

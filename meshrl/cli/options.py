@@ -78,6 +78,17 @@ StepDeadline = Annotated[float, typer.Option(help="Seconds that a step may take;
 ResetDeadline = Annotated[float, typer.Option(help="Seconds that a reset or a constructor may take.", metavar="S")]
 
 
+DRAIN_S = 5.0
+DrainSeconds = Annotated[
+    float,
+    typer.Option(
+        help="Seconds that sessions have, from SIGTERM on, to move to other workers; 0 ends at once, as Ctrl-C does.",
+        min=0.0,
+        metavar="S",
+    ),
+]
+
+
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)i?b?", re.IGNORECASE | re.ASCII)
 

@@ -159,17 +159,21 @@ class ServingProcess:
         line: its command line, which lets it print :func:`ready_line` when it is ready.
         url: of the server, password included; it is handed over in the environment.
         say: tells people what happened, and what the process writes; called on several threads.
+        drain_s: how long it may take, when it is stopped, until its sessions are elsewhere.
 
     Attributes:
         failure: how its stop went wrong; empty while it did not.
     """
 
-    def __init__(self, number: int, line: Sequence[str], url: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, number: int, line: Sequence[str], url: str, say: Callable[[str], None], *, drain_s: float = 0.0
+    ) -> None:
         self.number = number
         self.failure = ""
         self._line = [*line]
         self._url = url
         self._say = say
+        self._stop_s = STOP_S + drain_s
         self._guarded: Guarded | None = None
         self._output: Output | None = None
         self._unborn = ""
@@ -203,6 +207,11 @@ class ServingProcess:
             while not self._ended:  # noqa: ASYNC110  # a guarded process can only be polled
                 await asyncio.sleep(WATCH_S)
             how, served = await self._last_words(), self._serves()
+            if served and self._guarded is not None and self._guarded.poll() == 0:
+                self._say(f"process {self.number} has left, as it was told to; it is started again")
+                self._spawn()
+                await self._until_ready_or_ended()
+                continue
             failed_starts = 0 if served else failed_starts + 1
             deaths = 1 if served and time.monotonic() - self._born > WELL_S else deaths + 1
             if failed_starts >= MAX_FAILED_STARTS:
@@ -219,17 +228,23 @@ class ServingProcess:
             self._spawn()
             await self._until_ready_or_ended()
 
+    def interrupt(self) -> None:
+        """Have it end without waiting for its sessions; to be followed by :meth:`stop`."""
+        if sys.platform != "win32" and self._guarded is not None and self._guarded.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._guarded.pid, signal.SIGINT)
+
     def stop(self) -> None:
-        """End it in good order, after :data:`STOP_S` by force; blocks until it has ended."""
+        """End it in good order, after that time and :data:`STOP_S` by force; blocks until it has ended."""
         if self._guarded is None or self._guarded.poll() is not None:
             return
         began = time.monotonic()
-        code = self._guarded.stop(STOP_S)
+        code = self._guarded.stop(self._stop_s)
         took_s = time.monotonic() - began
         assert self._output is not None
         self._output.join(DRAIN_S)
-        if took_s >= STOP_S:
-            self.failure = f"process {self.number} did not end within {STOP_S:g} s and was killed"
+        if took_s >= self._stop_s:
+            self.failure = f"process {self.number} did not end within {self._stop_s:g} s and was killed"
         # One that does not serve yet may fail in any way, as it does where none of them can start.
         elif self._serves() and code not in {0, TERMINATED}:
             assert code is not None

@@ -9,9 +9,11 @@ import gymnasium
 import typer
 
 from meshrl.cli.options import (
+    DRAIN_S,
     AllowKwargs,
     Capability,
     CredentialsFile,
+    DrainSeconds,
     IsolationMode,
     MaxSlotsPerUser,
     Namespace,
@@ -37,7 +39,7 @@ from meshrl.worker.env_worker import RESET_DEADLINE_S, STEP_DEADLINE_S, EnvWorke
 from meshrl.worker.factories import Factory, is_gymnasium_id
 from meshrl.worker.isolation import Deadlines, check_isolation
 from meshrl.worker.limits import Limits
-from meshrl.worker.running import end_condemned, run, until_stopped
+from meshrl.worker.running import Leaving, end_condemned, run, until_stopped
 
 
 def serve(
@@ -93,6 +95,7 @@ def serve(
     on_demand: Annotated[
         bool, typer.Option("--on-demand", help="Serve any id of Gymnasium's registry when somebody asks.")
     ] = False,
+    drain_seconds: DrainSeconds = DRAIN_S,
     wait: Wait = 30.0,
     url: Url = None,
     namespace: Namespace = "default",
@@ -118,10 +121,14 @@ def serve(
             return ready_line(worker.id)
         return f"serving {what} at {worker.url} (worker {worker.id}, {slots} slots)"
 
+    leaving = Leaving()
+
     async def stay() -> None:
         address = await reach(url, credentials=credentials, namespace=namespace, wait_s=wait)
         if count > 1:
-            await stay_serving_in_processes(ctx, what, address, count=count, slots=slots)
+            await stay_serving_in_processes(
+                ctx, what, address, count=count, slots=slots, leaving=leaving, drain_s=drain_seconds
+            )
             return
         worker = EnvWorker(
             envs,
@@ -142,9 +149,15 @@ def serve(
             vectors=vectors,
             last_resort=end_condemned,
         )
-        await stay_serving(worker, announcement, NO_LIMITS if where == "process" else limits)
+        await stay_serving(
+            worker,
+            announcement,
+            NO_LIMITS if where == "process" else limits,
+            leaving=leaving,
+            drain_s=drain_seconds,
+        )
 
-    run(until_stopped(stay()))
+    run(until_stopped(stay(), leaving))
 
 
 def import_from_here() -> None:

@@ -6,9 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from meshrl.cli.options import (
+    DRAIN_S,
     AllowKwargs,
     Capability,
     CredentialsFile,
+    DrainSeconds,
     MaxSlotsPerUser,
     Namespace,
     Processes,
@@ -27,7 +29,7 @@ from meshrl.cli.serving import stay_serving, stay_serving_in_processes
 from meshrl.errors import UsageError
 from meshrl.worker.agent_worker import AgentWorker
 from meshrl.worker.policies import random_policy
-from meshrl.worker.running import run, until_stopped
+from meshrl.worker.running import Leaving, run, until_stopped
 
 BUILT_IN = {"random": random_policy}
 
@@ -47,6 +49,7 @@ def serve_agent(
     processes: Processes = "1",
     allow_kwargs: AllowKwargs = "",
     capability: Capability = None,
+    drain_seconds: DrainSeconds = DRAIN_S,
     wait: Wait = 30.0,
     url: Url = None,
     namespace: Namespace = "default",
@@ -65,10 +68,14 @@ def serve_agent(
             return ready_line(worker.id)
         return f"serving {what} at {worker.url} (agent worker {worker.id})"
 
+    leaving = Leaving()
+
     async def stay() -> None:
         address = await reach(url, credentials=credentials, namespace=namespace, wait_s=wait)
         if count > 1:
-            await stay_serving_in_processes(ctx, what, address, count=count, slots=slots)
+            await stay_serving_in_processes(
+                ctx, what, address, count=count, slots=slots, leaving=leaving, drain_s=drain_seconds
+            )
             return
         worker = AgentWorker(
             sources,
@@ -80,9 +87,9 @@ def serve_agent(
             capabilities=capabilities,
             allow_kwargs=names_in(allow_kwargs),
         )
-        await stay_serving(worker, announcement)
+        await stay_serving(worker, announcement, leaving=leaving, drain_s=drain_seconds)
 
-    run(until_stopped(stay()))
+    run(until_stopped(stay(), leaving))
 
 
 def served_agents(agents: Sequence[str]) -> dict[str, Any]:

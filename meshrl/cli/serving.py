@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
 
 import typer
 
@@ -19,7 +20,7 @@ from meshrl.cli.processes import ServingProcess
 from meshrl.cli.supervisor import Supervisor
 from meshrl.errors import WorkerError
 from meshrl.worker.limits import GRACE_CPU_S, Limits
-from meshrl.worker.running import spare_what_stays
+from meshrl.worker.running import Leaving, spare_what_stays
 from meshrl.worker.service import Service
 
 W = TypeVar("W", bound=Service)
@@ -30,13 +31,22 @@ NO_LIMITS = Limits()
 NOT_PASSED_ON = {"url", "processes", "process"}
 
 
-async def stay_serving(worker: W, announcement: Callable[[W], str], limits: Limits = NO_LIMITS) -> None:
-    """Serve until cancelled; then the worker says goodbye.
+async def stay_serving(
+    worker: W,
+    announcement: Callable[[W], str],
+    limits: Limits = NO_LIMITS,
+    *,
+    leaving: Leaving | None = None,
+    drain_s: float = 0.0,
+) -> None:
+    """Serve until cancelled, or until it has left; then the worker says goodbye.
 
     Args:
         worker: not yet entered.
         announcement: the line for stdout once it is advertised; its address is known by then.
         limits: of this process.
+        leaving: is given what has the worker leave.
+        drain_s: how long its sessions have then to move to others.
 
     Raises:
         WorkerCondemned: it holds env code that it cannot end, or this process has used its CPU time.
@@ -48,11 +58,15 @@ async def stay_serving(worker: W, announcement: Callable[[W], str], limits: Limi
         asyncio.get_running_loop().add_signal_handler(signal.SIGXCPU, worker.condemn, message)
     async with worker:
         spare_what_stays()
+        if leaving is not None and drain_s > 0:
+            leaving.begin = partial(worker.leave, drain_s)
         print(announcement(worker), flush=True)
         await worker.serve_forever()
 
 
-async def stay_serving_in_processes(ctx: typer.Context, what: str, url: str, *, count: int, slots: int) -> None:
+async def stay_serving_in_processes(
+    ctx: typer.Context, what: str, url: str, *, count: int, slots: int, leaving: Leaving, drain_s: float
+) -> None:
     """Run the command ``ctx`` in several processes until cancelled; then they are told to end, and waited for.
 
     Args:
@@ -61,22 +75,30 @@ async def stay_serving_in_processes(ctx: typer.Context, what: str, url: str, *, 
         url: of the server, password included.
         count: processes.
         slots: of each.
+        leaving: is given what has all of them leave.
+        drain_s: how long their sessions have then to move to others.
 
     Raises:
         WorkerError: one cannot start, cannot be kept alive, or did not end in good order.
     """
-    processes = [ServingProcess(n, process_line(ctx, n), url, say) for n in range(1, count + 1)]
+    processes = [ServingProcess(n, process_line(ctx, n), url, say, drain_s=drain_s) for n in range(1, count + 1)]
     supervisor = Supervisor(processes, None, say)
     stopped = False
+    left = asyncio.Event()
+    leaving.begin = left.set
     try:
         await supervisor.start()
         each = f"{slots} slot{'s' if slots > 1 else ''} each, {count * slots} in all"
         print(f"serving {what} at {login(url).url} ({count} processes, {each})", flush=True)
-        await supervisor.watch()
+        await _until(left, supervisor.watch())
+        stopped = True
     except asyncio.CancelledError:
         stopped = True
         raise
     finally:
+        if not left.is_set():
+            for process in processes:
+                process.interrupt()
         await supervisor.stop()
         failures = [process.failure for process in processes if process.failure]
         for failure in failures if not stopped else failures[:-1]:
@@ -84,6 +106,19 @@ async def stay_serving_in_processes(ctx: typer.Context, what: str, url: str, *, 
         if stopped and failures:
             # In place of the cancellation: until_stopped asked for it, and the exit code is to tell.
             raise WorkerError(failures[-1])
+
+
+async def _until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Work until the event is set."""
+    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        for task in (working, waiting):
+            task.cancel()
+        await asyncio.gather(working, waiting, return_exceptions=True)
 
 
 def process_line(ctx: typer.Context, number: int) -> list[str]:

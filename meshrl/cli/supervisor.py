@@ -107,6 +107,10 @@ class WorkerProcess:
         while True:
             while (code := self._code()) is None:  # noqa: ASYNC110  # a guarded process can only be polled
                 await asyncio.sleep(WATCH_S)
+            if code == 0 and self._ready.exists():
+                self._say(f"worker process {self.number} has left, as it was told to; it is started again")
+                self._spawn()
+                continue
             deaths = 1 if time.monotonic() - self._born > WELL_S else deaths + 1
             wait_s = wait_before_restart_s(deaths)
             what = f"worker process {self.number} ended with code {code} ({self._last_words()})"

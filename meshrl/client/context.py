@@ -22,7 +22,7 @@ from meshrl.client.session import RemoteSession
 from meshrl.client.shielded import shielded
 from meshrl.errors import MeshError, SessionClosed
 from meshrl.protocol.doubt import FROZEN_S
-from meshrl.wire.messages import Grant, Kind
+from meshrl.wire.messages import Close, Grant, Kind
 from meshrl.wire.subjects import Subjects
 
 if TYPE_CHECKING:
@@ -94,10 +94,20 @@ class Context:
         if self._why is not None:
             raise copy.copy(self._why)
 
+    async def begin(self) -> None:
+        """Begin to hear who is there; returns when those who are have had time to say so. Safe to cancel.
+
+        Raises:
+            MeshError: the server is away, or does not permit it.
+        """
+        await self.hearing.begin()
+        self.registry.on_draining.add(self._draining)
+
     def end(self) -> None:
         """Begin nothing more, and renew nothing more; whatever becomes of :meth:`close`, no lease is held for ever."""
         self._ended = True
         self._leases.end()
+        self.registry.on_draining.discard(self._draining)
         self.hearing.end()
 
     async def close(self) -> None:
@@ -151,6 +161,19 @@ class Context:
         self._sessions[grant.session] = session
         self._leases.hold(grant.worker, grant.session, grant.epoch, grant.lease_s)
 
+    def hold(self, grant: Grant) -> None:
+        """Renew, from now on, what a session was granted at another worker beside the one that it is at."""
+        self.check_open()
+        self._leases.hold(grant.worker, grant.session, grant.epoch, grant.lease_s)
+
+    def give_back(self, grant: Grant, slots: int) -> None:
+        """Renew no more, and close, what a session has at a worker that it is not at; nobody waits for that."""
+        self._leases.release(grant.worker, grant.session)
+        self.registry.released(grant.worker, slots)
+        if not self.connection.closed:
+            subject = self.subjects.session(grant.worker, self.connection.user, grant.session, "close")
+            self.connection.publish(subject, Close(epoch=grant.epoch).to_wire())
+
     async def lease(self, opening: Opening, make: Callable[[Context, Grant], S]) -> S:
         """Carry an opening out, and renew from now on what it was granted; every session comes from here.
 
@@ -182,10 +205,15 @@ class Context:
             self._leases.release(grant.worker, grant.session)
             self.registry.released(grant.worker, self._slots.pop(grant.session))
 
-    def _lost(self, session: str, reason: str) -> None:
+    def _lost(self, worker: str, session: str, reason: str) -> None:
         lost = self._sessions.get(session)
-        if lost is not None:
+        if lost is not None and lost.grant.worker == worker:  # else it is elsewhere by now
             lost.lost(reason)
+
+    def _draining(self, worker: str, seconds: float) -> None:
+        for session in list(self._sessions.values()):
+            if session.grant.worker == worker:
+                session.worker_drains(seconds)
 
 
 def context_of(mesh: Mesh) -> Context:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from meshrl.bus.connection import Connection
 from meshrl.errors import MeshError, MeshUnreachable, SessionLost
-from meshrl.protocol.doubt import QUIET_S, Do, Doubt
+from meshrl.protocol.doubt import GRACE_S, QUIET_S, Do, Doubt
 from meshrl.wire.messages import MAX_BATCH, Probe, Probed, parse
 from meshrl.wire.subjects import Subjects
 
@@ -47,6 +47,7 @@ class Flight:
             waiting: a cancelled waiter cancels it, and :meth:`rearm` makes another.
         state: the worker's last word on it, if there was need to ask.
         on_fail: is told that there will be no answer, at once and not when somebody next waits for one.
+        grace_s: for how long its worker may be away, if nobody listens there.
     """
 
     __slots__ = (
@@ -58,6 +59,7 @@ class Flight:
         "doubt",
         "entry",
         "future",
+        "grace_s",
         "on_fail",
         "rid",
         "sent_at",
@@ -88,6 +90,7 @@ class Flight:
         self.state = ""
         self.doubt: Doubt | None = None
         self.on_fail: Callable[[MeshError], None] | None = None
+        self.grace_s = GRACE_S
         self._landed: bytes | MeshError | None = None
         self.future: asyncio.Future[bytes] = flights.loop.create_future()
 
@@ -231,7 +234,9 @@ class Flights:
 
     def _doubt(self, flight: Flight) -> Doubt:
         if flight.doubt is None:
-            flight.doubt = Doubt(flight.sent_at, deadline_s=flight.deadline_s, silence_s=self._silence_s)
+            flight.doubt = Doubt(
+                flight.sent_at, deadline_s=flight.deadline_s, silence_s=self._silence_s, grace_s=flight.grace_s
+            )
             self._fresh.pop(flight.rid, None)
             self._quiet.add(flight)
         return flight.doubt

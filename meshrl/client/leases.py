@@ -22,7 +22,8 @@ log = logging.getLogger("meshrl.client")
 # An answer to a first renewal that takes longer says nothing new: the keeper has asked again.
 ANSWER_S = 10.0
 
-OnLost = Callable[[str, str], None]
+# Gets the worker, the session, and why.
+OnLost = Callable[[str, str, str], None]
 # Process (a forked one has no thread of its parent's), address, login, its user and the mesh.
 _Login = tuple[int, str, object, str, Subjects]
 
@@ -79,7 +80,7 @@ class Leases:
         url: of the server, for the keeper's own connection.
         credentials: of the login.
         subjects: of the mesh.
-        on_lost: is told, on the client's loop, of a session (and why) that its worker does not hold any more.
+        on_lost: is told, on the client's loop, of a session that its worker does not hold any more.
     """
 
     def __init__(
@@ -182,4 +183,4 @@ class Leases:
 
     def _was_lost(self, worker: str, epoch: int, session: str, reason: str) -> None:
         if self._held.get((worker, session)) == epoch:  # else it was opened again since
-            self._on_lost(session, reason)
+            self._on_lost(worker, session, reason)

@@ -86,7 +86,7 @@ class Mesh:
         )
         self._context = Context(connection, url, self._credentials, self._subjects, self._timeout)
         try:
-            await self._context.hearing.begin()
+            await self._context.begin()
         except BaseException:
             await self.__aexit__(None, None, None)
             raise

@@ -48,6 +48,7 @@ class PoolShard(ResumableSession):
         self._back: Back = _nobody
         self._failed: Callable[[MeshError], None] = _nobody
         self._leaving: Callable[[], None] = _nothing
+        self._arrived: Callable[[int | None], None] = _nobody
         self._gone: SessionLost | None = None  # with its state; of an opening that begins with nothing
 
     @property
@@ -60,9 +61,42 @@ class PoolShard(ResumableSession):
         """Whether it is not open at this moment."""
         return self._lost is not None
 
-    def told_by(self, leaving: Callable[[], None], back: Back, failed: Callable[[MeshError], None]) -> None:
-        """Say who is told that it is to be opened again, before anything else, when it is, and when that failed."""
-        self._leaving, self._back, self._failed = leaving, back, failed
+    @property
+    def holds_back(self) -> bool:
+        """Whether its lanes wait while it moves to another worker."""
+        return self._moving is not None and self._moving.holds_back
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something of its lanes is under way."""
+        return self._is_waiting()
+
+    def told_by(
+        self,
+        leaving: Callable[[], None],
+        back: Back,
+        failed: Callable[[MeshError], None],
+        arrived: Callable[[int | None], None],
+    ) -> None:
+        """Say who is told what becomes of it.
+
+        Args:
+            leaving: it is to be opened again; before anything else.
+            back: it is open again.
+            failed: it could not be opened.
+            arrived: its lanes need not wait any more: it has moved to another worker, which has answered so many
+                requests of each, or (None) stays.
+        """
+        self._leaving, self._back, self._failed, self._arrived = leaving, back, failed, arrived
+
+    def begins_anew(self, body: bytes) -> bool:  # noqa: ARG002
+        """Never: its lanes are reset one by one."""
+        return False
+
+    def moved(self, *, away: bool) -> None:
+        """As of any session."""
+        super().moved(away=away)
+        self._arrived(int(len(self._recovery.journal) > 0) if away else None)
 
     def lose(self, exc: MeshError) -> bool:
         """A request of its lanes came to that; whether it can be brought back, which begins now."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from meshrl.client.opening import Opening
 from meshrl.errors import MeshError, SessionLost
-from meshrl.protocol.journal import CHANGING, Journal
+from meshrl.protocol.journal import CHANGING, LASTING_LOST, Journal
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OnLoss = Literal["raise", "truncate", "resume"]
 ON_LOSS: tuple[OnLoss, ...] = get_args(OnLoss)
-# What becomes of the worker that held it: it is not asked again.
+# What became of the worker that held it: it is not asked again before it says that it is there.
 GONE = frozenset({"worker_lost", "worker_frozen"})
 # Of all that could have taken it, none was there, or had room, or an equal env.
 NO_WORKER = "no_worker"
@@ -49,6 +49,7 @@ class Recovery:
         anew: the state is gone: what is opened next begins with nothing but the attributes that were set.
         untold: why, until somebody was told.
         first: the loss that it was.
+        called: whether a method was called: nobody knows what that did.
     """
 
     context: Context
@@ -64,6 +65,7 @@ class Recovery:
     anew: bool = False
     untold: SessionLost | None = None
     first: SessionLost | None = None
+    called: bool = False
 
     def copy(self) -> Recovery:
         """That of another session in the same state."""
@@ -89,6 +91,7 @@ class Recovery:
             return
         if op in {"reset", "step"}:
             self.told = bytes(reply)  # the arrays of a large one are its user's, to write to
+        self.called = self.called or op == "call"
         if not self.resumes and op != "set_attr":
             return
         seeded = op == "reset" and (frame.get("seed") is not None or "state" in frame)
@@ -98,6 +101,14 @@ class Recovery:
             self.seed = frame["seed"]
             body = pack({**unpack(body), "seed": self.seed})
         self.journal.note(op, body, frame.get("digest"), seconds, seeded=seeded)
+
+    def begins_anew(self, body: bytes) -> bool:
+        """Whether a reset leaves nothing of what was before, but what was set and can be set again."""
+        return self._may_begin_anew and unpack(body).get("seed") is not None
+
+    @property
+    def _may_begin_anew(self) -> bool:
+        return not self.called and self.journal.lacking != LASTING_LOST
 
     def refused(self, op: str, exc: MeshError) -> None:
         """A request was answered with an error."""

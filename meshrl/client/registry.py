@@ -42,12 +42,14 @@ class Registry:
         directory: who is there.
         placement: what this client did that the directory cannot know yet.
         on_change: is called at every change.
+        on_draining: is told again and again of each worker that is about to leave, and the seconds that are left.
     """
 
     def __init__(self, connection: Connection, subjects: Subjects) -> None:
         self.directory = Directory(sweep_s=EXPIRE_S)
         self.placement = Placement()
         self.on_change: set[Callable[[], None]] = set()
+        self.on_draining: set[Callable[[str, float], None]] = set()
         self._connection = connection
         self._subjects = subjects
         self._changed_at = 0.0
@@ -190,6 +192,9 @@ class Registry:
     def _take_in(self, said: Advertisement) -> None:
         now = time.monotonic()
         self._tell(self.directory.heard(said, now))
+        if said.draining_s and not said.left:
+            for told in list(self.on_draining):
+                told(said.worker, said.draining_s)
         key: Key = (said.kind, said.name, said.worker)
         entry = self.directory.get(key)
         if entry is None or entry.description is not None:

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from meshrl.client.flights import Entry
+from meshrl.client.moving import Moving
 from meshrl.client.recovery import GONE, NO_WORKER, Recovery, same
 from meshrl.client.session import GONE_ERRORS, RemoteSession
 from meshrl.errors import (
@@ -24,6 +25,7 @@ from meshrl.errors import (
     SessionLost,
     UnknownName,
 )
+from meshrl.protocol.doubt import GRACE_S, RESUMED_GRACE_S
 from meshrl.protocol.journal import Journal
 from meshrl.protocol.journals import Journals
 from meshrl.protocol.turn import Phase
@@ -52,8 +54,11 @@ class ResumableSession(RemoteSession):
     ) -> None:
         super().__init__(context, grant, first_env_id=first_env_id, num_envs=num_envs)
         self._recovery = recovery
+        self.grace_s = RESUMED_GRACE_S if recovery.resumes else GRACE_S
         self._epoch = grant.epoch
         self._recovering: asyncio.Task[None] | None = None
+        self._moving: Moving | None = None  # since its worker said that it leaves
+        self._waits = False  # the request that was launched: nothing of it has been sent
         self._closing = False
 
     @property
@@ -99,13 +104,14 @@ class ResumableSession(RemoteSession):
 
     def launch(self, op: str, body: bytes) -> None:
         """As of any session; of one that is lost, it is sent by what opens it again, also when nobody waits for it."""
-        if self._lost is None:
+        if self._lost is None and (self._moving is None or not self._moving.takes(op, body)):
             super().launch(op, body)
             assert self._flight is not None, "it was sent"
-            self._flight.on_fail = self._flight_failed
+            self._flight.on_fail, self._flight.grace_s = self._flight_failed, self.grace_s
         else:
             self._turn.begin(op)
-            self._body = body
+            self._turn.seq -= 1  # it gets its number when it is sent
+            self._body, self._waits = body, True
 
     def _flight_failed(self, exc: MeshError) -> None:
         """Where others are waited for first, it is brought back meanwhile."""
@@ -117,7 +123,7 @@ class ResumableSession(RemoteSession):
     async def landing(self) -> Frame:
         """As of any session; where it is lost meanwhile, the answer is that of its next incarnation."""
         while True:
-            if self._lost is None:
+            if self._lost is None and not self._waits:
                 try:
                     return await self._noted()
                 except SessionLost:
@@ -125,7 +131,10 @@ class ResumableSession(RemoteSession):
                         self._turn.answered()
                         raise
             try:
-                await self._recovered(self._turn.op)
+                if self._lost is None:
+                    await self._moved()
+                else:
+                    await self._recovered(self._turn.op)
             except (asyncio.CancelledError, MeshUnreachable):
                 self._turn.cancelled()
                 raise
@@ -148,7 +157,8 @@ class ResumableSession(RemoteSession):
         return frame
 
     async def _landing_again(self) -> Frame:
-        return await (super()._landing_again() if self._lost is None else self.landing())
+        here = self._lost is None and not self._waits
+        return await (super()._landing_again() if here else self.landing())
 
     def take_untold(self) -> SessionLost | None:
         """A loss that ended an episode and was told nobody; once."""
@@ -157,21 +167,116 @@ class ResumableSession(RemoteSession):
 
     async def close(self) -> None:
         """As of any session."""
-        recovering = self._recovering
-        if recovering is not None and not self.closed:
+        if not self.closed:
             self._closing = True
-            recovering.cancel()  # its opening says close to whom it has asked
-            try:
-                await asyncio.wait({recovering})
-            finally:
-                await super().close()
-            return
+            under_way = self._stopped()
+            if under_way:
+                try:
+                    await asyncio.wait(under_way)
+                finally:
+                    await super().close()
+                return
         await super().close()
 
     def _let_go(self) -> None:
-        if self._recovering is not None:
-            self._recovering.cancel()
+        moving = None if self._moving is None else self._moving.stop()
+        if moving is not None:  # until it has ended, what is to be closed may be at two workers
+            moving.add_done_callback(lambda _: super(ResumableSession, self)._let_go())
+            return
+        self._stopped()
         super()._let_go()
+
+    def _stopped(self) -> set[asyncio.Task[None]]:
+        """Go nowhere any more; gives what has to be waited for."""
+        if self._recovering is not None:
+            self._recovering.cancel()  # its opening says close to whom it has asked
+        moving = None if self._moving is None else self._moving.stop()
+        return {task for task in (self._recovering, moving) if task is not None}
+
+    # ---------------------------------------------------------------- moved before its worker leaves
+
+    def worker_drains(self, seconds: float) -> None:
+        """Its worker leaves in so many seconds: it moves to another, if it can."""
+        if self._lost is None and not self.closed and not self._closing:
+            if self._moving is None:
+                self._moving = Moving(self)
+            self._moving.worker_drains(seconds)
+
+    def lost(self, reason: str) -> None:
+        """As of any session; one that arrives elsewhere finds out by itself, and is not lost by it."""
+        if self._moving is None or not self._moving.arriving:
+            super().lost(reason)
+
+    def _lose(self, exc: SessionLost) -> None:
+        super()._lose(exc)
+        if self._moving is not None:
+            self._moving.stop()
+
+    @property
+    def context(self) -> Context:
+        """Of its mesh."""
+        return self._context
+
+    @property
+    def seq(self) -> int:
+        """Of the last request that was sent."""
+        return self._turn.seq
+
+    @property
+    def journal_lacks(self) -> str:
+        """Why its state cannot be brought to another worker; empty if it can."""
+        return self._recovery.journal.lacking if self._recovery.resumes else "not_asked_for"
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is under way."""
+        return self._turn.phase is not Phase.FREE and not self._waits
+
+    def begins_anew(self, body: bytes) -> bool:
+        """Whether after this reset nothing of what was before matters; it could be another env's."""
+        return self._recovery.begins_anew(body)
+
+    async def opened_beside(self, avoid: set[str], deadline: float) -> Grant:
+        """What another worker grants, beside what this has; it has to be held, or given back.
+
+        Raises:
+            MeshError: nobody could have it in time.
+        """
+        self._epoch += 1
+        return await self._recovery.opening(self.grant.session, self._epoch, avoid, deadline).run()
+
+    def go_to(self, grant: Grant, seq: int) -> None:
+        """What is asked for from now on is asked of that worker, which has answered so many requests."""
+        self.grant = grant
+        self._subject = self._context.subjects.session(grant.worker, self._connection.user, grant.session, "")
+        self._turn.seq = seq
+
+    def forget_state(self) -> None:
+        """A reset that :meth:`begins_anew` is about to be sent: all that counts is the attributes that were set."""
+        self._recovery.journal.forget()
+
+    def state_unsure(self) -> None:
+        """It was forgotten, and there still: until the next such reset, nobody can bring it back."""
+        self._recovery.journal.unsure("reset")
+
+    def moved(self, *, away: bool) -> None:
+        """It went to another worker, or stays: what waited is sent."""
+        if away:
+            self._moving = None
+        if self._waits:
+            self._send_again()
+
+    async def _moved(self) -> None:
+        """Wait until what was launched has been sent, or its session was lost meanwhile.
+
+        Raises:
+            SessionClosed: it was closed meanwhile.
+            MeshError: it cannot be sent.
+        """
+        assert self._moving is not None, "else it would have been sent"
+        await self._moving.over()
+        if self.closed or self._closing:
+            raise SessionClosed(f"{self.grant.description.name}: it was closed while it moved to another worker")
 
     # ---------------------------------------------------------------- opened again
 
@@ -212,14 +317,18 @@ class ResumableSession(RemoteSession):
             task.exception()  # who waits is told; when nobody does any more, there is nothing to log
 
     async def _recover(self) -> None:
+        if self._moving is not None and (moving := self._moving.stop()) is not None:
+            await asyncio.wait({moving})
+        self._moving = None
         lost, recovery = self._lost, self._recovery
         assert lost is not None
         lacking = recovery.lacking(lost)
         if lacking:
             raise self._give_up(lost, lacking)
         deadline = time.monotonic() + recovery.wait_s
-        gone = lost.details.get("reason") in GONE and not recovery.anew
-        avoid = {str(lost.details["worker"])} if gone else set()
+        if lost.details.get("reason") in GONE:
+            self._context.registry.gone(self.grant.worker)  # until it says that it is there after all
+        avoid: set[str] = set()  # those that had the chance
         while not await self._opened_again(lost, avoid, deadline):
             if time.monotonic() >= deadline:
                 raise self._give_up(lost, NO_WORKER, f"nobody could take it within {recovery.wait_s:g} s")
@@ -238,9 +347,8 @@ class ResumableSession(RemoteSession):
         except MeshError as exc:
             nobody = isinstance(exc, (MeshFull, UnknownName))
             raise self._give_up(lost, NO_WORKER if nobody else exc.code, exc.message) from exc
-        self.grant = grant
+        self.go_to(grant, 0)
         self._held = True
-        self._subject = self._context.subjects.session(grant.worker, self._connection.user, grant.session, "")
         try:
             self._context.adopt(self, self.num_envs)
         except MeshError:  # the mesh was closed meanwhile
@@ -251,7 +359,6 @@ class ResumableSession(RemoteSession):
             await self._back_out()
             self.grant = before
             return False
-        self._turn.seq = 0
         if len(recovery.journal):
             try:
                 await self._replay(recovery.journal)
@@ -277,6 +384,7 @@ class ResumableSession(RemoteSession):
         entry = Entry(grant.session, grant.epoch, 0, 1)
         deadline_s = grant.step_deadline_s + 2 * journal.seconds  # on a machine that is half as fast
         flight = self._flights.launch(grant.worker, entry, self._subject + "replay", packed, deadline_s)
+        flight.grace_s = self.grace_s
         try:
             check_reply(unpack(await flight.future), 1)
         except GONE_ERRORS as exc:
@@ -293,7 +401,8 @@ class ResumableSession(RemoteSession):
         entry = Entry(grant.session, grant.epoch, 0, turn.seq)
         subject = self._subject + turn.op
         self._flight = self._flights.launch(grant.worker, entry, subject, self._body, grant.step_deadline_s)
-        self._flight.on_fail = self._flight_failed
+        self._flight.on_fail, self._flight.grace_s = self._flight_failed, self.grace_s
+        self._waits = False
 
     async def _back_out(self) -> None:
         """What was granted is of no use."""

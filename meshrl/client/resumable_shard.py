@@ -18,7 +18,7 @@ import numpy as np
 
 from meshrl.client.recovery import NO_WORKER
 from meshrl.client.resumable import ResumableSession
-from meshrl.client.shard_recovery import ShardRecovery
+from meshrl.client.shard_recovery import ALL, ShardRecovery
 from meshrl.errors import SessionLost
 from meshrl.wire.batches import batching
 from meshrl.wire.codec import pack, unpack
@@ -55,6 +55,10 @@ class ResumableShard(ResumableSession):
         if self._cut is not None and op == "reset":
             body = pack(self._of_all(unpack(body)))
         super().launch(op, body)
+
+    def state_unsure(self) -> None:
+        """As of any session."""
+        self._recovery.journal.unsure(ALL, "reset")
 
     def _of_all(self, given: Frame) -> Frame:
         """A reset of some of them as one of all: a fresh session has no observations of those that are left out.

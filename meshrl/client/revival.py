@@ -118,7 +118,7 @@ class Revival:
         self._fresh: dict[int, Fresh] = {}  # those for which it has
         self._due: set[int] = set()  # of those that are beginning, the ones that were sent an action
         self._later: list[Waits] = []  # resets of lanes that are beginning
-        shard.told_by(self._leave, self._back, failed)
+        shard.told_by(self._leave, self._back, failed, self._arrived)
 
     def __repr__(self) -> str:
         return f"<Revival of {self._shard!r}: {len(self._left)} requests wait>"
@@ -131,6 +131,9 @@ class Revival:
         if self._shard.is_lost:
             self._keep(flight)
             self._shard.bring_back()
+            return True
+        if self._shard.holds_back:
+            self._keep(flight)
             return True
         if flight.op == "reset" and not self._beginning.isdisjoint(lanes):
             self._later.append(Waits("reset", flight.lanes, flight.fields_left(), -1))
@@ -194,10 +197,20 @@ class Revival:
 
     def _back(self, gone: SessionLost | None) -> None:
         """The shard is open again; with an error, it has begun with nothing."""
-        shard, pool = self._shard, self._pool
-        pool.began(shard, 1 if gone is None and len(shard.recovery.journal) else 0)
+        shard = self._shard
+        self._pool.began(shard, 1 if gone is None and len(shard.recovery.journal) else 0)
         if gone is not None:
             self._begin_anew(gone)
+        self._send_left()
+
+    def _arrived(self, seq: int | None) -> None:
+        """The shard has moved to another worker, where each lane has had so many requests, or (None) stays."""
+        if seq is not None:
+            self._pool.began(self._shard, seq)
+        self._send_left()
+
+    def _send_left(self) -> None:
+        shard, pool = self._shard, self._pool
         left, self._left = self._left, []
         for op, lanes, fields, at in left:
             if op == "begin":

@@ -23,6 +23,7 @@ from meshrl.errors import (
     TransportError,
     WrongEpoch,
 )
+from meshrl.protocol.doubt import GRACE_S
 from meshrl.protocol.turn import Begin, Phase, Turn
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, check_reply
@@ -48,9 +49,11 @@ class RemoteSession:
         closed: whether this client has closed it.
         told: the last answer to a reset or a step, as it arrived, where a loss may end its episode by it.
         given_up: whether its state is gone, so that the next reset begins with nothing.
+        grace_s: for how long its worker may be away before it counts as lost.
     """
 
     told = b""
+    grace_s = GRACE_S
     given_up = False
 
     def __init__(self, context: Context, grant: Grant, *, first_env_id: int = 0, num_envs: int = 1) -> None:
@@ -260,6 +263,9 @@ class RemoteSession:
         """
         if self._lost is None and not self.closed and not self._is_waiting():
             self._was_lost(self._lose_as(reason))
+
+    def worker_drains(self, seconds: float) -> None:
+        """Its worker leaves in so many seconds; it says so again and again. One that cannot move is told at the end."""
 
     def watched_by(self, waiting_for: Callable[[RemoteSession], bool], told: Callable[[MeshError], None]) -> None:
         """Where requests are not its own: say who sends them, whether some are under way, and who is told of its loss.

@@ -36,6 +36,7 @@ class ShardRecovery(Recovery):
         """A request of all of them was answered."""
         if op not in CHANGING:
             return
+        self.called = self.called or op == "call"
         proved = op in {"reset", "step"}
         digests, origins = proof_of(frame, len(self.journal.digests)) if proved else (self.journal.digests, [])
         if proved:
@@ -48,6 +49,12 @@ class ShardRecovery(Recovery):
         """These sub-environments have begun episodes."""
         if self.request.get("seeding") == "derived":
             self.places.update(origins)
+
+    def begins_anew(self, body: bytes) -> bool:
+        """The same, of all sub-environments."""
+        given = unpack(body)
+        seeds = given.get("seeds")
+        return self._may_begin_anew and "mask" not in given and bool(seeds) and None not in seeds
 
     @property
     def roots(self) -> Frame:

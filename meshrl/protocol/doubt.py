@@ -33,6 +33,8 @@ FROZEN_S = 10.0
 DISCONNECTED_S = 30.0
 # NATS says that nobody listens: a worker's connection may be coming back (it does within half a second).
 GRACE_S = 0.6
+# Of what goes on elsewhere where it is lost: a worker that does come back later has cost a replay, and nothing else.
+RESUMED_GRACE_S = 0.3
 # The same when this client itself was cut off a moment ago: the server may have restarted for everyone.
 GRACE_AFTER_RECONNECT_S = 5.0
 AGAIN_IN_GRACE_S = 0.1
@@ -66,12 +68,14 @@ class Doubt:
         "_started",
         "deadline_s",
         "disconnected_s",
+        "grace_s",
         "reason",
         "silence_s",
     )
 
-    def __init__(self, now: float, *, deadline_s: float, silence_s: float = FROZEN_S) -> None:
+    def __init__(self, now: float, *, deadline_s: float, silence_s: float = FROZEN_S, grace_s: float = GRACE_S) -> None:
         self.deadline_s = deadline_s
+        self.grace_s = grace_s
         self.silence_s = silence_s
         self.disconnected_s = max(DISCONNECTED_S, silence_s)
         self.reason = ""
@@ -144,7 +148,9 @@ class Doubt:
         self._probing = False
         self._nobody = True
         # A connection that is younger than the longer grace may have come back before the worker's did.
-        grace = GRACE_S if up_for - (now - self._alone_since) > GRACE_AFTER_RECONNECT_S else GRACE_AFTER_RECONNECT_S
+        grace = (
+            self.grace_s if up_for - (now - self._alone_since) > GRACE_AFTER_RECONNECT_S else GRACE_AFTER_RECONNECT_S
+        )
         if now - self._alone_since >= grace:
             return self._lost("worker_lost")
         self._due = now + AGAIN_IN_GRACE_S

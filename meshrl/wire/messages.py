@@ -354,6 +354,26 @@ class Probed(Message):
     states: list[Literal["unknown", "not_received", "running", "parked", "answered"]]
 
 
+class Drain(Message):
+    """Has a worker leave: its sessions move to others, and it ends when none is left or the time is over.
+
+    Attributes:
+        seconds: how long they have; a year at most.
+    """
+
+    seconds: Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)]
+
+
+class Drained(Message):
+    """The worker leaves.
+
+    Attributes:
+        sessions: how many it has still.
+    """
+
+    sessions: Count
+
+
 class Close(Message):
     """Ends a session, or the wish for one, of just this epoch."""
 

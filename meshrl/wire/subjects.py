@@ -86,7 +86,7 @@ class Subjects:
     # workers
 
     def worker(self, worker: str, op: str, user: str) -> str:
-        """``open``, ``probe``, ``renew`` or ``act`` at one worker."""
+        """``open``, ``probe``, ``renew``, ``act`` or ``drain`` at one worker."""
         return f"{self.prefix}worker.{worker}.{op}.{user}"
 
     def at_worker(self, worker: str, op: str) -> str:

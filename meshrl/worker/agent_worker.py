@@ -9,7 +9,7 @@ from typing import Any
 
 import gymnasium
 
-from meshrl.bus.connection import Connection
+from meshrl.bus.connection import Connection, Subscription
 from meshrl.bus.login import Credentials
 from meshrl.errors import AgentError, InvalidName, MalformedMessage, MeshError, NotAllowed
 from meshrl.wire import spaces
@@ -132,17 +132,22 @@ class AgentWorker(Service):
         hosted = HostedAgent(agent, name=open_.name, session=open_.session, worker=self.id, threads=self._threads)
         return hosted, description
 
+    def _is_idle(self) -> bool:
+        return super()._is_idle() and not any(map(len, self._policies.values()))
+
     def _stop(self) -> None:
         for policy in self._policies.values():
             policy.stop()
 
     # ---------------------------------------------------------------- stateless
 
-    async def _subscribe(self, connection: Connection) -> None:
+    async def _subscribe(self, connection: Connection) -> list[Subscription]:
+        shared = []
         for name, policy in self._policies.items():
-            handler = self._taking(policy)
-            await connection.subscribe(self.subjects.any_act(name, "*"), handler, queue="act", join=False)
+            subject, handler = self.subjects.any_act(name, "*"), self._taking(policy)
+            shared.append(await connection.subscribe(subject, handler, queue="act", join=False))
         await connection.subscribe(self.subjects.at_worker(self.id, "act"), self._on_directed)
+        return shared
 
     def _taking(self, policy: Acts) -> Callable[[str, str, bytes], None]:
         def deliver(_subject: str, reply: str, data: bytes) -> None:

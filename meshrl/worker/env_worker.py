@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium
 from gymnasium.vector import VectorEnv
 
-from meshrl.bus.connection import Connection
+from meshrl.bus.connection import Connection, Subscription
 from meshrl.bus.login import Credentials
 from meshrl.errors import EnvError, MeshError, UnknownName, UsageError
 from meshrl.protocol.names import near
@@ -172,11 +172,11 @@ class EnvWorker(Service):
         if self._children is not None:
             self._children.stop()
 
-    async def _subscribe(self, connection: Connection) -> None:
+    async def _subscribe(self, connection: Connection) -> list[Subscription]:
         # For clients that keep no directory; what is served on demand has to be asked for first, in the registry.
-        for name in self._factories:
-            subject = self.subjects.any_open(name, "*")
-            await connection.subscribe(subject, self._admission.on_open, queue="open", join=False)
+        on_open = self._admission.on_open
+        subjects = [self.subjects.any_open(name, "*") for name in self._factories]
+        return [await connection.subscribe(subject, on_open, queue="open", join=False) for subject in subjects]
 
     def _describe(self, name: str, factory: Factory) -> Description:
         """Make one env to see its spaces; on a thread, since constructors take their time.

@@ -260,11 +260,16 @@ class HostedVector:
         """Set an attribute or call a method of sub-environment ``i``, as it was asked for once."""
         body = deed.given
         if deed.op == "call":
+            self._called()
             return self._subs.asked(i, self._attributes.call_or_get, body)
         name = self._attributes.public(body)
         self._attributes.check_allowed("set", name)
         put = setattr if body.get("outermost") is True else self._attributes.set
         return self._subs.asked(i, put, name, body.get("value"))
+
+    def _called(self) -> None:
+        if self._subs.proof is not None:
+            self._subs.proof.called = True
 
     def _op_render(self, _body: Frame) -> Frame:
         self._subs.check_began("render", range(len(self._subs)))
@@ -272,6 +277,7 @@ class HostedVector:
 
     def _op_call(self, body: Frame) -> Frame:
         chosen = self._chosen(body)
+        self._called()
         return {"values": [self._subs.asked(i, self._attributes.call_or_get, body) for i in chosen]}
 
     def _op_get_attr(self, body: Frame) -> Frame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from meshrl.errors import MalformedMessage, MeshError, MessageTooLarge, UnencodableValue
 from meshrl.protocol.session import ANY_LANE, Key, Session, SessionTable, State
-from meshrl.wire.codec import pack
+from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, Indices, check_lanes, error_reply
 from meshrl.wire.messages import MAX_NUM_ENVS
 from meshrl.wire.parts import MAX_MESSAGE_BYTES
@@ -118,7 +119,16 @@ class Pooling:
     def _end_crashed(self, session: Session, lanes: Indices, op: str, exc: BaseException) -> None:
         """A sub-environment's exception ends the session; lanes that still run are answered when they finish."""
         assert session.lanes is not None, "a pool has lanes"
-        error = error_reply(self._execution.crashed(session.id, op, exc))
-        self._table.ending(session, "ended", last=(session.epoch, ANY_LANE, 0, pack(error)))
-        session.held.cancel()
+        error = self._ended_with(session) if isinstance(exc.__cause__, asyncio.CancelledError) else None
+        if error is None:
+            error = error_reply(self._execution.crashed(session.id, op, exc))
+            self._table.ending(session, "ended", last=(session.epoch, ANY_LANE, 0, pack(error)))
+            session.held.cancel()
         self._answer(session, lanes, error)
+
+    def _ended_with(self, session: Session) -> Frame | None:
+        """What ended a session, if an answer did: a lane that was cancelled for it has nothing else to say."""
+        if session.state is not State.ENDING:
+            return None
+        last = self._table.last_answer(session.key, session.epoch, ANY_LANE, 0)
+        return None if last is None else unpack(last)

@@ -24,6 +24,10 @@ from meshrl.worker.origins import outliving
 
 Flags = NDArray[np.bool_]
 
+# A journal begins anew at a reset without a seed only when it has so many steps: what outlives an env costs as much as
+# some steps of a fast one, and a replay of a hundred of those nothing to speak of.
+SHORT_STEPS = 100
+
 
 class Proof:
     """The digests and origins of one session's sub-environments.
@@ -34,6 +38,10 @@ class Proof:
         envs: local envs.
         batches: of their observations.
         seeding: theirs.
+
+    Attributes:
+        called: whether a method was called. Then no journal begins anew at a reset without a seed any more, and so no
+            digest may: who does it again, from farther back, could not know where.
     """
 
     def __init__(self, envs: Sequence[Any], batches: Batching, seeding: Seeding) -> None:
@@ -43,7 +51,10 @@ class Proof:
         if any(map(draws, envs)):
             kept = [None if one is None else one._replace(get=alone(one.get), put=alone(one.put)) for one in kept]
         self._kept = kept
+        self.called = False
         self._began: dict[int, Frame] = {}
+        self._steps = 0.0  # of all so far, on average
+        self._since = [0.0] * len(envs)  # which of them each journal begins with
 
     # ---------------------------------------------------------------- origins
 
@@ -52,10 +63,11 @@ class Proof:
         kept = self._kept[i]
         if seed is not None:
             origin: Frame = {"seed": seed}
-        elif kept is not None:
+        elif kept is not None and not self.called and self._steps - self._since[i] >= SHORT_STEPS:
             origin = {"state": kept.get()}
         else:
             return
+        self._since[i] = self._steps
         self._began[i] = {**origin, **self._seeding.place(i)}
 
     def begins_from(self, i: int, origin: Frame) -> int | None:
@@ -104,6 +116,7 @@ class Proof:
             numbers: by lane, of the episodes that have begun now.
         """
         taken = self._taken(lanes)
+        self._steps += 1.0 if lanes is None else len(lanes) / len(self._kept)
         if lanes is not None and numbers is not None:
             for row, origin in taken:
                 origin["number"] = int(numbers[lanes[row]])

@@ -28,6 +28,8 @@ from meshrl.wire.messages import (
     Advertisement,
     Ask,
     Description,
+    Drain,
+    Drained,
     Kind,
     Known,
     Probe,
@@ -81,6 +83,9 @@ class Beating(Protocol):
     def draining_s(self) -> float | None:
         """Seconds until a draining worker goes; None while it stays."""
         ...
+
+    def leave(self, seconds: float) -> None:
+        """Go within so many seconds."""
 
     def provide(self, name: str) -> Description | None:
         """Begin to serve ``name`` if that is possible on demand; may take as long as constructing it.
@@ -198,6 +203,7 @@ class Pulse:
             connection.on_reconnect.append(lambda: self._back(connection))
             await connection.subscribe(subjects.at_worker(worker.id, "probe"), self._answering(connection, self._probe))
             await connection.subscribe(subjects.at_worker(worker.id, "renew"), self._answering(connection, self._renew))
+            await connection.subscribe(subjects.at_worker(worker.id, "drain"), self._answering(connection, self._drain))
             await connection.subscribe(subjects.ask, lambda _s, reply, body: self._on_ask(connection, reply, body))
             self._service = await advertise_service(connection, worker.kind, worker.id, worker.descriptions)
             try:
@@ -378,6 +384,12 @@ class Pulse:
                 state = "parked"
             states.append(state)
         return Probed(states=states).to_wire()
+
+    def _drain(self, user: str, body: bytes) -> bytes:
+        drain = parse(Drain, body)
+        log.warning("worker %s: %s has it leave within %g s", self._worker.id, user, drain.seconds)
+        self._worker.leave(drain.seconds)
+        return Drained(sessions=len(self._worker.table)).to_wire()
 
     def _renew(self, user: str, body: bytes) -> bytes:
         table, now, lost = self._worker.table, time.monotonic(), []

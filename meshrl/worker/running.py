@@ -5,7 +5,8 @@ import contextlib
 import gc
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -44,15 +45,30 @@ def spare_what_stays() -> None:
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
-async def until_stopped(main: Coroutine[Any, Any, None]) -> None:
+@dataclass
+class Leaving:
+    """What the first SIGTERM does in place of an end at once.
+
+    Attributes:
+        begin: has ``main`` end by itself before long; None as long as there is nothing to leave.
+    """
+
+    begin: Callable[[], None] | None = None
+
+
+async def until_stopped(main: Coroutine[Any, Any, None], leaving: Leaving | None = None) -> None:
     """Run ``main`` until it ends, or until SIGTERM or Ctrl-C, which cancel it; then its ``finally`` blocks run.
 
-    Only the first signal counts: in a terminal, Ctrl-C often arrives twice (from it and from a program around this
+    Only the first of these counts: in a terminal, Ctrl-C often arrives twice (from it and from a program around this
     one), and what happens at the end is bounded in time anyway.
+
+    Args:
+        main: what to run.
+        leaving: what the first SIGTERM does instead; another, or Ctrl-C, cancels ``main`` then.
     """
     loop = asyncio.get_running_loop()
     task = loop.create_task(main)
-    stopped = False
+    stopped = left = False
 
     def stop() -> None:
         nonlocal stopped
@@ -60,10 +76,18 @@ async def until_stopped(main: Coroutine[Any, Any, None]) -> None:
             stopped = True
             task.cancel()
 
+    def terminate() -> None:
+        nonlocal left
+        if stopped or left or leaving is None or leaving.begin is None:
+            stop()
+        else:
+            left = True
+            leaving.begin()
+
     with contextlib.ExitStack() as handlers:
-        for name in (signal.SIGTERM, signal.SIGINT):
+        for name, handle in ((signal.SIGTERM, terminate), (signal.SIGINT, stop)):
             with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C alone, as KeyboardInterrupt
-                loop.add_signal_handler(name, stop)
+                loop.add_signal_handler(name, handle)
                 handlers.callback(loop.remove_signal_handler, name)
         try:
             await task

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from meshrl.bus.connect import dial
-from meshrl.bus.connection import Connection
+from meshrl.bus.connection import Connection, Subscription
 from meshrl.bus.locate import locate
 from meshrl.bus.login import Credentials
 from meshrl.errors import InvalidName, UsageError, WorkerCondemned, WorkerError
@@ -38,6 +38,8 @@ log = logging.getLogger("meshrl.worker")
 
 # What a condemned worker gives its other sessions to finish what they run; then its clients find them gone.
 CONDEMNED_S = 5.0
+# Between looks whether the last session of a worker that leaves has gone.
+LEFT_S = 0.02
 # What it has to end by itself after that: to say goodbye (3 s at most), and to close its envs (5 s at most).
 LAST_RESORT_S = 15.0
 
@@ -106,6 +108,8 @@ class Service(ABC):
         self._failure: BaseException | None = None
         self._last_resort = last_resort
         self._condemned = False
+        self._shared: list[Subscription] = []  # requests that others can answer as well
+        self._leaving: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         names = ", ".join(self._admission.served)
@@ -123,8 +127,9 @@ class Service(ABC):
     ) -> tuple[Held | HostedPool, Description]:
         """Make what an open asks for, on a thread; gives it with its own description."""
 
-    async def _subscribe(self, connection: Connection) -> None:  # noqa: B027  # not every kind has something
-        """Subscribe to what only this kind of worker answers."""
+    async def _subscribe(self, connection: Connection) -> list[Subscription]:  # noqa: ARG002  # as below
+        """Subscribe to what only this kind of worker answers; gives what one that leaves answers no more."""
+        return []
 
     def _stop(self) -> None:  # noqa: B027  # as above
         """Answer nothing of that any more."""
@@ -168,7 +173,7 @@ class Service(ABC):
             self._execution.cut = len(self.subjects.session_prefix(self.id))
             await connection.subscribe(self.subjects.at_worker(self.id, "open"), self._admission.on_open)
             await connection.subscribe(self.subjects.sessions(self.id), self._execution.on_session)
-            await self._subscribe(connection)
+            self._shared = await self._subscribe(connection)
             self._pulse = Pulse(self, url, self._credentials, self._pulse_died)
             await self._threads.call(self._pulse.start)
         except BaseException:
@@ -182,6 +187,8 @@ class Service(ABC):
 
     async def __aexit__(self, *_exc: object) -> None:
         """Say goodbye, close every env, disconnect. An env that hangs is left behind after 5 s."""
+        if self._leaving is not None:
+            self._leaving.cancel()
         self.drain(0.0)
         self.audit.stop()  # before the pulse, which has still to say it
         if self._pulse is not None:
@@ -215,10 +222,43 @@ class Service(ABC):
         """Make ``serve_forever`` return; from the worker's own event loop, a signal handler for instance."""
         self._stopped.set()
 
+    def leave(self, seconds: float) -> None:
+        """Go, within ``seconds``, without cutting anybody short (R11).
+
+        No new sessions are taken, clients are told and move to other workers, and ``serve_forever`` returns when nobody
+        is left, or the time is over. Called again, the new time counts. To be called on any thread.
+        """
+        self._admission.draining_until = time.monotonic() + seconds  # for the pulse, which says it to everybody
+        if self._pulse is not None:
+            self._pulse.nudge()
+        self._threads.back(self._leave, seconds)
+
+    def _leave(self, seconds: float) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+        self.drain(seconds)
+        self._leaving = asyncio.get_running_loop().create_task(self._until_left(seconds))
+
+    async def _until_left(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                for shared in self._shared:
+                    await shared.drain()
+                while not self._is_idle():  # noqa: ASYNC110  # for some seconds in a worker's life
+                    await asyncio.sleep(LEFT_S)
+        except TimeoutError:
+            log.warning("worker %s leaves; sessions that did not move: %d", self.id, len(self.table))
+        self.stop()
+
+    def _is_idle(self) -> bool:
+        """Whether nobody needs this worker any more."""
+        return not len(self.table)
+
     def drain(self, seconds: float) -> None:
         """Take no new sessions any more, and advertise at once that the worker goes in ``seconds``.
 
-        It goes when its ``async with`` is left, not by itself. To be called on the worker's own event loop.
+        It goes when its ``async with`` is left, not by itself: see :meth:`leave`. To be called on the worker's own
+        event loop.
         """
         self._admission.drain(time.monotonic() + seconds)
         if self._pulse is not None:

@@ -277,6 +277,7 @@ BUILT: dict[str, str] = {
     "open": SUBJECTS.worker("e1", "open", "anon"),
     "probe": SUBJECTS.worker("e1", "probe", "anon"),
     "renew": SUBJECTS.worker("e1", "renew", "anon"),
+    "drain": SUBJECTS.worker("e1", "drain", "anon"),
     "act_at_worker": SUBJECTS.worker("e1", "act", "anon"),
     "open_anywhere": SUBJECTS.any_open(NAME, "anon"),
     "act_anywhere": SUBJECTS.any_act(NAME, "anon"),
@@ -287,7 +288,7 @@ HEARD: dict[str, set[str]] = {
     SUBJECTS.advertisements: {"advertisement"},
     SUBJECTS.sessions("e1"): {name for name in BUILT if name.startswith("session_")},
     SUBJECTS.session_prefix("e1") + ">": {name for name in BUILT if name.startswith("session_")},
-    **{SUBJECTS.at_worker("e1", op): {op} for op in ("open", "probe", "renew")},
+    **{SUBJECTS.at_worker("e1", op): {op} for op in ("open", "probe", "renew", "drain")},
     SUBJECTS.at_worker("e1", "act"): {"act_at_worker"},
     SUBJECTS.prefix + ">": set(BUILT),
 }

@@ -198,6 +198,8 @@ class Fuzzer:
                 op = chance.choice([*OPS, "close"])
                 subject = SUBJECTS.session(either, user, "nobody", op)
                 return self._of("request of no session", subject, templates.anything(), [])
+            case 9 if chance.random() < 0.2:
+                return self._drain(SUBJECTS.worker(either, "drain", user))
             case 8 if chance.random() < 0.1:
                 live = chance.choice(self._live)
                 return self._of("close", self._session(live, "close"), *templates.control("Close"), live=live)
@@ -233,6 +235,15 @@ class Fuzzer:
     def _renewals(self) -> templates.Bodies:
         right = messages.Renew(sessions=[(live.id, 1) for live in self._live])
         return templates.Bodies([right.to_wire()], templates.control("Renew").hostile)
+
+    def _drain(self, subject: str) -> Sent:
+        """One that is wrong: of a right one the worker would leave."""
+        while True:
+            sent = self._of("drain", subject, *templates.control("Drain"))
+            try:
+                messages.parse(messages.Drain, sent.body)
+            except MeshError:
+                return sent
 
     def _session(self, live: Live, op: str) -> str:
         return SUBJECTS.session(live.worker, self._connection.user, live.id, op)

@@ -43,6 +43,8 @@ CONTROL: list[type[messages.Message]] = [
     messages.Renewed,
     messages.Probed,
     messages.Closed,
+    messages.Drain,
+    messages.Drained,
 ]
 BYTES_KEYS = Codec("bytes")
 MAX_PARTS_BYTES = 4096

@@ -37,6 +37,12 @@ class Workers:
             self.running[worker.wait_advertised()] = worker
         return new
 
+    async def drain(self, id_: str) -> int:
+        """Have it leave; gives its exit code when it has."""
+        worker = self.running.pop(id_)
+        worker.terminate()
+        return await asyncio.to_thread(worker.ended)
+
     async def kill(self, id_: str) -> None:
         await asyncio.to_thread(self.running.pop(id_).kill)
 

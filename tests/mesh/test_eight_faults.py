@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from meshrl import Mesh
+from meshrl import EnvWorker, Mesh
 from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.errors import (
@@ -30,13 +30,13 @@ from meshrl.errors import (
     from_wire,
 )
 from meshrl.wire.codec import pack, unpack
-from meshrl.wire.messages import Probe, Probed, parse
+from meshrl.wire.messages import Open, Probe, Probed, parse
 from meshrl.wire.subjects import Subjects
 from tests.chaos.proxy import Proxy
 from tests.freezing import frozen
 from tests.mesh.conftest import until
 from tests.mesh.everybody import NUM_ENVS, Everybody, everybody, served
-from tests.mesh.fault_envs import HANGS, RAISES, odd_info, odd_observation
+from tests.mesh.fault_envs import HANGS, RAISES, Hangs, odd_info, odd_observation
 from tests.mesh.patient_client import NUM_ENVS as PATIENT_ENVS
 from tests.mesh.patient_client import SLOTS as PATIENT_SLOTS
 from tests.mesh.worker_process import ROOT, WorkerProcess
@@ -277,6 +277,28 @@ async def test_4_a_step_that_hangs_is_given_up_its_slot_is_freed_and_others_are_
             await envs.close()
 
 
+async def test_4_a_lane_that_is_given_up_is_told_so_and_nothing_else(server: EmbeddedServer) -> None:
+    """The deadline's answer goes over another connection than that of its step, which is cancelled then."""
+    async with (
+        EnvWorker({"hangs": Hangs}, server.url, namespace="alone", step_deadline_s=0.5, reset_deadline_s=0.5) as worker,
+        connect(server.url) as raw,
+    ):
+        subjects, told = Subjects("alone"), []
+        open_ = Open(session="s1", name="hangs", form="pool", num_envs=2)
+        assert await raw.ask(subjects.worker(worker.id, "open", raw.user), open_.to_wire(), 5.0) is not None
+        both = {"epoch": 1, "lanes": np.arange(2)}
+        reset = pack({**both, "seqs": np.ones(2, np.int64)})
+        assert await raw.ask(subjects.session(worker.id, raw.user, "s1", "reset"), reset, 5.0) is not None
+        await raw.subscribe("told", lambda _subject, _reply, body: told.append(unpack(body)))
+        step = pack({**both, "seqs": np.full(2, 2), "actions": np.array([0, HANGS])})
+        raw.publish(subjects.session(worker.id, raw.user, "s1", "step"), step, "told")
+        await until(lambda: len(told) >= 3, "its answer, that of the deadline, and that of its cancelled step")
+        assert told[0]["lanes"].tolist() == [0]
+        for answer in told[1:]:
+            assert answer["lanes"].tolist() == [1]
+            assert answer["error"]["code"] == "deadline_exceeded"
+
+
 async def hangs(m: Mesh, form: str) -> asyncio.Task[Any]:
     """A session of two slots (or one, beside another that holds the second until then) whose step hangs."""
     if form == "env":
@@ -493,6 +515,23 @@ async def test_7_blocking_code_in_a_coroutine_env_costs_no_session_and_is_taken_
                 assert (await stepping)[0] == n
                 assert [(await step)[0] for step in waiting] == [n] * len(beside)
             assert (await elsewhere[0].step(0))[0] > 2 * 10
+
+
+async def test_7_in_a_process_of_its_own_it_holds_up_nobody_at_all(server: EmbeddedServer) -> None:
+    with faulty(server.url, namespace=BLOCKED + "-apart", slots=4, isolation="process"):
+        async with Mesh(server.url, namespace=BLOCKED + "-apart") as m:
+            blocking, env = await m.env("blocks"), await m.env("blocks")
+            envs = await m.vector("blocks", 2)
+            for session in (blocking, env, envs):
+                await session.reset()
+            stepping = asyncio.create_task(blocking.step(1500))
+            n = 0
+            while not stepping.done():
+                n += 1
+                assert (await env.step(0))[0] == n
+                assert (await envs.step([0, 0]))[0].tolist() == [n, n]
+            assert n > 20
+            assert (await stepping)[0] == 1
 
 
 @asynccontextmanager

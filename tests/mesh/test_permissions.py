@@ -68,6 +68,8 @@ MATRIX: list[tuple[str, str, Subject, set[Any]]] = [
     ("open at any worker", "publish", lambda u: AT.any_open("counter", u.me), CLIENTS),
     ("renew", "publish", lambda u: AT.worker("e1", "renew", u.me), CLIENTS),
     ("probe", "publish", lambda u: AT.worker("e1", "probe", u.me), {L, B, O}),
+    ("have a worker leave", "publish", lambda u: AT.worker("e1", "drain", u.me), {O}),
+    ("have it leave as another", "publish", lambda u: AT.worker("e1", "drain", u.ann), set()),
     ("act at any worker", "publish", lambda u: AT.any_act("random", u.me), CLIENTS),
     ("act at a worker", "publish", lambda u: AT.worker("a1", "act", u.me), CLIENTS),
     ("step its own session", "publish", lambda u: AT.session("e1", u.me, "s", "step"), CLIENTS),

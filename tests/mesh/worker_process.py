@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +40,7 @@ class WorkerProcess:
         names: what it serves, by name; factories as texts.
         kind: ``env`` or ``agent``.
         wait: wait until it is advertised; otherwise call :meth:`wait_advertised` later, so that several start at once.
+        drain_s: how long its sessions have, once it is terminated, to move to others.
         kwargs: the worker's own: ``slots``, ``capabilities``, ``allow``, ``allow_kwargs``, ``lease_s``, ...
 
     Attributes:
@@ -47,9 +49,17 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, url: str, names: Mapping[str, str] | None = None, *, kind: str = "env", wait: bool = True, **kwargs: Any
+        self,
+        url: str,
+        names: Mapping[str, str] | None = None,
+        *,
+        kind: str = "env",
+        wait: bool = True,
+        drain_s: float = 0.0,
+        **kwargs: Any,
     ) -> None:
-        told = json.dumps({"kind": kind, "names": dict(names or {}), "kwargs": {"url": url, **kwargs}})
+        given = {"kind": kind, "names": dict(names or {}), "kwargs": {"url": url, **kwargs}, "drain_s": drain_s}
+        told = json.dumps(given)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.mesh.worker_process", told],
             cwd=ROOT,
@@ -110,6 +120,10 @@ class WorkerProcess:
             self.kill()
             raise
 
+    def ended(self) -> int:
+        """Wait for its end; gives its exit code."""
+        return self._end()
+
     def _end(self) -> int:
         code = self._process.wait(STOP_S)
         for pipe in (self._process.stdin, self._process.stdout):
@@ -127,11 +141,12 @@ class WorkerProcess:
         self.stop()
 
 
-async def _serve(kind: str, names: dict[str, str], kwargs: dict[str, Any]) -> None:
+async def _serve(kind: str, names: dict[str, str], kwargs: dict[str, Any], drain_s: float) -> None:
     from meshrl import AgentWorker, EnvWorker
 
     async with (EnvWorker if kind == "env" else AgentWorker)(names, **kwargs) as worker:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
+        leave = partial(worker.leave, drain_s) if drain_s else worker.stop
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leave)
         os.write(1, f"{worker.id}\n".encode())
         await worker.serve_forever()
 

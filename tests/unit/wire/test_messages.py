@@ -18,6 +18,8 @@ from meshrl.wire.messages import (
     Close,
     Closed,
     Description,
+    Drain,
+    Drained,
     Full,
     Grant,
     Known,
@@ -67,6 +69,8 @@ ONE_OF_EACH: list[Message] = [
     Probed(states=["unknown", "not_received", "running", "parked", "answered"]),
     Close(epoch=2),
     Closed(existed=False),
+    Drain(seconds=2.5),
+    Drained(sessions=3),
     SessionState(session="s1", worker="w1", name="x", phase="running", episode=2, steps=3, total_steps=9, seed=0),
 ]
 MODELS = [value for value in vars(messages).values() if isinstance(value, type) and issubclass(value, Message)]
