@@ -66,7 +66,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "Renew": {"v": 1, "sessions": [["mutant", 1], ["mutant2", 3]]},
     "Probe": {"v": 1, "awaited": [["mutant", 1, 0, 2]]},
     "Ask": {"v": 1, "kind": "env"},
-    "Drain": {"v": 1, "seconds": 60.0},
     "Close": {"v": 1, "epoch": 1},
     "act": {"obs": ARRAY, "seed": 1, "deterministic": True, "env_id": 3, "step": 4},
     "env:reset": {**LANE, "seed": 7, "options": {"low": 0.1}},
@@ -90,6 +89,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "pool:replay": {**LANES, **_REPLAY},
     "pool:reset": {**_SECOND_LANES, "seeds": [7, None, 9], "options": {"low": 0.1}},
     "pool:step": {**_SECOND_LANES, "actions": whole_numbers(1, 0, 1)},
+    "Drain": {"seconds": 60.0},
 }
 LOAD = {"slots": 4, "free": 3, "waiting": 1, "draining": False}
 AD = {"kind": "env", "name": "n", "worker": "w", "slots": 1, "free": 1, "description": "d"}

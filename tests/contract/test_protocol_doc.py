@@ -40,7 +40,7 @@ def test_the_subjects_are_those_that_the_code_builds() -> None:
         at.advertisement("KIND", "NAME", "WORKER"),
         at.ask,
         at.audit("WORKER"),
-        *(at.worker("WORKER", op, "USER") for op in ("open", "renew", "probe", "act")),
+        *(at.worker("WORKER", op, "USER") for op in ("open", "renew", "probe", "drain", "act")),
         at.any_open("NAME", "USER"),
         at.any_act("NAME", "USER"),
         at.session("WORKER", "USER", "SESSION", "OP"),

@@ -10,6 +10,8 @@ import pytest
 
 from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
+from meshrl.cli.drain import ask
+from meshrl.client.context import context_of
 from meshrl.client.mesh import Mesh
 from meshrl.errors import MeshError
 from meshrl.wire import messages
@@ -80,6 +82,7 @@ async def _use_everything(server: EmbeddedServer) -> None:
         await _use_pools(mesh)
         await _use_shards_that_are_lost(mesh, envs)
         await _break_rules(server, envs)
+        assert await ask(context_of(mesh), envs.id, 1.0) == 0
 
 
 async def _use_a_session_that_is_lost(mesh: Mesh, worker: EnvWorker) -> None:

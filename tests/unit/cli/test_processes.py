@@ -134,7 +134,8 @@ import pathlib, sys
 if pathlib.Path(sys.argv[1]).exists():
     sys.exit("error: gone")
 pathlib.Path(sys.argv[1]).touch()
-print('''{ready_line("e1")}''')
+print('''{ready_line("e1")}''', flush=True)
+sys.exit(3)
 """
     told: list[str] = []
     process = process_of(once, told, str(tmp_path / "started"))
@@ -142,7 +143,7 @@ print('''{ready_line("e1")}''')
     with pytest.raises(WorkerError, match="served: gone; 5 starts in a row have failed, so all processes are ended"):
         await process.watch()
     assert [line.rpartition("again in ")[2] for line in told] == ["0.01 s", "0.02 s", "0.04 s", "0.08 s", "0.16 s"]
-    assert told[0].startswith("process 7 ended with exit code 0; ")
+    assert told[0].startswith("process 7 ended with exit code 3; ")
     assert told[1].startswith("process 7 ended with exit code 1 before it served: gone; ")
 
 

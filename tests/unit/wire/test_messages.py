@@ -158,6 +158,8 @@ BAD: list[tuple[type[Message], dict[str, Any]]] = [
     (Advertisement, {**AD.model_dump(), "description": "x" * 65}),
     (Renewed, {"lease_s": math.nan}),
     (Renewed, {"lease_s": -1.0}),
+    (Drain, {"seconds": math.nan}),
+    (Drain, {"seconds": math.inf}),
 ]
 
 
