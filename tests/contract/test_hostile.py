@@ -387,6 +387,8 @@ async def test_a_session_in_use_answers_noise_and_mutants_and_harms_no_other(
             session = f"noisy-{op}"
             open_ = messages.Open.model_validate({"session": session, "kind": kind, "name": name})
             await answer(connection, subjects.worker(worker.id, "open", user), [open_.to_wire()])
+            renew = messages.Renew(sessions=[(session, 1)])  # or the grant lapses in noise, which is no use of it
+            await answer(connection, subjects.worker(worker.id, "renew", user), [renew.to_wire()])
             # Noise first: a mutant may be an action that the env raises at, which ends the session.
             codes = set()
             for entry in corpus("hostile", "noise") + [e for e in MUTANTS if e["decoder"] == operation]:
