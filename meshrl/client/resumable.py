@@ -9,8 +9,9 @@ given up        -> recovering    at the next reset, which begins with nothing
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meshrl.client.flights import Entry
 from meshrl.client.moving import Moving
@@ -36,6 +37,8 @@ from meshrl.wire.messages import Grant
 if TYPE_CHECKING:
     from meshrl.client.context import Context
 
+log = logging.getLogger("meshrl.client")
+
 # What goes wrong at this client says nothing about the session.
 _OURS = (MeshUnreachable, BusClosed, SessionClosed)
 
@@ -60,6 +63,7 @@ class ResumableSession(RemoteSession):
         self._moving: Moving | None = None  # since its worker said that it leaves
         self._waits = False  # the request that was launched: nothing of it has been sent
         self._closing = False
+        self._resumed: dict[str, Any] | None = None  # what is told of it once what was under way has been sent again
 
     @property
     def recovery(self) -> Recovery:
@@ -315,6 +319,11 @@ class ResumableSession(RemoteSession):
         self._context.recovering.discard(self)
         if not task.cancelled():
             task.exception()  # who waits is told; when nobody does any more, there is nothing to log
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            resumed["under_way"] = self._is_waiting()
+            text = "session %(session)s was resumed at worker %(worker)s in %(seconds).2f s"
+            log.info(text, resumed, extra={"resumed": resumed})
 
     async def _recover(self) -> None:
         if self._moving is not None and (moving := self._moving.stop()) is not None:
@@ -325,7 +334,8 @@ class ResumableSession(RemoteSession):
         lacking = recovery.lacking(lost)
         if lacking:
             raise self._give_up(lost, lacking)
-        deadline = time.monotonic() + recovery.wait_s
+        began, anew = time.monotonic(), recovery.anew
+        deadline = began + recovery.wait_s
         if lost.details.get("reason") in GONE:
             self._context.registry.gone(self.grant.worker)  # until it says that it is there after all
         avoid: set[str] = set()  # those that had the chance
@@ -333,6 +343,15 @@ class ResumableSession(RemoteSession):
             if time.monotonic() >= deadline:
                 raise self._give_up(lost, NO_WORKER, f"nobody could take it within {recovery.wait_s:g} s")
         self._lost = None
+        if not anew:
+            self._resumed = {
+                "session": self.grant.session,
+                "lost_worker": lost.details.get("worker"),
+                "reason": lost.details.get("reason"),
+                "worker": self.grant.worker,
+                "replayed": len(recovery.journal),
+                "seconds": time.monotonic() - began,
+            }
         if self._turn.phase is not Phase.FREE:
             self._send_again()
 
@@ -364,6 +383,9 @@ class ResumableSession(RemoteSession):
                 await self._replay(recovery.journal)
             except SessionLost as exc:
                 avoid.add(grant.worker)
+                told = {"session": grant.session, "worker": grant.worker, "reason": exc.details.get("reason")}
+                text = "session %(session)s: its replay at worker %(worker)s was lost (%(reason)s)"
+                log.info(text, told, extra={"replay_lost": told})
                 if exc.details.get("reason") in GONE:
                     self._release()
                 else:
