@@ -13,7 +13,7 @@ A *link* is one connection through the proxy. Its two directions are told apart:
     word            what becomes of bytes in that direction                 afterwards
     flow            they go on, each ``delay_s`` after it came              (as at first)
     hold            they are kept                                           ``flow`` sends them on, nothing is missing
-    lose            they are thrown away                                    something is missing: cut it
+    lose            they are thrown away, and :meth:`Link.lost` has them    something is missing: cut it
 
 ``cut`` resets a link at both ends. Of new connections, ``accepting`` says what becomes: they are linked, refused (taken
 and reset at once) or left in the dark (taken, and nothing ever said).
@@ -40,6 +40,8 @@ START_S = 10.0
 GREETING_BYTES = 4096
 # More than this, held or delayed in one direction, is read no further: the sender meets the window of a slow network.
 MAX_HELD_BYTES = 16 * 1024 * 1024
+# Of what was thrown away in one direction, so much can be looked at afterwards.
+MAX_LOST_BYTES = 1024 * 1024
 
 
 class Direction(Enum):
@@ -72,6 +74,7 @@ class _Flow:
         self.holding = False
         self.losing = False
         self.passed_bytes = 0
+        self.lost = b""
         self._queue: deque[tuple[float, bytes]] = deque()
         self._queued_bytes = 0
         self._full = False  # the sink's own buffer is
@@ -80,6 +83,7 @@ class _Flow:
 
     def came(self, data: bytes) -> None:
         if self.losing:
+            self.lost = (self.lost + data)[:MAX_LOST_BYTES]
             return
         self._queue.append((self._loop.time() + self.delay_s, data))
         self._queued_bytes += len(data)
@@ -114,6 +118,12 @@ class _Flow:
                 self.source.pause_reading()
             else:
                 self.source.resume_reading()
+
+    def lose(self) -> None:
+        """Throw away what is kept, and what comes."""
+        self.losing = True
+        self.lost = b"".join((self.lost, *(data for _, data in self._queue)))[:MAX_LOST_BYTES]
+        self.forget()
 
     def forget(self) -> None:
         """Throw away what is kept."""
@@ -205,6 +215,10 @@ class Link:
         """How many bytes went on in that direction."""
         return self._flows[way].passed_bytes
 
+    def lost(self, way: Direction) -> bytes:
+        """What :meth:`lose` has thrown away in that direction, up to 1 MiB of it."""
+        return self._flows[way].lost
+
     # ---------------------------------------------------------------- told by tests, from any thread
 
     def flow(self, *ways: Direction, delay_s: float | None = None) -> None:
@@ -234,8 +248,7 @@ class Link:
 
         def do() -> None:
             for way in ways or BOTH:
-                self._flows[way].losing = True
-                self._flows[way].forget()
+                self._flows[way].lose()
 
         self._proxy.do(do)
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.chaos.proxy import BOTH, DOWN, Accepting, Direction, Proxy
+from tests.chaos.proxy import BOTH, DOWN, UP, Accepting, Direction, Proxy
 from tests.mesh.conftest import until
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -103,6 +103,7 @@ async def test_what_is_lost_never_comes_and_neither_end_hears_of_it(way: Directi
             assert echo.open == 2
         assert not reader.at_eof()
         assert (b"abc" in echo.heard) is (way is DOWN)
+        assert {each: link.lost(each) for each in BOTH} == {UP: b"", DOWN: b"", way: b"abc"}
         link.cut()
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await reader.readexactly(1)
