@@ -11,6 +11,7 @@ HANG, EXIT    its user was told so (and so on)
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import TypeVar
 
 from meshrl import Mesh
 from meshrl.bus.embedded import EmbeddedServer
+from meshrl.client.flights import Flight
 from tests.chaos.fleet import LEASE_S, Fleet
 from tests.chaos.learners import Learner
 from tests.chaos.proxy import DOWN, Link, Proxy
@@ -25,6 +27,7 @@ from tests.chaos.resumes import Resumes
 from tests.chaos.saboteurs import sabotage
 from tests.chaos.schedule import Fault, Kind
 
+log = logging.getLogger("tests.chaos")
 T = TypeVar("T")
 
 # Before a worker is killed or stopped, so many are awake: all of them away at once shows nothing more.
@@ -79,6 +82,7 @@ class Faults:
         """One of the schedule, from its pause to its end."""
         await asyncio.sleep(fault.pause_s)
         self.tried[fault.kind] += 1
+        log.info("%s begins", fault)
         match fault.kind:
             case Kind.KILL:
                 took = await self._kill(fault)
@@ -98,6 +102,7 @@ class Faults:
                 await sabotage(self._saboteurs, fault.kind)
                 took = 1
         self.counted[fault.kind] += took
+        log.info("%s: counts %d", fault.kind.value, took)
 
     # ---------------------------------------------------------------- workers
 
@@ -140,7 +145,8 @@ class Faults:
 
     async def _lose(self, fault: Fault) -> int:
         """Throw away what a learner is told, until an answer to a step is among it; then its connection is cut."""
-        learner = _pick([one for one in self._learners if one.stepping], fault)
+        awake = self._fleet.awake
+        learner = _pick([one for one in self._learners if any(step.worker in awake for step in _steps(one))], fault)
         links = [] if learner is None else learner.proxy.links("meshrl client")
         if learner is None or not links:
             return 0
@@ -185,9 +191,13 @@ def _pick(some: Sequence[T], fault: Fault) -> T | None:
     return some[int(fault.draw * len(some))] if some else None
 
 
+def _steps(learner: Learner) -> list[Flight]:
+    return [flight for flight in learner.flights() if flight.subject.endswith(".step")]
+
+
 def _lost_answers(link: Link, learner: Learner) -> set[int]:
     """Of the learner's steps that are under way still, those whose answers were thrown away."""
-    awaited = {flight.rid for flight in learner.flights() if flight.subject.endswith(".step")}
+    awaited = {flight.rid for flight in _steps(learner)}
     lost = link.lost(DOWN)
     answers = ((int(found[1]), lost[found.end() : found.end() + int(found[2])]) for found in _ANSWER.finditer(lost))
     return awaited & {rid for rid, body in answers if _REWARD in body}

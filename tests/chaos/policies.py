@@ -61,7 +61,7 @@ def _land(obs: Any) -> int:
 
 # Of each env its rule, how often an action is drawn in place of it, and how many actions there are.
 _RULES: dict[str, tuple[Rule, float, int]] = {
-    CARTPOLE: (_balance, 0.2, 2),
+    CARTPOLE: (_balance, 0.3, 2),
     FROZENLAKE: (_nowhere, 1.0, 4),
-    LUNARLANDER: (_land, 0.1, 4),
+    LUNARLANDER: (_land, 0.2, 4),
 }

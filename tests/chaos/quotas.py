@@ -14,14 +14,16 @@ class Quotas:
 
     Attributes:
         episodes: that learners finish, all of them together.
-        episodes_each: that each of them finishes at the least.
+        episodes_of_each: of each env, at the least.
+        episodes_by_each: that each learner finishes at the least.
         resumed: sessions that were resumed while a step was in flight.
         faults: of each kind.
         limit_s: a run that takes longer has failed.
     """
 
     episodes: int
-    episodes_each: int
+    episodes_of_each: int
+    episodes_by_each: int
     resumed: int
     faults: MappingProxyType[Kind, int]
     limit_s: float
@@ -29,7 +31,8 @@ class Quotas:
 
 LONG = Quotas(
     episodes=1000,
-    episodes_each=25,
+    episodes_of_each=250,
+    episodes_by_each=20,
     resumed=200,
     faults=MappingProxyType(
         {
@@ -51,7 +54,8 @@ LONG = Quotas(
 )
 SHORT = Quotas(
     episodes=60,
-    episodes_each=1,
+    episodes_of_each=5,
+    episodes_by_each=1,
     resumed=12,
     faults=MappingProxyType(
         {

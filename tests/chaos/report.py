@@ -53,10 +53,14 @@ class Report:
     def rows(self) -> list[tuple[str, int, int]]:
         """What, how often, and how often it is to be at the least."""
         quotas = self.quotas
+        of_each: Counter[str] = Counter()
+        for learner in self.learners:
+            of_each[learner.name] += learner.expected.episodes
         fewest = min(learner.expected.episodes for learner in self.learners)
         return [
             ("episodes", self.episodes, quotas.episodes),
-            ("episodes of the learner that has fewest", fewest, quotas.episodes_each),
+            *((f"episodes of {name}", count, quotas.episodes_of_each) for name, count in of_each.items()),
+            ("episodes of the learner that has fewest", fewest, quotas.episodes_by_each),
             ("sessions resumed while a step was in flight", self.resumes.in_flight, quotas.resumed),
             *((kind.value, self.counted[kind], quotas.faults[kind]) for kind in Kind),
         ]
