@@ -55,7 +55,7 @@ TRACKS = {
     "kills": Track((Kind.KILL, Kind.REPLAY_KILL), (2.0, 6.0)),
     "freezes": Track((Kind.FREEZE,), (2.0, 6.0)),
     "network": Track((Kind.LOSE, Kind.CUT, Kind.DELAY, Kind.HOLD, Kind.RESTART), (0.5, 3.0)),
-    "saboteurs": Track((Kind.HANG, Kind.EXIT, Kind.SEGFAULT, Kind.RAISE), (2.0, 8.0)),
+    "saboteurs": Track((Kind.HANG, Kind.EXIT, Kind.SEGFAULT, Kind.RAISE), (1.0, 6.0)),
 }
 # How long a fault lasts, from and to, in seconds; of a freeze beyond the lease. What is not here is over at once.
 # Some of those who stand still are given up meanwhile, and some are not.
