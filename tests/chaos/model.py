@@ -4,10 +4,10 @@ A difference of one bit ends the learner. What came in place of what was due say
 
     came                                                                  kind
     what was told of the same sub-environment the time before             repeated
-    what another sub-environment of the run tells now, or told before     misattributed
     what comes of the same actions, one of them executed twice            repeated
     what comes of the same actions without one of them                    lost
     the end of an episode by the loss of its session                      lost
+    what another sub-environment of the run tells now, or told before     misattributed
     anything else                                                         other
 """
 
@@ -171,16 +171,14 @@ class Twin:
         """Which promise it breaks that this came."""
         if came == self.before:
             return Broken.REPEATED
-        same = [other for other in others if other is not self and other.asked]
-        if any(came in (other.due(), other.before) for other in same):
-            return Broken.MISATTRIBUTED
         asked = self.asked
         for at in range(len(asked) - 1, max(0, len(asked) - 1 - LOOKED_BACK), -1):
             if came == self.after([*asked[:at], asked[at], *asked[at:]]):
                 return Broken.REPEATED
             if came == self.after([*asked[:at], *asked[at + 1 :]]):
                 return Broken.LOST
-        return Broken.OTHER
+        told = {row for other in others if other is not self and other.asked for row in (other.due(), other.before)}
+        return Broken.MISATTRIBUTED if came in told else Broken.OTHER
 
 
 class Expected:
