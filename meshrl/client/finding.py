@@ -54,6 +54,7 @@ class Finding:
         self._where = dict(where or {})
         self._request = request
         self._deadline = time.monotonic() + wait
+        self._is_known = False  # it was served before, and is waited for as long as its user said
 
     async def served(self) -> list[Entry]:
         """Who serves the name and could take the session; waits until somebody does.
@@ -76,7 +77,8 @@ class Finding:
                 raise refusal
             known = registry.directory.names(self._kind)
             heard_of = max(began, registry.making(self._asked))
-            if now >= self._deadline or (name is None and known and now - heard_of > UNKNOWN_S):
+            unheard_of = name is None and known and now - heard_of > UNKNOWN_S and not self._is_known
+            if now >= self._deadline or unheard_of:
                 raise self._unknown(name, known)
             if now - asked_at >= ASK_AGAIN_S:
                 asked_at = now

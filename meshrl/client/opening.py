@@ -91,6 +91,7 @@ class Opening(Finding):
         self._divisible = divisible
         self._session = session or secrets.token_hex(8)
         self._epoch = epoch
+        self._is_known = epoch > 1
         self._avoid = frozenset(avoid)
         self._workers: set[str] = set()  # asked so far; those that do not serve in the end are told so
         self._bounces: Counter[str] = Counter()
