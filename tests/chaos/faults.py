@@ -197,10 +197,13 @@ def _steps(learner: Learner) -> list[Flight]:
 
 def _lost_answers(link: Link, learner: Learner) -> set[int]:
     """Of the learner's steps that are under way still, those whose answers were thrown away."""
-    awaited = {flight.rid for flight in _steps(learner)}
-    lost = link.lost(DOWN)
-    answers = ((int(found[1]), lost[found.end() : found.end() + int(found[2])]) for found in _ANSWER.finditer(lost))
-    return awaited & {rid for rid, body in answers if _REWARD in body}
+    return executed(link.lost(DOWN)) & {flight.rid for flight in _steps(learner)}
+
+
+def executed(said: bytes) -> set[int]:
+    """The requests that were steps and were executed, by the answers in what a server said."""
+    answers = ((int(found[1]), said[found.end() : found.end() + int(found[2])]) for found in _ANSWER.finditer(said))
+    return {rid for rid, body in answers if _REWARD in body}
 
 
 async def _soon(look: Callable[[], T | None], seconds: float) -> T | None:
