@@ -1,11 +1,13 @@
 """Faults: carries out what the schedule says, and counts what took effect; what did not comes again.
 
-kind          counts if
-KILL          the worker held sessions of learners
-REPLAY_KILL   a journal was being done again there, and the client says that this was lost
-FREEZE        it lived before and after
-LOSE          an answer to a step was thrown away: it had been executed (each answer counts)
-HANG, EXIT    its user was told so (and so on)
+Which of them count:
+
+    KILL          the worker held sessions of learners
+    REPLAY_KILL   a journal was being done again there, and the client says that this was lost
+    KILL_ALL      all that were awake are gone, three at the least
+    FREEZE        it lived before and after
+    LOSE          an answer to a step was thrown away: it had been executed (each answer counts)
+    HANG, EXIT    its user was told so (and so on)
 """
 
 from __future__ import annotations
@@ -88,6 +90,8 @@ class Faults:
                 took = await self._kill(fault)
             case Kind.REPLAY_KILL:
                 took = await self._kill_in_replay(fault)
+            case Kind.KILL_ALL:
+                took = await self._kill_all()
             case Kind.FREEZE:
                 took = await self._freeze(fault)
             case Kind.LOSE:
@@ -128,6 +132,10 @@ class Faults:
         if not self._fleet.kill(worker):
             return 0
         return bool(await _soon(lambda: (session, worker) in self._resumes.replays_lost or None, LOST_S))
+
+    async def _kill_all(self) -> int:
+        await self._fleet.enough(AWAKE)
+        return sum([self._fleet.kill(id_) for id_ in list(self._fleet.awake)]) >= AWAKE
 
     def _replaying(self) -> tuple[str, str] | None:
         """A worker that is awake and does a journal again, and of which session."""

@@ -38,6 +38,7 @@ LONG = Quotas(
         {
             Kind.KILL: 30,
             Kind.REPLAY_KILL: 10,
+            Kind.KILL_ALL: 2,
             Kind.FREEZE: 20,
             Kind.LOSE: 50,
             Kind.CUT: 20,
@@ -61,6 +62,7 @@ SHORT = Quotas(
         {
             Kind.KILL: 2,
             Kind.REPLAY_KILL: 1,
+            Kind.KILL_ALL: 1,
             Kind.FREEZE: 2,
             Kind.LOSE: 4,
             Kind.CUT: 2,
