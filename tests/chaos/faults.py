@@ -38,6 +38,8 @@ DELAY_S = 0.1
 # How long is waited for what makes a fault count.
 ANSWER_S = 1.0
 REPLAY_S = 8.0
+# Of a journal that is long enough to be met by a kill while it is done again: some fifty steps.
+LONG_BYTES = 2000
 LOST_S = 10.0
 LOOK_S = 0.002
 # An answer to a request as nats-server sends it; what tells of nobody listening has a header, and is another message.
@@ -138,10 +140,11 @@ class Faults:
         return sum([self._fleet.kill(id_) for id_ in list(self._fleet.awake)]) >= AWAKE
 
     def _replaying(self) -> tuple[str, str] | None:
-        """A worker that is awake and does a journal again, and of which session."""
+        """A worker that is awake and does a long journal again, and of which session."""
         for learner in self._learners:
             for flight in learner.flights():
-                if flight.subject.endswith(".replay") and flight.worker in self._fleet.awake:
+                long = flight.subject.endswith(".replay") and len(flight.body) > LONG_BYTES
+                if long and flight.worker in self._fleet.awake:
                     return flight.worker, flight.entry.session
         return None
 
