@@ -27,32 +27,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from types import TracebackType
 from typing import Self, TypeVar
+
+from tests.chaos.flow import BOTH, DOWN, UP, Direction, Flow
+
+__all__ = ["BOTH", "DOWN", "UP", "Accepting", "Direction", "Link", "Proxy"]
 
 T = TypeVar("T")
 
 START_S = 10.0
 # Of what a client says first: its name is in it, as nats-server's monitoring shows it.
 GREETING_BYTES = 4096
-# More than this, held or delayed in one direction, is read no further: the sender meets the window of a slow network.
-MAX_HELD_BYTES = 16 * 1024 * 1024
-# Of what was thrown away in one direction, so much can be looked at afterwards.
-MAX_LOST_BYTES = 1024 * 1024
-
-
-class Direction(Enum):
-    """Of bytes on a link."""
-
-    UP = "up"
-    DOWN = "down"
-
-
-UP, DOWN = Direction.UP, Direction.DOWN
-BOTH = (UP, DOWN)
 
 
 class Accepting(Enum):
@@ -63,91 +51,10 @@ class Accepting(Enum):
     DARK = "dark"
 
 
-class _Flow:
-    """One direction of a link: a queue of what came, with the moment at which each piece is to go on."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.source: asyncio.Transport | None = None
-        self.sink: asyncio.Transport | None = None
-        self.delay_s = 0.0
-        self.holding = False
-        self.losing = False
-        self.passed_bytes = 0
-        self.lost = b""
-        self._queue: deque[tuple[float, bytes]] = deque()
-        self._queued_bytes = 0
-        self._full = False  # the sink's own buffer is
-        self._timer: asyncio.TimerHandle | None = None
-        self._ended = False
-
-    def came(self, data: bytes) -> None:
-        if self.losing:
-            self.lost = (self.lost + data)[:MAX_LOST_BYTES]
-            return
-        self._queue.append((self._loop.time() + self.delay_s, data))
-        self._queued_bytes += len(data)
-        self.go_on()
-
-    def go_on(self) -> None:
-        """Send what is due."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        sink = self.sink
-        if sink is not None and not self.holding and not sink.is_closing():
-            while self._queue and self._queue[0][0] <= self._loop.time():
-                _, data = self._queue.popleft()
-                self._queued_bytes -= len(data)
-                self.passed_bytes += len(data)
-                sink.write(data)
-            if self._queue:
-                self._timer = self._loop.call_at(self._queue[0][0], self.go_on)
-            elif self._ended:
-                sink.close()
-        self._throttle()
-
-    def full(self, full: bool) -> None:
-        """The sink takes nothing for a while, or does so again."""
-        self._full = full
-        self._throttle()
-
-    def _throttle(self) -> None:
-        if self.source is not None and not self.source.is_closing():
-            if self._full or self._queued_bytes > MAX_HELD_BYTES:
-                self.source.pause_reading()
-            else:
-                self.source.resume_reading()
-
-    def lose(self) -> None:
-        """Throw away what is kept, and what comes."""
-        self.losing = True
-        self.lost = b"".join((self.lost, *(data for _, data in self._queue)))[:MAX_LOST_BYTES]
-        self.forget()
-
-    def forget(self) -> None:
-        """Throw away what is kept."""
-        self._queue.clear()
-        self._queued_bytes = 0
-        self._throttle()
-
-    def end(self) -> None:
-        """Its source says no more: the sink is closed after what is kept, or hears nothing of it where that is lost."""
-        self._ended = True
-        if not self.losing:
-            self.go_on()
-
-    def close(self) -> None:
-        self.forget()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
 class _End(asyncio.Protocol):
     """One end of a link: what comes here flows to the other, and what comes there flows back."""
 
-    def __init__(self, link: Link, flow: _Flow, back: _Flow) -> None:
+    def __init__(self, link: Link, flow: Flow, back: Flow) -> None:
         self._link = link
         self._flow = flow
         self._back = back
@@ -192,7 +99,7 @@ class Link:
         self.number = number
         self.at = at
         self._proxy = proxy
-        self._flows = {way: _Flow(proxy.loop) for way in BOTH}
+        self._flows = {way: Flow(proxy.loop) for way in BOTH}
         self._transports: list[asyncio.Transport] = []
         self._greeting = b""
         self._gone = False
@@ -263,7 +170,7 @@ class Link:
         if self._gone:
             transport.abort()
 
-    def heard(self, flow: _Flow, data: bytes) -> None:
+    def heard(self, flow: Flow, data: bytes) -> None:
         if flow is self._flows[UP] and len(self._greeting) < GREETING_BYTES:
             self._greeting += data[:GREETING_BYTES]
         flow.came(data)
