@@ -100,7 +100,8 @@ class Moving:
             raise exc
 
     async def _move(self, *, anew: bool) -> None:
-        session, avoid = self._session, {self._session.grant.worker, *self._unfit}
+        session, here = self._session, self._session.grant.worker
+        avoid = {here, *self._unfit}
         moved = False
         while not moved and (grant := await self._granted(avoid)) is not None:
             avoid.add(grant.worker)
@@ -108,6 +109,11 @@ class Moving:
             if not anew and session.journal_lacks:
                 break
         self.holds_back = False
+        if moved:
+            told = {"session": session.grant.session, "worker": session.grant.worker, "left": here}
+            log.info(
+                "session %(session)s moved to worker %(worker)s, since %(left)s leaves", told, extra={"moved": told}
+            )
         session.moved(away=moved)
 
     async def _granted(self, avoid: set[str]) -> Grant | None:

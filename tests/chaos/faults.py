@@ -5,6 +5,7 @@ Which of them count:
     KILL          the worker held sessions of learners
     REPLAY_KILL   a journal was being done again there, and the client says that this was lost
     KILL_ALL      all that were awake are gone, three at the least
+    LEAVE         it held sessions of learners, and ended as it should
     FREEZE        it lived before and after
     LOSE          an answer to a step was thrown away: it had been executed (each answer counts)
     HANG, EXIT    its user was told so (and so on)
@@ -94,6 +95,8 @@ class Faults:
                 took = await self._kill_in_replay(fault)
             case Kind.KILL_ALL:
                 took = await self._kill_all()
+            case Kind.LEAVE:
+                took = await self._leave(fault)
             case Kind.FREEZE:
                 took = await self._freeze(fault)
             case Kind.LOSE:
@@ -147,6 +150,10 @@ class Faults:
                 if long and flight.worker in self._fleet.awake:
                     return flight.worker, flight.entry.session
         return None
+
+    async def _leave(self, fault: Fault) -> int:
+        victim = await self._victim(fault)
+        return 0 if victim is None else await self._fleet.leave(victim)
 
     async def _freeze(self, fault: Fault) -> int:
         victim = await self._victim(fault)

@@ -19,7 +19,9 @@ SLOTS = 24
 DANGEROUS = "dangerous"
 ISOLATED = {"isolated": True}
 SERVED = {**{name: name for name in NAMES}, DANGEROUS: "tests.mesh.dangerous_envs:Dangerous"}
-COMMON: dict[str, Any] = {"slots": SLOTS, "lease_s": LEASE_S, "step_deadline_s": STEP_DEADLINE_S}
+# What a worker's sessions have to move, once it is told to leave.
+DRAIN_S = 6.0
+COMMON: dict[str, Any] = {"drain_s": DRAIN_S, "slots": SLOTS, "lease_s": LEASE_S, "step_deadline_s": STEP_DEADLINE_S}
 THREADS: dict[str, Any] = COMMON
 PROCESSES: dict[str, Any] = {**COMMON, "isolation": "process", "capabilities": ISOLATED}
 # By place: who takes the place of a worker that was killed is like it.
@@ -85,6 +87,16 @@ class Fleet:
         os.kill(worker.pid, signal.SIGKILL)
         self._starting.create_task(self._replace(id_, worker))
         return True
+
+    async def leave(self, id_: str) -> bool:
+        """Have one leave, and start another when it has; whether it did."""
+        worker = self.awake.pop(id_, None)
+        if worker is None:
+            return False
+        worker.terminate()
+        code = await asyncio.to_thread(worker.ended)
+        self._starting.create_task(self._replace(id_, worker))
+        return code == 0
 
     async def _replace(self, id_: str, worker: WorkerProcess) -> None:
         await asyncio.to_thread(worker.kill)  # returns when it is gone

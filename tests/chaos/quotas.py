@@ -17,6 +17,7 @@ class Quotas:
         episodes_of_each: of each env, at the least.
         episodes_by_each: that each learner finishes at the least.
         resumed: sessions that were resumed while a step was in flight.
+        moved: sessions that went to another worker before their own left.
         faults: of each kind.
         limit_s: a run that takes longer has failed.
     """
@@ -25,6 +26,7 @@ class Quotas:
     episodes_of_each: int
     episodes_by_each: int
     resumed: int
+    moved: int
     faults: MappingProxyType[Kind, int]
     limit_s: float
 
@@ -34,11 +36,13 @@ LONG = Quotas(
     episodes_of_each=250,
     episodes_by_each=20,
     resumed=200,
+    moved=40,
     faults=MappingProxyType(
         {
             Kind.KILL: 30,
             Kind.REPLAY_KILL: 10,
             Kind.KILL_ALL: 2,
+            Kind.LEAVE: 20,
             Kind.FREEZE: 20,
             Kind.LOSE: 50,
             Kind.CUT: 20,
@@ -58,11 +62,13 @@ SHORT = Quotas(
     episodes_of_each=5,
     episodes_by_each=1,
     resumed=12,
+    moved=2,
     faults=MappingProxyType(
         {
             Kind.KILL: 2,
             Kind.REPLAY_KILL: 1,
             Kind.KILL_ALL: 1,
+            Kind.LEAVE: 2,
             Kind.FREEZE: 2,
             Kind.LOSE: 4,
             Kind.CUT: 2,

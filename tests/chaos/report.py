@@ -62,6 +62,7 @@ class Report:
             *((f"episodes of {name}", count, quotas.episodes_of_each) for name, count in of_each.items()),
             ("episodes of the learner that has fewest", fewest, quotas.episodes_by_each),
             ("sessions resumed while a step was in flight", self.resumes.in_flight, quotas.resumed),
+            ("sessions moved before their worker left", self.resumes.moved, quotas.moved),
             *((kind.value, self.counted[kind], quotas.faults[kind]) for kind in Kind),
         ]
 

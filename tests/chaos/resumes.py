@@ -19,6 +19,7 @@ class Resumes(logging.Handler):
     Attributes:
         in_flight: sessions that were resumed while a step was under way.
         idle: that were resumed otherwise.
+        moved: that went to another worker before their own left.
         replays_lost: whose journal was being done again when the worker was lost, with that worker.
         seconds: that each resume took.
         reasons: why each session was lost.
@@ -28,6 +29,7 @@ class Resumes(logging.Handler):
         super().__init__(logging.INFO)
         self.in_flight = 0
         self.idle = 0
+        self.moved = 0
         self.replays_lost: set[tuple[str, str]] = set()
         self.seconds: list[float] = []
         self.reasons: dict[str, int] = {}
@@ -39,6 +41,8 @@ class Resumes(logging.Handler):
         lost: dict[str, Any] | None = getattr(record, "replay_lost", None)
         if lost is not None:
             self.replays_lost.add((lost["session"], lost["worker"]))
+        if hasattr(record, "moved"):
+            self.moved += 1
         if resumed is None:
             return
         self.seconds.append(resumed["seconds"])

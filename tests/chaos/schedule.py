@@ -4,6 +4,7 @@ Faults of one track come one after another, and tracks run beside each other, so
 
     track      kinds
     kills      a worker is killed; one is killed while it does a journal again; all are killed at once
+    leaves     a worker is told to leave; another takes its place
     freezes    a worker stands still for longer than its lease, and goes on
     network    answers are lost, connections cut, delayed, held up; the server is killed and comes back
     saboteurs  envs hang, exit, segfault, raise
@@ -27,6 +28,7 @@ class Kind(Enum):
     KILL = "workers killed"
     REPLAY_KILL = "workers killed during a replay"
     KILL_ALL = "all workers killed at once"
+    LEAVE = "workers told to leave"
     FREEZE = "workers stopped past their lease and woken"
     LOSE = "answers lost after execution"
     CUT = "connections cut"
@@ -54,6 +56,7 @@ class Track:
 
 TRACKS = {
     "kills": Track((Kind.KILL, Kind.REPLAY_KILL, Kind.KILL_ALL), (2.0, 6.0)),
+    "leaves": Track((Kind.LEAVE,), (3.0, 9.0)),
     "freezes": Track((Kind.FREEZE,), (2.0, 6.0)),
     "network": Track((Kind.LOSE, Kind.CUT, Kind.DELAY, Kind.HOLD, Kind.RESTART), (0.5, 3.0)),
     "saboteurs": Track((Kind.HANG, Kind.EXIT, Kind.SEGFAULT, Kind.RAISE), (1.0, 6.0)),
