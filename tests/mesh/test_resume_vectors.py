@@ -82,6 +82,25 @@ async def test_two_workers_that_die_at_once_are_replaced_at_once(server: Embedde
         assert not {worker for worker, _ in envs.shards} & set(lost)
 
 
+async def test_a_method_that_was_called_between_episodes_is_called_again_there(
+    server: EmbeddedServer, workers: Workers
+) -> None:
+    """The journal has begun anew before it, and does not any more after it; the digest does as the journal does."""
+    local = SyncVectorEnv([Draws] * 3, autoreset_mode=AutoresetMode.NEXT_STEP)
+    workers.start(3)
+    async with Mesh(server.url) as m, await m.vector("Draws", 3, shards=1) as envs:
+        same(await envs.reset(seed=5), local.reset(seed=5))
+        actions = np.ones(3, np.int64)
+        for _ in range(3):
+            for _ in range(150):
+                same(await envs.step(actions), local.step(actions))
+            assert await envs.call("double") == local.call("double")
+        for _ in range(2):
+            await workers.kill(envs.shards[0][0])
+            for _ in range(150):
+                same(await envs.step(actions), local.step(actions))
+
+
 async def test_the_journal_of_episodes_that_follow_by_themselves_stays_short(
     server: EmbeddedServer, workers: Workers
 ) -> None:

@@ -10,6 +10,7 @@ from meshrl.protocol.doubt import (
     GRACE_S,
     PROBE_AGAIN_S,
     QUIET_S,
+    RESUMED_GRACE_S,
     RUNNING_AGAIN_MAX_S,
     Do,
     Doubt,
@@ -160,6 +161,13 @@ def test_nobody_is_tried_again_and_again_for_a_grace_and_then_dead(up_for: float
     lost = alone_for(about, 1.0, up_for)
     assert lost == pytest.approx(1.0 + grace_s, abs=AGAIN_IN_GRACE_S + 0.01)
     assert about.reason == "worker_lost"
+
+
+def test_of_a_session_that_can_be_opened_again_the_grace_is_shorter_but_not_after_a_reconnect() -> None:
+    about = Doubt(0.0, deadline_s=DEADLINE_S, grace_s=RESUMED_GRACE_S)
+    assert alone_for(about, 1.0, LONG_UP_S) == pytest.approx(1.0 + RESUMED_GRACE_S, abs=AGAIN_IN_GRACE_S + 0.01)
+    about = Doubt(0.0, deadline_s=DEADLINE_S, grace_s=RESUMED_GRACE_S)
+    assert alone_for(about, 1.0, 0.0) == pytest.approx(1.0 + GRACE_AFTER_RECONNECT_S, abs=AGAIN_IN_GRACE_S + 0.01)
 
 
 def test_a_word_from_the_worker_ends_the_grace() -> None:
