@@ -41,7 +41,7 @@ from meshrl.worker.running import CONDEMNED_CODE
 log = logging.getLogger("meshrl.cli")
 
 STOP_S = 8.0
-"""From SIGTERM to SIGKILL: a worker closes its envs for at most 5 s, and containers are given 10 s in all."""
+"""From SIGTERM to SIGKILL, beside the time for its sessions to move: a worker closes its envs for at most 5 s."""
 
 MAX_FAILED_STARTS = 5
 """In a row; the waits between them add up to 15 s at most, for something that comes back by itself."""
@@ -51,6 +51,8 @@ MAX_CRASHES = 12
 
 # Of a process that ended by the guard's signal itself; on Windows none says goodbye.
 TERMINATED = 1 if sys.platform == "win32" else 128 + signal.SIGTERM
+# Of one that was at its end already when it was interrupted.
+INTERRUPTED = 128 + signal.SIGINT
 # What is still in the pipe of a process that has ended; a process that it left behind may hold the pipe open.
 DRAIN_S = 1.0
 # A progress bar writes no end of line for hours.
@@ -230,7 +232,9 @@ class ServingProcess:
 
     def interrupt(self) -> None:
         """Have it end without waiting for its sessions; to be followed by :meth:`stop`."""
-        if sys.platform != "win32" and self._guarded is not None and self._guarded.poll() is None:
+        if self._guarded is None or self._guarded.poll() is not None or not self._serves():
+            return  # one that does not serve yet ends by SIGTERM at once
+        if sys.platform != "win32":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._guarded.pid, signal.SIGINT)
 
@@ -246,7 +250,7 @@ class ServingProcess:
         if took_s >= self._stop_s:
             self.failure = f"process {self.number} did not end within {self._stop_s:g} s and was killed"
         # One that does not serve yet may fail in any way, as it does where none of them can start.
-        elif self._serves() and code not in {0, TERMINATED}:
+        elif self._serves() and code not in {0, TERMINATED, INTERRUPTED}:
             assert code is not None
             self.failure = f"process {self.number} {how_it_ended(code)} when it was to stop"
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -85,9 +85,9 @@ async def stay_serving_in_processes(
     supervisor = Supervisor(processes, None, say)
     stopped = False
     left = asyncio.Event()
-    leaving.begin = left.set
     try:
         await supervisor.start()
+        leaving.begin = left.set
         each = f"{slots} slot{'s' if slots > 1 else ''} each, {count * slots} in all"
         print(f"serving {what} at {login(url).url} ({count} processes, {each})", flush=True)
         await _until(left, supervisor.watch())
@@ -96,16 +96,26 @@ async def stay_serving_in_processes(
         stopped = True
         raise
     finally:
-        if not left.is_set():
-            for process in processes:
-                process.interrupt()
-        await supervisor.stop()
+        await _end(supervisor, processes, at_once=not left.is_set())
         failures = [process.failure for process in processes if process.failure]
         for failure in failures if not stopped else failures[:-1]:
             say(failure)
         if stopped and failures:
             # In place of the cancellation: until_stopped asked for it, and the exit code is to tell.
             raise WorkerError(failures[-1])
+
+
+async def _end(supervisor: Supervisor, processes: Sequence[ServingProcess], *, at_once: bool) -> None:
+    """Tell all of them to end, and wait for it; cancelled, they are to end at once."""
+    stopping = asyncio.ensure_future(supervisor.stop())
+    try:
+        if at_once:
+            raise asyncio.CancelledError
+        await asyncio.shield(stopping)
+    except asyncio.CancelledError:
+        for process in processes:
+            process.interrupt()
+        await stopping
 
 
 async def _until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:

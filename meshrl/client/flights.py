@@ -10,13 +10,16 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from meshrl.bus.connection import Connection
 from meshrl.errors import MeshError, MeshUnreachable, SessionLost
 from meshrl.protocol.doubt import GRACE_S, QUIET_S, Do, Doubt
 from meshrl.wire.messages import MAX_BATCH, Probe, Probed, parse
 from meshrl.wire.subjects import Subjects
+
+if TYPE_CHECKING:
+    from meshrl.client.session import RemoteSession
 
 TICK_S = 0.05
 # A tick that comes this late says that this process was stopped or its loop blocked: nobody else is to blame.
@@ -47,7 +50,7 @@ class Flight:
             waiting: a cancelled waiter cancels it, and :meth:`rearm` makes another.
         state: the worker's last word on it, if there was need to ask.
         on_fail: is told that there will be no answer, at once and not when somebody next waits for one.
-        grace_s: for how long its worker may be away, if nobody listens there.
+        owner: whose it is, where that says for how long its worker may be away.
     """
 
     __slots__ = (
@@ -59,8 +62,8 @@ class Flight:
         "doubt",
         "entry",
         "future",
-        "grace_s",
         "on_fail",
+        "owner",
         "rid",
         "sent_at",
         "state",
@@ -90,7 +93,7 @@ class Flight:
         self.state = ""
         self.doubt: Doubt | None = None
         self.on_fail: Callable[[MeshError], None] | None = None
-        self.grace_s = GRACE_S
+        self.owner: RemoteSession | None = None
         self._landed: bytes | MeshError | None = None
         self.future: asyncio.Future[bytes] = flights.loop.create_future()
 
@@ -234,8 +237,9 @@ class Flights:
 
     def _doubt(self, flight: Flight) -> Doubt:
         if flight.doubt is None:
+            grace_s = GRACE_S if flight.owner is None else flight.owner.grace_s
             flight.doubt = Doubt(
-                flight.sent_at, deadline_s=flight.deadline_s, silence_s=self._silence_s, grace_s=flight.grace_s
+                flight.sent_at, deadline_s=flight.deadline_s, silence_s=self._silence_s, grace_s=grace_s
             )
             self._fresh.pop(flight.rid, None)
             self._quiet.add(flight)

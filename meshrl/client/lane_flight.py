@@ -83,7 +83,7 @@ class LaneFlight(Flight):
         body = pack({"epoch": grant.epoch, "lanes": lanes, "seqs": seqs, **fields})
         entry = Entry(grant.session, grant.epoch, int(lanes[0]), int(seqs[0]))
         super().__init__(flights, grant.worker, entry, session.subject + op, body, grant.step_deadline_s, now)
-        self.grace_s = session.grace_s
+        self.owner = session
         self.session = session
         self.op = op
         self.lanes = lanes

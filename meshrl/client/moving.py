@@ -6,9 +6,11 @@
     moved      it is closed here, and what waited is sent there
     stays      any of that failed, and nothing has happened: what waited is sent here
 
-A journal that cannot be replayed (it grew too long, say) is in the way only as long as its state is needed: such a
-session moves with the next reset of all of it that brings a seed of its own. What cannot move in time is lost with its
-worker, and told as any other loss.
+One that stays tries again when its worker next says that it leaves, but not after a replay that came to another state.
+
+A journal that cannot be replayed (it grew too long, or nobody else has an equal env) is in the way only as long as its
+state is needed: such a session moves with the next reset of all of it that brings a seed of its own. What cannot move
+in time is lost with its worker, and told as any other loss.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from typing import TYPE_CHECKING
 
 from meshrl.client.recovery import same
-from meshrl.errors import MeshError
+from meshrl.errors import MeshError, ReplayDiverged
 
 if TYPE_CHECKING:
     from meshrl.client.resumable import ResumableSession
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("meshrl.client")
 
-# Between looks whether what is under way has been answered: soon, then as rarely as nobody notices.
+# Between looks whether what is under way has been answered: soon, then ever more rarely.
 FIRST_LOOK_S = 0.001
-LOOK_S = 0.02
+LOOK_S = 0.25
+# Who has room says so at once; who waits in a queue meanwhile would not be served here.
+OPEN_S = 0.25
 
 
 class Moving:
@@ -48,7 +52,9 @@ class Moving:
         self.arriving = False
         self._session = session
         self._deadline = 0.0
-        self._unfit: set[str] = set()  # workers at which it came to another state
+        self._unfit: set[str] = set()  # workers that could not make it
+        self._unequal: set[str] = set()  # whose env is another one
+        self._diverged = False
         self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -58,15 +64,20 @@ class Moving:
     def worker_drains(self, seconds: float) -> None:
         """Its worker leaves in so many seconds: it moves as soon as it can."""
         self._deadline = time.monotonic() + seconds
-        if self._task is None and not self._session.journal_lacks and not self._unfit:
+        if self._task is None and not self._by_reset and self._session.others(self._unfit | self._unequal):
             self._begin(anew=False)
 
     def takes(self, op: str, body: bytes) -> bool:
         """Whether a request, about to be sent, waits; a reset may begin a move."""
-        if self._task is None and op == "reset" and self._session.begins_anew(body) and self._left_s() > 0:
-            self.holds_back = True
-            self._begin(anew=True)
-        return self.holds_back
+        if self.holds_back:
+            return True
+        if op != "reset" or self._task is not None or not self._session.begins_anew(body):
+            return False
+        if not (self._by_reset or self._unequal) or self._left_s() <= 0 or not self._session.others(self._unfit):
+            return False
+        self.holds_back = True
+        self._begin(anew=True)
+        return True
 
     def stop(self) -> asyncio.Task[None] | None:
         """Give it up; gives what has to be waited for then."""
@@ -86,6 +97,16 @@ class Moving:
             if not task.cancelled():
                 task.result()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether it moves."""
+        return self._task is not None
+
+    @property
+    def _by_reset(self) -> bool:
+        """Whether its journal is of no use."""
+        return self._diverged or bool(self._session.journal_lacks)
+
     def _left_s(self) -> float:
         return self._deadline - time.monotonic()
 
@@ -96,32 +117,40 @@ class Moving:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._task = None
         self.holds_back = False
-        if not task.cancelled() and (exc := task.exception()) is not None and not isinstance(exc, MeshError):
+        exc = None if task.cancelled() else task.exception()
+        if isinstance(exc, MeshError):
+            self._session.move_failed(exc)
+        elif exc is not None:
             raise exc
 
     async def _move(self, *, anew: bool) -> None:
-        session, here = self._session, self._session.grant.worker
-        avoid = {here, *self._unfit}
+        session, here = self._session, self._session.grant
         moved = False
-        while not moved and (grant := await self._granted(avoid)) is not None:
-            avoid.add(grant.worker)
-            moved = await self._moved_to(grant, anew=anew)
-            if not anew and session.journal_lacks:
+        while (grant := await self._granted(anew=anew)) is not None:
+            if same(here.description, grant.description, exactly=not anew and len(session.recovery.journal) > 0):
+                moved = await self._moved_to(grant, anew=anew)
                 break
+            (self._unfit if anew else self._unequal).add(grant.worker)
+            session.context.give_back(grant, session.num_envs)
         self.holds_back = False
         if moved:
-            told = {"session": session.grant.session, "worker": session.grant.worker, "left": here}
-            log.info(
-                "session %(session)s moved to worker %(worker)s, since %(left)s leaves", told, extra={"moved": told}
-            )
+            told = {"session": session.grant.session, "worker": session.grant.worker, "left": here.worker}
+            text = "session %(session)s moved to worker %(worker)s, since %(left)s leaves"
+            log.info(text, told, extra={"moved": told})
         session.moved(away=moved)
 
-    async def _granted(self, avoid: set[str]) -> Grant | None:
-        """A place elsewhere, if there is one in time."""
+    async def _granted(self, *, anew: bool) -> Grant | None:
+        """A place elsewhere, if somebody has room."""
+        session = self._session
+        avoid = {session.grant.worker, *self._unfit, *(() if anew else self._unequal)}
+        if not session.others(avoid):
+            return None
         try:
-            return await self._session.opened_beside(avoid, self._deadline)
+            return await session.opened_beside(avoid, min(self._deadline, time.monotonic() + OPEN_S))
         except MeshError as exc:
-            log.info("%r stays at its worker, which leaves: %s", self._session, exc.message)
+            log.info("%r stays at its worker, which leaves: %s", session, exc.message)
+            if isinstance(worker := exc.details.get("worker"), str):
+                self._unfit.add(worker)
             return None
 
     async def _moved_to(self, grant: Grant, *, anew: bool) -> bool:
@@ -130,9 +159,6 @@ class Moving:
         here, seq, moved = session.grant, session.seq, False
         try:
             context.hold(grant)
-            exactly = not anew and len(session.recovery.journal) > 0
-            if not same(here.description, grant.description, exactly=exactly):
-                return False
             await self._settled()
             seq = session.seq
             if anew:
@@ -145,7 +171,7 @@ class Moving:
             moved = True
         except MeshError as exc:
             log.info("%r stays at its worker, which leaves: %s", session, exc.message)
-            self._unfit.add(grant.worker)
+            self._diverged = self._diverged or isinstance(exc, ReplayDiverged)
         finally:
             if self.arriving and not moved:
                 session.go_to(here, seq)

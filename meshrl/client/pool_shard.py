@@ -98,6 +98,10 @@ class PoolShard(ResumableSession):
         super().moved(away=away)
         self._arrived(int(len(self._recovery.journal) > 0) if away else None)
 
+    def move_failed(self, exc: MeshError) -> None:
+        """As of any session; it is its pool that waits."""
+        self._was_told(exc)
+
     def lose(self, exc: MeshError) -> bool:
         """A request of its lanes came to that; whether it can be brought back, which begins now."""
         if not isinstance(exc, (SessionLost, *GONE_ERRORS)):

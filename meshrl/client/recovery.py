@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from meshrl.client.opening import Opening
 from meshrl.errors import MeshError, SessionLost
 from meshrl.protocol.journal import CHANGING, LASTING_LOST, Journal
+from meshrl.protocol.seeds import is_seed
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame
 
@@ -104,7 +105,7 @@ class Recovery:
 
     def begins_anew(self, body: bytes) -> bool:
         """Whether a reset leaves nothing of what was before, but what was set and can be set again."""
-        return self._may_begin_anew and unpack(body).get("seed") is not None
+        return self._may_begin_anew and is_seed(unpack(body).get("seed"))
 
     @property
     def _may_begin_anew(self) -> bool:

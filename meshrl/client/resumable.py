@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from meshrl.client.flights import Entry
@@ -57,7 +58,6 @@ class ResumableSession(RemoteSession):
     ) -> None:
         super().__init__(context, grant, first_env_id=first_env_id, num_envs=num_envs)
         self._recovery = recovery
-        self.grace_s = RESUMED_GRACE_S if recovery.resumes else GRACE_S
         self._epoch = grant.epoch
         self._recovering: asyncio.Task[None] | None = None
         self._moving: Moving | None = None  # since its worker said that it leaves
@@ -111,7 +111,7 @@ class ResumableSession(RemoteSession):
         if self._lost is None and (self._moving is None or not self._moving.takes(op, body)):
             super().launch(op, body)
             assert self._flight is not None, "it was sent"
-            self._flight.on_fail, self._flight.grace_s = self._flight_failed, self.grace_s
+            self._flight.on_fail, self._flight.owner = self._flight_failed, self
         else:
             self._turn.begin(op)
             self._turn.seq -= 1  # it gets its number when it is sent
@@ -144,6 +144,7 @@ class ResumableSession(RemoteSession):
                 raise
             except BaseException:
                 self._turn.answered()
+                self._waits = False
                 raise
 
     async def _noted(self) -> Frame:
@@ -185,7 +186,7 @@ class ResumableSession(RemoteSession):
     def _let_go(self) -> None:
         moving = None if self._moving is None else self._moving.stop()
         if moving is not None:  # until it has ended, what is to be closed may be at two workers
-            moving.add_done_callback(lambda _: super(ResumableSession, self)._let_go())
+            moving.add_done_callback(lambda _: self._let_go())
             return
         self._stopped()
         super()._let_go()
@@ -236,6 +237,17 @@ class ResumableSession(RemoteSession):
         """Whether something is under way."""
         return self._turn.phase is not Phase.FREE and not self._waits
 
+    @property
+    def grace_s(self) -> float:  # type: ignore[override]  # there it is the same for all
+        """As of any session; shorter where a mistake costs no more than a replay."""
+        return GRACE_S if self.journal_lacks else RESUMED_GRACE_S
+
+    def others(self, avoid: Collection[str]) -> bool:
+        """Whether some other worker than these serves what it holds, and does not leave as well."""
+        registry, recovery = self._context.registry, self._recovery
+        served = registry.directory.candidates(recovery.kind, self.grant.description.name, recovery.where or {})
+        return any(entry.worker != self.grant.worker and entry.worker not in avoid for entry in served)
+
     def begins_anew(self, body: bytes) -> bool:
         """Whether after this reset nothing of what was before matters; it could be another env's."""
         return self._recovery.begins_anew(body)
@@ -261,7 +273,8 @@ class ResumableSession(RemoteSession):
 
     def state_unsure(self) -> None:
         """It was forgotten, and there still: until the next such reset, nobody can bring it back."""
-        self._recovery.journal.unsure("reset")
+        if self._recovery.resumes:
+            self._recovery.journal.unsure("reset")
 
     def moved(self, *, away: bool) -> None:
         """It went to another worker, or stays: what waited is sent."""
@@ -270,6 +283,9 @@ class ResumableSession(RemoteSession):
         if self._waits:
             self._send_again()
 
+    def move_failed(self, exc: MeshError) -> None:
+        """What waited could not be sent, neither here nor there; who waits for it is told."""
+
     async def _moved(self) -> None:
         """Wait until what was launched has been sent, or its session was lost meanwhile.
 
@@ -277,10 +293,13 @@ class ResumableSession(RemoteSession):
             SessionClosed: it was closed meanwhile.
             MeshError: it cannot be sent.
         """
-        assert self._moving is not None, "else it would have been sent"
-        await self._moving.over()
+        moving = self._moving
+        if moving is not None:
+            await moving.over()
         if self.closed or self._closing:
             raise SessionClosed(f"{self.grant.description.name}: it was closed while it moved to another worker")
+        if self._waits and self._lost is None and (self._moving is None or not self._moving.under_way):
+            self._send_again()  # the move has ended before that
 
     # ---------------------------------------------------------------- opened again
 
@@ -406,7 +425,7 @@ class ResumableSession(RemoteSession):
         entry = Entry(grant.session, grant.epoch, 0, 1)
         deadline_s = grant.step_deadline_s + 2 * journal.seconds  # on a machine that is half as fast
         flight = self._flights.launch(grant.worker, entry, self._subject + "replay", packed, deadline_s)
-        flight.grace_s = self.grace_s
+        flight.owner = self
         try:
             check_reply(unpack(await flight.future), 1)
         except GONE_ERRORS as exc:
@@ -423,7 +442,7 @@ class ResumableSession(RemoteSession):
         entry = Entry(grant.session, grant.epoch, 0, turn.seq)
         subject = self._subject + turn.op
         self._flight = self._flights.launch(grant.worker, entry, subject, self._body, grant.step_deadline_s)
-        self._flight.on_fail, self._flight.grace_s = self._flight_failed, self.grace_s
+        self._flight.on_fail, self._flight.owner = self._flight_failed, self
         self._waits = False
 
     async def _back_out(self) -> None:

@@ -58,7 +58,8 @@ class ResumableShard(ResumableSession):
 
     def state_unsure(self) -> None:
         """As of any session."""
-        self._recovery.journal.unsure(ALL, "reset")
+        if self._recovery.resumes:
+            self._recovery.journal.unsure(ALL, "reset")
 
     def _of_all(self, given: Frame) -> Frame:
         """A reset of some of them as one of all: a fresh session has no observations of those that are left out.

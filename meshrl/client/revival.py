@@ -129,12 +129,7 @@ class Revival:
         """A request is about to be sent; whether it is taken over here."""
         lanes = flight.lanes.tolist()
         if self._shard.is_lost:
-            self._keep(flight)
             self._shard.bring_back()
-            return True
-        if self._shard.holds_back:
-            self._keep(flight)
-            return True
         if flight.op == "reset" and not self._beginning.isdisjoint(lanes):
             self._later.append(Waits("reset", flight.lanes, flight.fields_left(), -1))
             return True
@@ -146,7 +141,14 @@ class Revival:
             if cut:
                 self._cut_short(flight, cut)
                 return True
-        return False
+        if self._waits:
+            self._keep(flight)
+        return self._waits
+
+    @property
+    def _waits(self) -> bool:
+        """Whether nothing is to be sent now: the shard is opened again, or moves."""
+        return self._shard.is_lost or self._shard.holds_back
 
     def sent(self, flight: LaneFlight) -> None:
         """A request was sent."""
@@ -286,7 +288,9 @@ class Revival:
     def _cut_short(self, flight: LaneFlight, cut: list[int]) -> None:
         """A step is about to be sent to lanes whose episodes were ended: ``cut`` are their positions in it."""
         rest = np.delete(np.arange(len(flight.lanes)), cut)
-        if len(rest):
+        if len(rest) and self._waits:
+            self._left.append(Waits("step", flight.lanes[rest], flight.fields_of(rest), -1))
+        elif len(rest):
             self._pool.send(self._shard, "step", flight.lanes[rest], flight.fields_of(rest))
         for lane in flight.lanes[cut].tolist():
             fresh = self._fresh.pop(lane, None)

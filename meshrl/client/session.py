@@ -312,6 +312,9 @@ class RemoteSession:
 
     def _was_lost(self, exc: SessionLost) -> None:
         """Tell who sends its requests, if that is another."""
+        self._was_told(exc)
+
+    def _was_told(self, exc: MeshError) -> None:
         told = self._told()
         if told is not None:
             told(exc)

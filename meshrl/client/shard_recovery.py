@@ -12,6 +12,7 @@ from meshrl.client.recovery import REFUSALS, Recovery
 from meshrl.errors import MalformedMessage, MeshError
 from meshrl.protocol.journal import CHANGING
 from meshrl.protocol.journals import Journals, Origin
+from meshrl.protocol.seeds import is_seed
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
 
@@ -54,7 +55,7 @@ class ShardRecovery(Recovery):
         """The same, of all sub-environments."""
         given = unpack(body)
         seeds = given.get("seeds")
-        return self._may_begin_anew and "mask" not in given and bool(seeds) and None not in seeds
+        return self._may_begin_anew and "mask" not in given and bool(seeds) and all(map(is_seed, seeds))
 
     @property
     def roots(self) -> Frame:

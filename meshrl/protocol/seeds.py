@@ -44,6 +44,15 @@ def derive(root: SupportsIndex, env_id: SupportsIndex, episode: SupportsIndex) -
     return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:4], "big") & 0x7FFF_FFFF
 
 
+def is_seed(value: object) -> bool:
+    """Whether it is one."""
+    try:
+        check_seed(value)
+    except InvalidSeed:
+        return False
+    return True
+
+
 def check_seed(seed: object) -> int:
     """``seed`` as a plain int.
 

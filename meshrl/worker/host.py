@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from meshrl.bus.locate import URL_VARIABLE
@@ -77,15 +79,26 @@ async def serve(
         spare_what_stays()
         if ready is not None:
             await asyncio.to_thread(ready.touch)
+        for worker in workers:
+            worker.on_leaving = partial(leave_together, workers)
         # Whichever ends first ends the process: half a host would go unnoticed, a whole one is replaced.
         ends = [asyncio.ensure_future(worker.serve_forever()) for worker in workers]
         try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            done, others = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if others and all(worker.draining_s is not None for worker in workers):
+                await asyncio.wait(others)  # each ends by itself, at the same time at the latest
         finally:
             for end in ends:
                 end.cancel()
         for end in done:
             end.result()
+
+
+def leave_together(workers: Sequence[Service], seconds: float) -> None:
+    """One of them leaves: so do those that are served by the same process."""
+    for worker in workers:
+        if worker.draining_s is None:
+            worker.leave(seconds)
 
 
 def main() -> None:

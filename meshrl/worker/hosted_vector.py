@@ -260,8 +260,9 @@ class HostedVector:
         """Set an attribute or call a method of sub-environment ``i``, as it was asked for once."""
         body = deed.given
         if deed.op == "call":
+            value = self._subs.asked(i, self._attributes.call_or_get, body)
             self._called()
-            return self._subs.asked(i, self._attributes.call_or_get, body)
+            return value
         name = self._attributes.public(body)
         self._attributes.check_allowed("set", name)
         put = setattr if body.get("outermost") is True else self._attributes.set
@@ -277,8 +278,9 @@ class HostedVector:
 
     def _op_call(self, body: Frame) -> Frame:
         chosen = self._chosen(body)
-        self._called()
-        return {"values": [self._subs.asked(i, self._attributes.call_or_get, body) for i in chosen]}
+        values = [self._subs.asked(i, self._attributes.call_or_get, body) for i in chosen]
+        self._called()  # one that was refused is in no journal
+        return {"values": values}
 
     def _op_get_attr(self, body: Frame) -> Frame:
         name = self._attributes.public(body)

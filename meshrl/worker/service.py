@@ -20,7 +20,7 @@ from meshrl.bus.connect import dial
 from meshrl.bus.connection import Connection, Subscription
 from meshrl.bus.locate import locate
 from meshrl.bus.login import Credentials
-from meshrl.errors import InvalidName, UsageError, WorkerCondemned, WorkerError
+from meshrl.errors import InvalidName, MeshError, UsageError, WorkerCondemned, WorkerError
 from meshrl.protocol.session import GRANT_S, LEASE_S, Session, SessionTable, State
 from meshrl.wire.messages import Description, Kind, Open
 from meshrl.wire.subjects import Subjects
@@ -52,6 +52,7 @@ class Service(ABC):
         url: where it serves, without a password; known inside ``async with``.
         table: its sessions.
         audit: what was opened, and how it ended.
+        on_leaving: is called on its event loop when it is told to leave, with the seconds that it has.
     """
 
     kind: ClassVar[Kind]
@@ -110,6 +111,8 @@ class Service(ABC):
         self._condemned = False
         self._shared: list[Subscription] = []  # requests that others can answer as well
         self._leaving: asyncio.Task[None] | None = None
+        self._ending = False
+        self.on_leaving: Callable[[float], None] = _nobody
 
     def __repr__(self) -> str:
         names = ", ".join(self._admission.served)
@@ -187,8 +190,10 @@ class Service(ABC):
 
     async def __aexit__(self, *_exc: object) -> None:
         """Say goodbye, close every env, disconnect. An env that hangs is left behind after 5 s."""
+        self._ending = True
         if self._leaving is not None:
             self._leaving.cancel()
+            await asyncio.wait({self._leaving})
         self.drain(0.0)
         self.audit.stop()  # before the pulse, which has still to say it
         if self._pulse is not None:
@@ -226,17 +231,27 @@ class Service(ABC):
         """Go, within ``seconds``, without cutting anybody short (R11).
 
         No new sessions are taken, clients are told and move to other workers, and ``serve_forever`` returns when nobody
-        is left, or the time is over. Called again, the new time counts. To be called on any thread.
+        is left, or the time is over. Called again, the new time counts. To be called on any thread, once it serves.
+
+        Raises:
+            UsageError: it does not serve yet.
         """
+        if self._threads.loop is None:
+            raise UsageError("a worker leaves once it serves: inside `async with`")
+        if self._condemned or self._ending:
+            return  # it goes sooner
         self._admission.draining_until = time.monotonic() + seconds  # for the pulse, which says it to everybody
         if self._pulse is not None:
             self._pulse.nudge()
         self._threads.back(self._leave, seconds)
 
     def _leave(self, seconds: float) -> None:
+        if self._ending:
+            return
         if self._leaving is not None:
             self._leaving.cancel()
         self.drain(seconds)
+        self.on_leaving(seconds)
         self._leaving = asyncio.get_running_loop().create_task(self._until_left(seconds))
 
     async def _until_left(self, seconds: float) -> None:
@@ -248,6 +263,8 @@ class Service(ABC):
                     await asyncio.sleep(LEFT_S)
         except TimeoutError:
             log.warning("worker %s leaves; sessions that did not move: %d", self.id, len(self.table))
+        except MeshError as exc:  # of its connection, which ends it otherwise
+            log.warning("worker %s leaves: %s", self.id, exc.message)
         self.stop()
 
     def _is_idle(self) -> bool:
@@ -332,6 +349,10 @@ class Service(ABC):
             if session.lease_until < now and session.state is State.OPEN:
                 log.info("worker %s: the lease of session %s of %s ran out", self.id, session.id, session.user)
                 self._execution.end(session, "session_expired")
+
+
+def _nobody(_seconds: float) -> None:
+    return None
 
 
 def _later(seconds: float, call: Callable[[], None]) -> None:

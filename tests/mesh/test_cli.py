@@ -308,7 +308,8 @@ def one_error(done: subprocess.CompletedProcess[str], says: str) -> str:
 async def test_served_env_is_there_until_a_signal_ends_it(
     cli: Cli, server: EmbeddedServer, name: signal.Signals
 ) -> None:
-    process = cli.start("serve", "cartpole", "--slots", "3", "--capability", "gpu=true", MESHRL_URL=server.url)
+    arguments = ("--slots", "3", "--capability", "gpu=true", "--drain-seconds", "0")
+    process = cli.start("serve", "cartpole", *arguments, MESHRL_URL=server.url)
     (line,) = read_until(process.stdout, "serving")
     assert line.startswith("serving CartPole-v1 at nats://127.0.0.1")
     assert "embedded" not in line  # neither user nor password

@@ -11,11 +11,12 @@ import gymnasium
 import numpy as np
 import pytest
 
-from meshrl import Mesh
+from meshrl import EnvWorker, Mesh
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.context import context_of
 from meshrl.client.env import RemoteEnv
-from meshrl.errors import SessionClosed, SessionLost
+from meshrl.client.moving import Moving
+from meshrl.errors import LoginRefused, MeshError, SessionClosed, SessionLost, UsageError
 from tests.mesh.conftest import until
 from tests.mesh.losing import Workers, same
 from tests.mesh.test_resume_pools import Alone, play
@@ -42,6 +43,26 @@ def arrives(session: Any) -> bool:
 def knows(session: Any) -> bool:
     """Whether it has heard that its worker leaves."""
     return session._moving is not None
+
+
+def held_back(session: Any) -> asyncio.Event:
+    """As long as that is not set, it is on its way to another worker; then it stays."""
+    moving, stays = Moving(session), asyncio.Event()
+
+    async def move() -> None:
+        await stays.wait()
+        moving.holds_back = False
+        session.moved(away=False)
+
+    moving.holds_back, session._moving = True, moving
+    moving._task = asyncio.ensure_future(move())
+    moving._task.add_done_callback(moving._ended)
+    return stays
+
+
+def moving(env: RemoteEnv) -> Any:
+    """Its way from a worker that leaves."""
+    return env._session._moving  # type: ignore[attr-defined]
 
 
 async def replaced(m: Mesh, workers: Workers) -> None:
@@ -385,7 +406,127 @@ async def test_one_that_is_to_be_told_of_losses_is_told_at_the_end(server: Embed
             await env.step(1)
 
 
+async def test_one_that_cannot_move_is_served_all_the_time(server: EmbeddedServer, workers: Workers) -> None:
+    """Its first attempt came to another state; what waited meanwhile, and all that follows, is done where it is."""
+    workers.start(2, drain_s=5.0)
+    async with Mesh(server.url) as m, await m.env("Random") as env, await m.vector("Random", 2, shards=1) as envs:
+        await env.reset(seed=1)
+        await envs.reset(seed=1)
+        before = worker_of(env)
+        leaving = asyncio.ensure_future(workers.drain(before))
+        steps = 0
+        while not leaving.done():
+            _, _, _, truncated, _ = await env.step(1)
+            steps += not truncated
+            await envs.step([1, 1])
+        assert await leaving == 0
+        assert steps > 100, "none of them waited for the worker's end"
+
+
+@pytest.mark.parametrize("form", ["env", "vector"])
+async def test_a_reset_where_nobody_else_has_room_is_done_where_it_is(
+    server: EmbeddedServer, workers: Workers, form: str
+) -> None:
+    (leaves,) = workers.start()
+    async with Mesh(server.url) as m:
+        leased: Any = m.env("Slow", on_loss="truncate") if form == "env" else m.vector("Slow", 2, on_loss="truncate")
+        async with await leased as env:
+            workers.start(slots=1, capabilities={"full": True})
+            async with await m.env("Slow", where={"full": True}):
+                leaving = asyncio.ensure_future(workers.drain(leaves.id))
+                session = env._session if form == "env" else env._sessions[0]
+                await until(lambda: knows(session), "it knows that its worker leaves")
+                for seed in range(3):
+                    await env.reset(seed=seed)
+                    assert session.grant.worker == leaves.id
+                assert not leaving.done(), "none of them waited for the worker's end"
+        assert await leaving == 0
+
+
+async def test_where_others_have_another_env_it_moves_with_a_reset_that_has_a_seed(
+    server: EmbeddedServer, workers: Workers
+) -> None:
+    """A rolling update of the env itself."""
+    workers.start()
+    with WorkerProcess(server.url, {"Tuned": "tests.mesh.resumed_envs:TunedOtherwise"}):
+        async with Mesh(server.url) as m:
+            old = next(iter(workers.running))
+            envs = [await m.env("Tuned") for _ in range(2)]
+            env = next(env for env in envs if worker_of(env) == old)
+            await env.reset(seed=1)
+            leaving = asyncio.ensure_future(workers.drain(old))
+            await until(lambda: knows(env._session) and bool(moving(env)._unequal), "it knows that the other differs")
+            for n in range(1, 10):
+                assert (await env.step(1))[0] == n
+            assert worker_of(env) == old
+            obs, info = await env.reset(seed=2)
+            assert worker_of(env) != old
+            assert (obs, info) == (0, {})
+            assert await leaving == 0
+            for each in envs:
+                await each.close()
+
+
+async def test_a_pool_tells_a_loss_also_where_the_action_falls_into_a_move(
+    server: EmbeddedServer, workers: Workers
+) -> None:
+    """The lane's episode was ended by a loss that it has not been told of; then its worker leaves."""
+    workers.start(2)
+    async with Mesh(server.url) as m, await m.pool("Random", 2, shards=1) as pool:
+        await pool.reset(seed=1)
+        await pool.recv(min=2)
+        for _ in range(3):
+            await pool.send([1, 1], [0, 1])
+            await pool.recv(min=2)
+        session = pool._sessions[0]
+        await workers.kill(session.grant.worker)
+        await pool.send([1], [0])
+        batch = await pool.recv()
+        assert (batch.env_ids.tolist(), batch.truncations.tolist()) == ([0], [True])
+        held = held_back(session)
+        await pool.send([1], [1])
+        batch = await pool.recv()
+        assert (batch.env_ids.tolist(), batch.truncations.tolist()) == ([1], [True])
+        assert "session_lost" in batch.infos
+        await pool.send([1], [1])
+        held.set()
+        await pool.send([1], [0])
+        batch = await pool.recv(min=2)
+        assert batch.steps.tolist() == [1, 1]
+
+
+async def test_what_waited_is_told_when_the_connection_ends_for_good(server: EmbeddedServer, workers: Workers) -> None:
+    workers.start(2)
+    async with Mesh(server.url) as m:
+        env, pool = await m.env("Tuned"), await m.pool("Tuned", 1, shards=1)
+        await env.reset(seed=1)
+        await pool.reset(seed=1)
+        await pool.recv()
+        holding = [held_back(session) for session in (env._session, pool._sessions[0])]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await env.step(1)
+        await pool.send([1], [0])
+        context_of(m).connection.give_up(LoginRefused("the login was taken back"))
+        for held in holding:
+            held.set()
+        async with asyncio.timeout(5.0):
+            with pytest.raises(MeshError):
+                await env.settle()
+            with pytest.raises(MeshError):
+                await pool.recv()
+
+
 # --------------------------------------------------------------------------- at the worker
+
+
+async def test_a_worker_that_does_not_serve_yet_cannot_leave(server: EmbeddedServer) -> None:
+    worker = EnvWorker({"CartPole-v1": "CartPole-v1"}, server.url)
+    with pytest.raises(UsageError, match="once it serves"):
+        worker.leave(1.0)
+    async with worker:
+        worker.leave(0.0)
+        await worker.serve_forever()
 
 
 async def test_a_worker_without_sessions_goes_at_once(server: EmbeddedServer, workers: Workers) -> None:

@@ -96,6 +96,24 @@ def test_drain_of_a_worker_of_up_has_it_replaced(cli: Cli) -> None:
     assert ends(process, signal.SIGTERM)[0] == 0
 
 
+async def test_drain_of_an_agent_worker_has_the_env_worker_of_the_same_process_leave_too(cli: Cli) -> None:
+    process, printed = start_up(cli, "--workers", "1")
+    url = next(line.partition("MESHRL_URL=")[2] for line in printed.splitlines() if "MESHRL_URL=" in line)
+    async with Mesh(url) as m, await m.env("cartpole") as env:
+        await env.reset(seed=1)
+        (agent,) = await m.agents()
+        drained = await asyncio.to_thread(cli.run, "drain", agent.worker, "--no-wait")
+        assert drained.returncode == 0
+
+        async def leaves() -> bool:
+            return all(each.draining for each in [*await m.envs(), *await m.agents()])
+
+        await until(leaves, "both say that they leave")
+        await env.step(1)
+        assert process.poll() is None
+    assert ends(process, signal.SIGTERM)[0] == 0
+
+
 def test_drain_of_nobody_says_who_there_is(cli: Cli, server: EmbeddedServer) -> None:
     done = cli.run("drain", "e123", MESHRL_URL=server.url)
     one_error(done, "no worker 'e123' that can be drained is in 'default': meshrl ls shows who is")
@@ -118,9 +136,12 @@ async def test_one_that_nobody_can_take_over_from_leaves_when_its_time_is_over(
         assert "sessions that did not move: 1" in err
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
-async def test_a_second_signal_ends_it_at_once(cli: Cli, server: EmbeddedServer, again: signal.Signals) -> None:
-    process = serving(cli, server, "--drain-seconds", "600")
+async def test_a_second_signal_ends_it_at_once(
+    cli: Cli, server: EmbeddedServer, again: signal.Signals, count: int
+) -> None:
+    process = serving(cli, server, "--drain-seconds", "600", "--processes", str(count))
     async with Mesh(server.url) as m, await m.env("cartpole"):
         process.terminate()
 
@@ -130,7 +151,8 @@ async def test_a_second_signal_ends_it_at_once(cli: Cli, server: EmbeddedServer,
         await until(leaves, "it says that it leaves")
         assert process.poll() is None
         process.send_signal(again)
-        assert (await told(process))[0] == 0
+        code, _, err = await told(process)
+        assert code == 0, err
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -94,7 +94,7 @@ class WorkerProcess:
 
     def freeze(self) -> None:
         """Stop it from running, as a hung machine would; :meth:`thaw` lets it go on."""
-        freeze(self._process.pid)
+        freeze(self.pid)
 
     def thaw(self) -> None:
         """Let it go on."""
@@ -113,7 +113,7 @@ class WorkerProcess:
         """End it in good order; gives its exit code. Safe to call twice."""
         if self.running:
             self.thaw()
-            self.terminate()
+            os.kill(self.pid, signal.SIGINT)
         try:
             return self._end()
         except TimeoutError:
@@ -154,7 +154,9 @@ async def _serve(pipe: Connection, kind: str, names: dict[str, str], kwargs: dic
 
     async with (EnvWorker if kind == "env" else AgentWorker)(names, **kwargs) as worker:
         leave = partial(worker.leave, drain_s) if drain_s else worker.stop
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leave)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, leave)
+        loop.add_signal_handler(signal.SIGINT, worker.stop)
         pipe.send(worker.id)
         await worker.serve_forever()
 
