@@ -2,8 +2,8 @@
 
 The same purpose as :mod:`~meshrl.protocol.digest`'s, for batches: one number of 64 bits a sub-environment, of which a
 batch costs some ten numpy calls however many rows it has. A row is its observation, reward and flags; ``h`` is a
-multilinear hash of its 64-bit words, each of which is mixed before (a sum alone would lose two signs that change
-together: their bits are the highest), and the digest goes on by
+multilinear hash of its words of 32 bits with weights of 64 (which keeps their highest bits: of two signs that change
+together a sum of 64-bit words would lose both), and the digest goes on by
 
     d  ->  d * K + h(row)    (mod 2**64)
 
@@ -34,8 +34,6 @@ _WORD = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 _STEP = np.uint64(0x94D049BB133111EB)
-_SHIFT = np.uint64(29)
-_HALF = np.uint64(32)
 # Reward, terminated and truncated take two words behind the observation's.
 _BEHIND = 2
 
@@ -95,7 +93,8 @@ class Digests:
         before = self.values[which]
         if len(anew):
             before = before.copy()
-            before[list(anew)] = 0
+            for row in anew:  # one or two, most often
+                before[row] = 0
         after: Words = before * _STEP + table.hashes(leaves, rewards, terminations, truncations, anew)
         self.values[which] = after
         return after
@@ -137,7 +136,7 @@ class _Table:
         widths = [_WORD if kind is None else -(-kind[1] // _WORD) * _WORD for kind in self._kinds]
         at = sum(widths)
         table = np.zeros((count, at + _BEHIND * _WORD), np.uint8)
-        self._words = table.view(np.uint64)
+        self._words = table.view(np.uint32)
         self._weights = _weights(self._words.shape[1])
         self._views: list[NDArray[Any]] = []
         begin = 0
@@ -173,11 +172,10 @@ class _Table:
         self._rewards[:n] = rewards
         self._terminations[:n] = terminations
         self._truncations[:n] = truncations
-        if len(anew):
-            self._behind[list(anew)] = 0
-        words = self._words[:n]
-        hashes: Words = ((words ^ (words >> _HALF)) * _MULTIPLIER ^ (words >> _SHIFT)) @ self._weights
-        return (hashes ^ (hashes >> _SHIFT)) * _MULTIPLIER
+        for row in anew:
+            self._behind[row] = 0
+        hashes: Words = self._words[:n].astype(np.uint64) @ self._weights
+        return hashes
 
 
 def _kind(leaf: Any) -> tuple[np.dtype[Any], int] | None:
