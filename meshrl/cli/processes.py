@@ -230,13 +230,13 @@ class ServingProcess:
             self._spawn()
             await self._until_ready_or_ended()
 
-    def interrupt(self) -> None:
-        """Have it end without waiting for its sessions; to be followed by :meth:`stop`."""
+    def hurry(self, name: signal.Signals) -> None:
+        """Have it end without waiting for its sessions: by SIGINT before :meth:`stop`, by SIGTERM meanwhile."""
         if self._guarded is None or self._guarded.poll() is not None or not self._serves():
             return  # one that does not serve yet ends by SIGTERM at once
         if sys.platform != "win32":
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._guarded.pid, signal.SIGINT)
+                os.kill(self._guarded.pid, name)
 
     def stop(self) -> None:
         """End it in good order, after that time and :data:`STOP_S` by force; blocks until it has ended."""

@@ -107,14 +107,15 @@ async def stay_serving_in_processes(
 
 async def _end(supervisor: Supervisor, processes: Sequence[ServingProcess], *, at_once: bool) -> None:
     """Tell all of them to end, and wait for it; cancelled, they are to end at once."""
+    if at_once:
+        for process in processes:
+            process.hurry(signal.SIGINT)
     stopping = asyncio.ensure_future(supervisor.stop())
     try:
-        if at_once:
-            raise asyncio.CancelledError
         await asyncio.shield(stopping)
     except asyncio.CancelledError:
         for process in processes:
-            process.interrupt()
+            process.hurry(signal.SIGTERM)  # their second; one that is at its end just ends by it
         await stopping
 
 

@@ -13,6 +13,7 @@ from meshrl.client.flights import Entry, Flights
 from meshrl.client.lane_flight import LaneFlight
 from meshrl.client.session import RemoteSession
 from meshrl.errors import MeshError, MeshUnreachable, SessionLost
+from meshrl.protocol.doubt import GRACE_S
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.messages import MAX_BATCH
@@ -24,6 +25,7 @@ SESSION = cast(
         grant=SimpleNamespace(worker="w1", session="s1", epoch=3, step_deadline_s=60.0),
         subject="session.w1.u.s1.",
         num_envs=4096,
+        grace_s=GRACE_S,
     ),
 )
 
