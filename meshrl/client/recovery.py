@@ -90,8 +90,9 @@ class Recovery:
         """A request of the lane was answered, in so many seconds."""
         if op not in CHANGING:
             return
+        answer = bytes(reply)  # the arrays of a large one are its user's, to write to
         if op in {"reset", "step"}:
-            self.told = bytes(reply)  # the arrays of a large one are its user's, to write to
+            self.told = answer
         self.called = self.called or op == "call"
         if not self.resumes and op != "set_attr":
             return
@@ -101,7 +102,7 @@ class Recovery:
         elif seeded:  # the seed may be one that the worker drew
             self.seed = frame["seed"]
             body = pack({**unpack(body), "seed": self.seed})
-        self.journal.note(op, body, frame.get("digest"), seconds, seeded=seeded)
+        self.journal.note(op, body, answer, seconds, seeded=seeded, digest=frame.get("digest"))
 
     def begins_anew(self, body: bytes) -> bool:
         """Whether a reset leaves nothing of what was before, but what was set and can be set again."""

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from meshrl.client.recovery import REFUSALS
 from meshrl.client.shard_recovery import Proof, proof_of
 from meshrl.errors import MeshError, SessionLost
+from meshrl.protocol.journals import Origin
+from meshrl.protocol.told import Answer
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, Indices
@@ -158,19 +160,23 @@ class Revival:
 
     def told(self, flight: LaneFlight, proof: Proof, data: bytes, rows: Indices, lanes: Indices) -> None:
         """Some of its lanes have their answers, in those rows; ``proof`` is what went with it."""
-        self._last[lanes] = bytes(data)  # the arrays of a large one are its user's, to write to
-        self._prove(flight, proof, rows, lanes)
+        kept = bytes(data)  # the arrays of a large one are its user's, to write to
+        self._last[lanes] = kept
+        self._prove(flight, proof, kept, rows, lanes)
 
-    def _prove(self, flight: LaneFlight, proof: Proof, rows: Indices, lanes: Indices) -> None:
+    def _prove(self, flight: LaneFlight, proof: Proof, data: bytes, rows: Indices, lanes: Indices) -> None:
         recovery = self._shard.recovery
         digests, origins = proof
-        lane_of = dict(zip(rows.tolist(), lanes.tolist(), strict=True)) if origins else {}
-        told = [(lane_of[row], origin) for row, origin in origins if row in lane_of]
-        recovery.began(told)
+        told: list[tuple[int, Origin]] = []
+        if origins:
+            lane_of = dict(zip(rows.tolist(), lanes.tolist(), strict=True))
+            told = [(lane_of[row], origin) for row, origin in origins if row in lane_of]
+            recovery.began(told)
         if flight.at >= 0:
             if flight.landed:
                 recovery.journal.took(flight.at, time.monotonic() - flight.sent_at)
-            recovery.journal.told(flight.at, lanes, None if digests is None else digests[rows], told)
+            answer = Answer(flight.at, flight.op, lanes, data, rows)
+            recovery.journal.told(answer, told, None if digests is None else digests[rows])
 
     def refused(self, flight: LaneFlight, exc: MeshError, lanes: Indices) -> None:
         """The same, with an error."""
@@ -256,7 +262,7 @@ class Revival:
 
     def _begun(self, flight: LaneFlight, frame: Frame, data: bytes, rows: Indices, lanes: Indices) -> None:
         """Some lanes were reset in place of their episodes."""
-        self._prove(flight, proof_of(frame, len(frame["lanes"])), rows, lanes)
+        self._prove(flight, proof_of(frame, len(frame["lanes"])), bytes(data), rows, lanes)
         for row, lane in zip(rows.tolist(), lanes.tolist(), strict=True):
             self._beginning.discard(lane)
             fresh = Fresh(frame, data, row)

@@ -13,6 +13,7 @@ from meshrl.errors import MalformedMessage, MeshError
 from meshrl.protocol.journal import CHANGING
 from meshrl.protocol.journals import Journals, Origin
 from meshrl.protocol.seeds import is_seed
+from meshrl.protocol.told import Answer
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
 
@@ -37,14 +38,19 @@ class ShardRecovery(Recovery):
         """A request of all of them was answered."""
         if op not in CHANGING:
             return
-        self.called = self.called or op == "call"
-        proved = op in {"reset", "step"}
-        digests, origins = proof_of(frame, len(self.journal.digests)) if proved else (self.journal.digests, [])
-        if proved:
+        journal = self.journal
+        if op in {"step", "reset"}:
+            digests, origins = proof_of(frame, journal.count)
             self.told = bytes(reply)  # the arrays of a large one are its user's, to write to
-            self.began(origins)
-        if op == "set_attr" or (self.resumes and not self.journal.hopeless):
-            self.journal.told(self.journal.asked(op, body, seconds), ALL, digests, origins)
+            if origins:
+                self.began(origins)
+            if self.resumes and not journal.hopeless:
+                at = journal.asked(op, body, seconds)
+                journal.told(_answer_of_all(at, op, body, self.told), origins, digests)
+            return
+        self.called = self.called or op == "call"
+        if op == "set_attr" or (self.resumes and not journal.hopeless):
+            journal.changed(journal.asked(op, body, seconds))
 
     def began(self, origins: Iterable[tuple[int, Origin]]) -> None:
         """These sub-environments have begun episodes."""
@@ -60,7 +66,7 @@ class ShardRecovery(Recovery):
     @property
     def roots(self) -> Frame:
         """Of derived seeding, where the seeds of the next episodes come from, as fields of a reset; else nothing."""
-        places = [self.place(i) for i in range(len(self.journal.digests))]
+        places = [self.place(i) for i in range(self.journal.count)]
         known = [place for place in places if place is not None]
         if len(known) < len(places):
             return {}
@@ -78,17 +84,28 @@ class ShardRecovery(Recovery):
             self.journal.unsure(ALL, op)
 
 
+def _answer_of_all(at: int, op: str, body: bytes, data: bytes) -> Answer:
+    """A vector's answer; of a reset with a mask only those that were reset have told something."""
+    mask = unpack(body).get("mask") if op == "reset" else None
+    if mask is None:
+        return Answer(at, op, ALL, data)
+    ids = np.flatnonzero(mask)
+    return Answer(at, op, ids, data, ids)
+
+
 def proof_of(frame: Frame, rows: int) -> Proof:
     """The digests in an answer of so many rows (None where it has none), and the origins with their rows.
 
     Raises:
         MalformedMessage: they are none.
     """
-    digests, origins = frame.get("digests"), frame.get("origins", [])
-    if digests is None:
-        return None, []
-    if not isinstance(digests, np.ndarray) or digests.dtype != np.uint64 or digests.shape != (rows,):
+    digests, origins = frame.get("digests"), frame.get("origins")
+    if digests is not None and not (
+        isinstance(digests, np.ndarray) and digests.dtype == np.uint64 and digests.shape == (rows,)
+    ):
         raise MalformedMessage(f"the digests of an answer are {rows} of uint64")
+    if origins is None:
+        return digests, []
     if not isinstance(origins, list) or len(origins) % 2:
         raise MalformedMessage("the origins of an answer are a list of rows, each with what began there")
     told = list(zip(origins[::2], origins[1::2], strict=True))

@@ -32,6 +32,7 @@ from meshrl.errors import MeshFull, SpacesDiffer, UsageError
 from meshrl.protocol.journals import Journals
 from meshrl.protocol.placement import Shard
 from meshrl.wire import spaces
+from meshrl.wire.batches import batching
 from meshrl.wire.messages import Description, Form, Grant, Vectors
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ async def open_shards(
     num_envs = _whole("num_envs", num_envs)
     shards = None if shards is None else _whole("shards", shards)
     # Derived seeds go on where they were, also after a loss that cuts episodes short; where is told with the digests.
-    request["digests"] = on_loss == "resume" or (on_loss == "truncate" and request["seeding"] == "derived")
+    told = on_loss == "resume" or (on_loss == "truncate" and request["seeding"] == "derived")
+    request["digests"] = "large" if told else "none"
     vector = _Vector(context, name, where, wait, request, num_envs=num_envs, shards=shards, on_loss=on_loss)
     sessions = await vector.open()
     try:
@@ -232,18 +234,23 @@ class _Vector:
         place = {"first_env_id": request["first_env_id"], "num_envs": request["num_envs"]}
         if self._on_loss == "raise":
             return partial(RemoteSession, **place)
-        recovery = ShardRecovery(
-            self._context,
-            "env",
-            self._name,
-            self._where,
-            request,
-            self._wait,
-            self._on_loss == "resume",
-            journal=Journals(request["num_envs"]),
-        )
         made = PoolShard if request["form"] == "pool" else ResumableShard
-        return partial(made, recovery=recovery, **place)
+
+        def make(context: Context, grant: Grant) -> RemoteSession:
+            observations = batching(spaces.rebuild(grant.description.observation_space))
+            recovery = ShardRecovery(
+                context,
+                "env",
+                self._name,
+                self._where,
+                request,
+                self._wait,
+                self._on_loss == "resume",
+                journal=Journals(request["num_envs"], observations),
+            )
+            return made(context, grant, recovery, **place)
+
+        return make
 
 
 async def _give_back(tasks: Sequence[asyncio.Task[list[RemoteSession]]]) -> None:

@@ -1,8 +1,8 @@
 """The running digest of what a lane has told: what a replay must arrive at to be in the same state (R8).
 
 xxh3-128 over each observation, reward and flag, in the order in which they were told. Infos are left out: they may hold
-times, paths and whatever else differs from one run to the next. The worker keeps it and says it with every answer; its
-client only stores it, and hands it to the worker that replays.
+times, paths and whatever else differs from one run to the next. Either the worker says it with every answer, or its
+client keeps the answers and counts them when the digest is needed: what was packed and read again counts as it did.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ class Digest:
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
+
+    def copy(self) -> Digest:
+        """Another one, of the same so far."""
+        other = Digest()
+        other._hash = self._hash.copy()
+        return other
 
     def add(self, frame: Frame) -> bytes:
         """Take in what a reset or a step told.
@@ -66,10 +72,16 @@ class Digest:
                 self._feed(key)
                 self._feed(part)
         elif kind is set or kind is frozenset:  # in no order of their own
-            self._hash.update(b"".join(sorted(map(pack, value))))
+            self._hash.update(b"".join(sorted(map(self._of_one, value))))
         elif kind is tuple or kind is list:
             self._hash.update(b"[%d" % len(value))
             for part in value:
                 self._feed(part)
         else:
             self._hash.update(pack(value))
+
+    @staticmethod
+    def _of_one(value: Any) -> bytes:
+        alone = Digest()
+        alone._feed(value)
+        return alone.value

@@ -8,11 +8,19 @@ was set stays; and what a method did nobody knows, so nothing is dropped any mor
     in it        reset, step, call, set_attr
     not in it    render, state, get_attr, is_wrapped
     bounded by   MAX_ENTRIES and MAX_BYTES; beyond them it is given up until it begins anew
+
+With it goes what a replay must come to: the digest that the worker said last, or the answers from which it can be
+counted, which is done when somebody needs it.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from meshrl.errors import MeshError
+from meshrl.protocol.digest import Digest
+from meshrl.protocol.uncounted import Uncounted
+from meshrl.wire.codec import unpack
 
 CHANGING = frozenset({"reset", "step", "call", "set_attr"})
 # The part of those whose effect a seeded reset undoes.
@@ -21,27 +29,31 @@ _OF_EPISODES = frozenset({"reset", "step"})
 LASTING_LOST = "attributes_lost"
 MAX_ENTRIES = 1_000_000
 MAX_BYTES = 32 * 1024 * 1024
+# Of answers that are in no digest yet: some hundred steps of an env whose observations are small.
+UNCOUNTED_BYTES = 64 * 1024
 
 
 class Journal:
-    """What one lane was asked, as it was sent.
+    """What one lane was asked, as it was sent, and what it told.
 
     Attributes:
         entries: pairs (op, the request's body), the oldest first.
-        digest: what the worker said last of what it told since the last seeded reset; None before anything.
         lacking: why it cannot be replayed; empty if it can.
         seconds: how long its requests took.
     """
 
-    __slots__ = ("_bytes", "_called", "digest", "entries", "lacking", "seconds")
+    __slots__ = ("_begun", "_bytes", "_called", "_digest", "_said", "_uncounted", "entries", "lacking", "seconds")
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, bytes]] = []
-        self.digest: bytes | None = None
         self.lacking = ""
         self.seconds = 0.0
         self._bytes = 0
         self._called = False
+        self._begun = False  # with a reset of which its worker said how to do it again
+        self._digest: Digest | None = None
+        self._said: bytes | None = None  # by a worker that counts itself
+        self._uncounted: Uncounted[bytes] = Uncounted(UNCOUNTED_BYTES)
 
     def __repr__(self) -> str:
         why = f", {self.lacking}" if self.lacking else ""
@@ -56,10 +68,29 @@ class Journal:
         for name in self.__slots__:
             setattr(other, name, getattr(self, name))
         other.entries = list(self.entries)
+        other._digest = None if self._digest is None else self._digest.copy()
+        other._uncounted = self._uncounted.copy()
         return other
 
+    @property
+    def digest(self) -> bytes | None:
+        """Of what the worker told since the last seeded reset; None before anything.
+
+        Raises:
+            MeshError: an answer cannot be counted.
+        """
+        while len(self._uncounted):
+            self._count(self._uncounted.take())
+        if self._said is None and self._digest is not None:
+            return self._digest.value
+        return self._said
+
     def fields(self) -> dict[str, Any]:
-        """Those of the request that has it done again."""
+        """Those of the request that has it done again.
+
+        Raises:
+            MeshError: an answer cannot be counted.
+        """
         return {"journal": [list(entry) for entry in self.entries], "digest": self.digest}
 
     def forget(self) -> None:
@@ -67,43 +98,79 @@ class Journal:
         if self.lacking == LASTING_LOST:
             self.entries = []
         self._begin_anew()
-        self.digest = None
-        self._called = False
+        self._count_anew()
+        self._called = self._begun = False
 
     def unsure(self, op: str) -> None:
         """Nobody knows what a request did: its answer was an error."""
         self._give_up("answer_lost" if op in _OF_EPISODES and not self._called else LASTING_LOST)
 
-    def note(self, op: str, body: bytes, digest: bytes | None, seconds: float = 0.0, *, seeded: bool = False) -> None:
+    def note(
+        self,
+        op: str,
+        body: bytes,
+        answer: bytes,
+        seconds: float = 0.0,
+        *,
+        seeded: bool = False,
+        digest: bytes | None = None,
+    ) -> None:
         """A request that changed something was answered.
 
         Args:
             op: one of :data:`CHANGING`.
             body: as it was sent.
-            digest: what the worker said with its answer.
+            answer: as it arrived; it is kept.
             seconds: how long it took.
             seeded: whether it is a reset with a seed, or with all that outlives one of such an env.
+            digest: what the worker said with its answer, if it counts itself.
         """
-        if digest is not None:
-            self.digest = digest
-        elif op in _OF_EPISODES:  # nothing could be proved
+        if op == "reset" and seeded:
+            self._begun = True
+            self._count_anew()
+            if not self._called and self.lacking != LASTING_LOST:
+                self._begin_anew()
+        elif op == "reset" and not self._begun:  # its env says that it cannot be resumed
             self._give_up("not_resumable")
-        if seeded and not self._called and self.lacking != LASTING_LOST:
-            self._begin_anew()
         if self.lacking:
-            return
+            if op == "call":
+                self._give_up(LASTING_LOST)
+            if op != "set_attr" or self.lacking == LASTING_LOST:
+                return
         self._called = self._called or op == "call"
         self.entries.append((op, body))
         self._bytes += len(body)
         self.seconds += seconds
+        if digest is not None:
+            self._said = digest
+        elif op != "set_attr":
+            self._keep(answer)
         if self._bytes > MAX_BYTES or len(self.entries) > MAX_ENTRIES:
             lasting = self._called or any(op == "set_attr" for op, _ in self.entries)
             self._give_up(LASTING_LOST if lasting else "journal_full")
+
+    def _keep(self, answer: bytes) -> None:
+        if self._said is not None:  # half of it was counted elsewhere
+            self._give_up("answer_lost")
+            return
+        uncounted = self._uncounted
+        uncounted.add(answer, len(answer))
+        try:
+            while uncounted.overfull:
+                self._count(uncounted.take())
+        except MeshError:
+            self._give_up("answer_lost")
+
+    def _count(self, answer: bytes) -> None:
+        if self._digest is None:
+            self._digest = Digest()
+        self._digest.add(unpack(answer))
 
     def _give_up(self, why: str) -> None:
         """It cannot be replayed; what was set is kept as long as it is all that lasts."""
         if self.lacking != LASTING_LOST:
             self.lacking = why
+        self._uncounted.clear()
         self.entries = [] if why == LASTING_LOST else [entry for entry in self.entries if entry[0] == "set_attr"]
         self._bytes = sum(len(body) for _, body in self.entries)
 
@@ -112,3 +179,8 @@ class Journal:
         self._bytes = sum(len(body) for _, body in self.entries)
         self.seconds = 0.0
         self.lacking = ""
+
+    def _count_anew(self) -> None:
+        """As a worker does that counts itself, with every such reset."""
+        self._digest = self._said = None
+        self._uncounted.clear()

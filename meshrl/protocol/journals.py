@@ -11,6 +11,8 @@ snapshot), so that a fresh env which is given that, and reset, is where this one
     refused          is what it was
     another error    cannot be replayed until it begins anew: nobody knows what the request did
 
+What each has told is in its digest, or in the answers that are in none yet (:mod:`~meshrl.protocol.told`).
+
 What no sub-environment needs any more is dropped. Beyond ``MAX_BYTES`` those whose journals go back farthest are given
 up, which is told if they are lost before they begin anew.
 """
@@ -18,15 +20,18 @@ up, which is told if they are lost before they begin anew.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meshrl.errors import MalformedMessage, MeshError
 from meshrl.protocol.digests import Words
 from meshrl.protocol.journal import LASTING_LOST, MAX_BYTES
+from meshrl.protocol.told import Answer, Told
+from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
 
 Indices = NDArray[np.int64]
@@ -46,15 +51,16 @@ class Journals:
 
     Args:
         count: how many there are.
+        observations: batches of theirs.
 
     Attributes:
-        digests: uint64, what the worker said last of each.
         seconds: how long the requests in it took.
         hopeless: nothing can ever be proved, so that but for attributes nothing need be kept.
     """
 
     __slots__ = (
         "_begins",
+        "_begun",
         "_bytes",
         "_called",
         "_dropped",
@@ -63,13 +69,13 @@ class Journals:
         "_lasting",
         "_origins",
         "_requests",
+        "_told",
         "_took",
-        "digests",
         "hopeless",
         "seconds",
     )
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, observations: Batching) -> None:
         self._requests: deque[Request] = deque()
         self._took: deque[float] = deque()
         self._dropped = 0  # how many were there before the first of those
@@ -80,8 +86,9 @@ class Journals:
         self._lacking = [""] * count
         self._bytes = 0
         self._called = False
+        self._begun = False  # with a reset of which its worker said how to do it again
+        self._told = Told(count, observations)
         self.hopeless = False
-        self.digests: Words = np.zeros(count, np.uint64)
         self.seconds = 0.0
 
     def __repr__(self) -> str:
@@ -89,6 +96,11 @@ class Journals:
 
     def __len__(self) -> int:
         return len(self._requests) + len(self._lasting)
+
+    @property
+    def count(self) -> int:
+        """How many sub-environments there are."""
+        return len(self._origins)
 
     @property
     def lacking(self) -> str:
@@ -112,33 +124,39 @@ class Journals:
             self._took[at - self._dropped] += seconds
             self.seconds += seconds
 
-    def told(
-        self,
-        at: int,
-        which: Indices | slice,
-        digests: Words | None,
-        origins: Sequence[tuple[int, Origin]] = (),
-    ) -> None:
-        """Some sub-environments have answered a request.
+    def told(self, answer: Answer, origins: Sequence[tuple[int, Origin]] = (), digests: Words | None = None) -> None:
+        """Some sub-environments have answered a reset or a step.
 
         Args:
-            at: its position.
-            which: of them.
-            digests: theirs from now on; None where the worker says none, so that nothing could be proved.
+            answer: it is kept.
             origins: of those that were reset by it, as far as that makes their journals begin anew.
+            digests: of all that it is of, from now on; None where the worker does not count itself.
         """
-        self._ends[which] = at
-        if digests is None:
-            self.hopeless = True
-            self._drop_until(self._dropped + len(self._requests))
-            self._begins[:] = self._ends[:] = -1
+        at, which = answer.at, answer.which
+        if not self._begun and answer.op == "reset":
+            self._begun = bool(origins)
+            if not origins:  # their envs say that they cannot be resumed
+                self._give_up()
+        if self.hopeless:
             return
-        self.digests[which] = digests
+        self._ends[which] = at
+        if digests is not None:
+            self._count(self._told.take())
+            self._told.said(which, digests)
+        else:
+            self._count(self._told.keep(answer))
         if origins and not self._called:
             for i, origin in origins:
                 if self._lacking[i] != LASTING_LOST:
                     self._begins[i], self._origins[i], self._lacking[i] = at, origin, ""
             self._drop_until(int(self._begins.min()))
+
+    def changed(self, at: int) -> None:
+        """All of them have answered a call or a set_attr."""
+        if self.hopeless:
+            self._drop_until(at + 1)
+        else:
+            self._ends[:] = at
 
     def unsure(self, which: Indices | slice, op: str) -> None:
         """Nobody knows what a request did to these: its answer was an error."""
@@ -154,8 +172,8 @@ class Journals:
         self._begins[:] = self._ends[:] = -1
         self._origins = [None] * len(self._origins)
         self._lacking = [""] * len(self._origins)
-        self._called = False
-        self.digests[:] = 0
+        self._called = self._begun = False
+        self._told.forget()
 
     def fields(self) -> dict[str, Any]:
         """Those of the request that has them done again.
@@ -164,7 +182,14 @@ class Journals:
             ``journal``, the requests, the oldest first; of each sub-environment ``begins``, the position of the request
             in which it was reset (-1 for the very beginning), ``ends``, that of its last request, ``origins``, what
             that reset was given (None at the very beginning), and ``digests``, what it must come to.
+
+        Raises:
+            MalformedMessage: one of them cannot be done again, since an answer is none.
         """
+        self._count(self._told.take())
+        lacking = next(filter(None, self._lacking), "")
+        if lacking:
+            raise MalformedMessage("an answer cannot be counted: nobody knows what it told", lacking=lacking)
         kept = [request for _, request in sorted(self._lasting.values(), key=itemgetter(0))]
         # Positions are those of what is sent: of the dropped only what lasts.
         shift = len(kept) - self._dropped
@@ -174,10 +199,25 @@ class Journals:
             # Of one that was asked nothing since: what lasts counts all the same.
             "ends": np.where(self._ends < self._dropped, len(kept) - 1, self._ends + shift),
             "origins": list(self._origins),
-            "digests": self.digests,
+            "digests": self._told.digests,
         }
 
+    # ---------------------------------------------------------------- what was told
+
+    def _count(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            try:
+                self._told.count(answer)
+            except MeshError:
+                self.unsure(answer.which, answer.op)
+
     # ---------------------------------------------------------------- what is dropped
+
+    def _give_up(self) -> None:
+        """Nothing can ever be proved: only attributes are kept."""
+        self.hopeless = True
+        self._drop_until(self._dropped + len(self._requests))
+        self._begins[:] = self._ends[:] = -1
 
     def _mark(self, which: Indices | slice, why: str) -> None:
         ids = np.arange(len(self._lacking))[which]
@@ -195,6 +235,7 @@ class Journals:
             else:
                 self._bytes -= len(request.body)
             self._dropped += 1
+        self._told.drop_before(self._dropped)
 
     def _keep(self, request: Request) -> None:
         """Of what sets an attribute the last counts: one of all sub-environments, or each of the same ones."""

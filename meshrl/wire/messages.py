@@ -29,6 +29,8 @@ Form = Literal["single", "vector", "pool"]
 AutoresetName = Literal["NextStep", "SameStep", "Disabled"]
 # Those of R7, and that of a vector implementation with one generator for all: reset's seed is its.
 Seeding = Literal["gymnasium", "derived", "implementation"]
+# Whether answers carry running digests: none, those of large observations, or all.
+Digests = Literal["none", "large", "all"]
 AUTORESET_MODES: tuple[AutoresetName, ...] = get_args(AutoresetName)
 SEEDINGS: tuple[Seeding, ...] = get_args(Seeding)
 # A session of more sub-environments is split over several.
@@ -250,7 +252,8 @@ class Open(Message):
         believed_free: free slots that the client believes in; a worker that has fewer answers ``busier``, once.
         park_s: how long the worker may keep the open waiting for a slot; 0 answers at once.
         ticket: of an earlier answer ``full``: keeps the place in the queue.
-        digests: whether answers to reset and step carry the lane's running digest, so that it can be resumed (R8).
+        digests: what goes with answers so that it can be resumed (R8): nothing; or what outlives resets, and the
+            running digest of what was told, with ``all`` answers or those of ``large`` observations only.
     """
 
     session: Id
@@ -268,7 +271,7 @@ class Open(Message):
     believed_free: Count | None = None
     park_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 0.0
     ticket: Annotated[str, StringConstraints(max_length=64)] | None = None
-    digests: bool = False
+    digests: Digests = "none"
 
 
 class Grant(Message):

@@ -33,6 +33,7 @@ from meshrl.worker.hosted_vector import HostedVector
 from meshrl.worker.isolation import Deadlines, Isolation, check_isolation
 from meshrl.worker.limits import Limits
 from meshrl.worker.process_env import ProcessEnv, picklable
+from meshrl.worker.proof import says_digests
 from meshrl.worker.pulse import SWEEP_S
 from meshrl.worker.raised import EndsSession, described
 from meshrl.worker.service import Service, valid_names
@@ -329,7 +330,8 @@ class EnvWorker(Service):
             worker=self.id,
             allow=self._allow,
             threads=self._code_threads,
-            digests=open_.digests,
+            digests=says_digests(open_, envs[0].observation_space),
+            resumable=open_.digests != "none",
         )
 
     def _construct_implementation(

@@ -18,7 +18,8 @@ from meshrl.worker.attributes import Attributes
 from meshrl.worker.calls import Calls, is_coroutine
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.episode import Episode
-from meshrl.worker.origins import outliving, resumable
+from meshrl.worker.origins import outliving
+from meshrl.worker.origins import resumable as may_be_resumed
 from meshrl.worker.redoing import read_entry
 from meshrl.worker.threads import Threads
 
@@ -36,7 +37,8 @@ class HostedEnv:
         worker: the worker's id.
         allow: public names that clients may call and set; ``"*"`` in it for all.
         threads: where its ``close`` runs, and whatever is no coroutine function of an env that has some.
-        digests: whether answers carry the running digest, for a client that keeps a journal.
+        resumable: whether its client keeps a journal, and is told what outlives resets.
+        digests: whether answers carry the running digest, too.
 
     Attributes:
         pace: whether to step it on the event loop.
@@ -53,6 +55,7 @@ class HostedEnv:
         worker: str,
         allow: Collection[str],
         threads: Threads,
+        resumable: bool = False,
         digests: bool = False,
     ) -> None:
         self.env = env
@@ -67,8 +70,10 @@ class HostedEnv:
         self._step = env.step
         self.draws = draws(env)
         self._episode = Episode()
-        self._digest = Digest() if digests and resumable(env) else None
-        self._outliving = outliving(env) if self._digest is not None else None
+        self._resumable = resumable and may_be_resumed(env)
+        self._says_digests = digests and self._resumable
+        self._digest = Digest() if self._says_digests else None  # where it is not said, one of a replay only
+        self._outliving = outliving(env) if self._resumable else None
         self._outlived: Any = None  # the last reset, where that is known and it had no seed
         self._redoing = False
         self._over = False
@@ -97,8 +102,8 @@ class HostedEnv:
         if known is None:
             raise MalformedMessage(f"an env session has no op {op!r}")
         frame = known(body)
-        if op == "call" and self._digest is not None and not inspect.isawaitable(frame["value"]):
-            frame["digest"] = self._digest.add(frame)
+        if op == "call" and not inspect.isawaitable(frame["value"]):
+            self._count(frame)
         return frame
 
     async def run_async(self, op: str, body: Frame) -> Frame:
@@ -120,9 +125,10 @@ class HostedEnv:
                 await asyncio.sleep(0)  # others of this worker have their turns
             return self._replayed(body)
         frame = await self._calls(self.run, op, body)
+        counted = not any(map(inspect.isawaitable, frame.values()))
         told = {key: await value if inspect.isawaitable(value) else value for key, value in frame.items()}
-        if op == "call" and self._digest is not None and "digest" not in told:
-            told["digest"] = self._digest.add(told)
+        if op == "call" and not counted:
+            self._count(told)
         return told
 
     def cancel(self) -> None:
@@ -174,14 +180,14 @@ class HostedEnv:
         obs, info = outcome
         self._episode.began()
         frame: Frame = {"obs": obs, "info": info}
-        if self._digest is not None:
+        if self._resumable:
             if seed is not None:
                 frame["seed"] = seed  # it may have been drawn
             elif self._outlived is not None:
                 frame["state"] = self._outlived
-            if "seed" in frame or "state" in frame:
+            if self._digest is not None and len(frame) > 2:
                 self._digest = Digest()  # as the client's journal begins here
-            frame["digest"] = self._digest.add(frame)
+            self._count(frame)
         return frame
 
     def _op_step(self, body: Frame) -> Frame:
@@ -196,8 +202,15 @@ class HostedEnv:
             self._episode.ended()
         frame = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "info": info}
         if self._digest is not None:
-            frame["digest"] = self._digest.add(frame)
+            self._count(frame)
         return frame
+
+    def _count(self, frame: Frame) -> None:
+        """Count an answer, and say what all of them have come to, if that is wanted."""
+        if self._digest is not None:
+            digest = self._digest.add(frame)
+            if self._says_digests:
+                frame["digest"] = digest
 
     def _op_render(self, _body: Frame) -> Frame:
         self._need_reset("render")
@@ -240,6 +253,8 @@ class HostedEnv:
         if not isinstance(journal, list) or self._episode.phase != "new":
             raise MalformedMessage("a replay needs a journal, a list of requests, and is a session's first request")
         self._redoing = True
+        if self._resumable:
+            self._digest = Digest()
         try:
             for entry in journal:
                 if self._over:
@@ -255,6 +270,8 @@ class HostedEnv:
             ReplayDiverged: it has not.
         """
         told, digest = body.get("digest"), self._digest
+        if not self._says_digests:
+            self._digest = None
         if told is not None and (digest is None or told != digest.value):
             raise ReplayDiverged(
                 f"{self.name}: {len(body['journal'])} requests were done again at worker {self.worker} and led to "

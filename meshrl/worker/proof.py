@@ -1,15 +1,19 @@
 """Proof: what goes with the answers of sub-environments whose client keeps journals of them (R8).
 
-That is the digest of each, so that a replay can be compared with what was told, and the origins of those that a request
-has reset, as far as their journals can begin anew there.
+That is the origins of those that a request has reset, as far as their journals can begin anew there, and, where
+observations are large, the digest of each, so that a replay can be compared with what was told. Of small ones the
+client keeps the answers and counts them itself when it has to: hardly ever.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage
@@ -19,11 +23,14 @@ from meshrl.protocol.seeds import check_seed
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack
 from meshrl.wire.frames import Frame, Indices
+from meshrl.wire.messages import Open
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.origins import outliving
 
 Flags = NDArray[np.bool_]
 
+# Of one observation: from here on to hash it costs no more than to keep it.
+LARGE_BYTES = 4096
 # A journal begins anew at a reset without a seed only when it has so many steps: what outlives an env costs as much as
 # some steps of a fast one, and a replay of a hundred of those nothing to speak of.
 SHORT_STEPS = 100
@@ -38,13 +45,15 @@ class Proof:
         envs: local envs.
         batches: of their observations.
         seeding: theirs.
+        says: whether digests go with their answers.
 
     Attributes:
         called: whether a method was called. Then no journal begins anew at a reset without a seed any more, and so no
             digest may: who does it again, from farther back, could not know where.
     """
 
-    def __init__(self, envs: Sequence[Any], batches: Batching, seeding: Seeding) -> None:
+    def __init__(self, envs: Sequence[Any], batches: Batching, seeding: Seeding, *, says: bool) -> None:
+        self._says = says
         self._digests = Digests(len(envs), batches)
         self._seeding = seeding
         kept = [outliving(env) for env in envs]
@@ -120,22 +129,24 @@ class Proof:
         if lanes is not None and numbers is not None:
             for row, origin in taken:
                 origin["number"] = int(numbers[lanes[row]])
-        which = slice(None) if lanes is None else lanes
-        columns = (frame["rewards"], frame["terminations"], frame["truncations"])
-        frame["digests"] = self._digests.add(which, frame["obs"], *columns, [row for row, _ in taken])
+        if self._says:
+            which = slice(None) if lanes is None else lanes
+            columns = (frame["rewards"], frame["terminations"], frame["truncations"])
+            frame["digests"] = self._digests.add(which, frame["obs"], *columns, [row for row, _ in taken])
         if taken:
             frame["origins"] = _flat(taken)
 
     def add_to_reset(self, frame: Frame, ids: Indices, obs: Any) -> None:
         """Add to the answer of a vector's reset: of ``ids`` were reset, and that is what they told."""
         taken = self._taken(None)
-        anew = {i for i, _ in taken}
-        nothing = np.zeros(len(ids))
-        flags = nothing.astype(np.bool_)
-        rows = [row for row, i in enumerate(ids.tolist()) if i in anew]
-        if len(ids):
-            self._digests.add(ids, obs, nothing, flags, flags, rows)
-        frame["digests"] = self._digests.values.copy()
+        if self._says:
+            anew = {i for i, _ in taken}
+            nothing = np.zeros(len(ids))
+            flags = nothing.astype(np.bool_)
+            rows = [row for row, i in enumerate(ids.tolist()) if i in anew]
+            if len(ids):
+                self._digests.add(ids, obs, nothing, flags, flags, rows)
+            frame["digests"] = self._digests.values.copy()
         if taken:
             frame["origins"] = _flat(taken)
 
@@ -146,6 +157,22 @@ class Proof:
     def digest_of(self, i: int) -> int:
         """Of one, as it is now."""
         return int(self._digests.values[i])
+
+
+def says_digests(open_: Open, space: gymnasium.Space[Any]) -> bool:
+    """Whether digests go with the answers of a session whose observations are of that space."""
+    return open_.digests == "all" or (open_.digests == "large" and bytes_of(space) >= LARGE_BYTES)
+
+
+def bytes_of(space: gymnasium.Space[Any]) -> int:
+    """Those of the arrays of one value of a space; what is of no certain size counts nothing."""
+    if isinstance(space, spaces.Dict):
+        return sum(map(bytes_of, space.spaces.values()))
+    if isinstance(space, spaces.Tuple):
+        return sum(map(bytes_of, space.spaces))
+    if isinstance(space, (spaces.Box, spaces.MultiBinary, spaces.MultiDiscrete)):
+        return math.prod(space.shape) * np.dtype(space.dtype).itemsize
+    return 0
 
 
 def _flat(taken: Sequence[tuple[int, Frame]]) -> list[Any]:

@@ -22,7 +22,7 @@ from meshrl.wire.batches import batching
 from meshrl.wire.messages import AutoresetName, Open
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.origins import resumable
-from meshrl.worker.proof import Proof
+from meshrl.worker.proof import Proof, says_digests
 
 # A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
 SEED_BITS = 31
@@ -119,8 +119,10 @@ class SubEnvs:
         if self.draws:
             self._steps, self._resets = [*map(alone, self._steps)], [*map(alone, self._resets)]
         self._was_reset = [False] * len(self.envs)
-        proved = open_.digests and all(map(resumable, self.envs))
-        self.proof = Proof(self.envs, self.batches, self._seeding) if proved else None
+        self.proof: Proof | None = None
+        if open_.digests != "none" and all(map(resumable, self.envs)):
+            says = says_digests(open_, self.batches.space)
+            self.proof = Proof(self.envs, self.batches, self._seeding, says=says)
 
     def __len__(self) -> int:
         return len(self.envs)

@@ -63,7 +63,7 @@ class Opened(NamedTuple):
 async def opened(connection: Connection, worker: EnvWorker, id_: str, form: str, num_envs: int = NUM_ENVS) -> Opened:
     """A new session; waits for slots that are about to be free."""
     place = {"session": id_, "name": "cartpole", "form": form, "num_envs": num_envs}
-    asked = {**place, "park_s": ANSWER_S, "digests": True}
+    asked = {**place, "park_s": ANSWER_S, "digests": "all"}
     subject = SUBJECTS.worker(worker.id, "open", connection.user)
     grant = await answer(connection, subject, [messages.Open.model_validate(asked).to_wire()])
     messages.parse(messages.Grant, grant)

@@ -16,7 +16,18 @@ SERVED = {
     **{name: name for name in ("CartPole-v1", "FrozenLake-v1", "Pendulum-v1", "Blackjack-v1", TAXI)},
     **{
         name: f"{ENVS}:{name}"
-        for name in ("Tuned", "Random", "Slow", "Awaited", "Breaks", "Draws", "Unresumable", "Reused", "SlowReset")
+        for name in (
+            "Tuned",
+            "Random",
+            "Slow",
+            "Awaited",
+            "Breaks",
+            "Draws",
+            "Unresumable",
+            "Reused",
+            "SlowReset",
+            "Pictures",
+        )
     },
 }
 

@@ -114,3 +114,25 @@ class SlowReset(Random):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         time.sleep(0.5)
         return super().reset(seed=seed)
+
+
+class Pictures(gymnasium.Env[Any, Any]):
+    """Tells one picture an episode, with what its generator draws now; large enough to be counted by its worker."""
+
+    metadata = {"outlives_reset": "generator"}
+    observation_space = spaces.Box(0, 255, (64, 64), np.uint8)
+    action_space = spaces.Discrete(1000)
+
+    def _drawn(self) -> Any:
+        self._obs[:] = self.np_random.integers(256, size=(64, 64))
+        return self._obs
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._obs = np.zeros((64, 64), np.uint8)
+        self._steps = 0
+        return self._drawn(), {}
+
+    def step(self, action: int) -> Step:
+        self._steps += 1
+        return self._drawn(), 1.0, self._steps == 9, False, {}

@@ -367,7 +367,7 @@ async def session_whose_env_raised(stage: Stage) -> None:
 
 @case(errors.ReplayDiverged, "open a new one")
 async def replay_of_what_was_never_told(stage: Stage) -> None:
-    await stage.open("bare", digests=True)
+    await stage.open("bare", digests="all")
     await stage.request("replay", 1, journal=[["reset", pack({"seed": 1})]], digest=bytes(16))
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 
 from meshrl import Mesh, RemoteEnv
@@ -16,6 +17,7 @@ from meshrl.errors import EnvError, ResetNeeded, SessionClosed, SessionLost, Usa
 from tests.mesh.conftest import until
 from tests.mesh.gymnasium_ids import TAXI
 from tests.mesh.losing import ENVS, Workers, same
+from tests.mesh.resumed_envs import Pictures
 from tests.mesh.worker_process import WorkerProcess
 
 
@@ -64,6 +66,38 @@ async def test_workers_that_are_killed_again_and_again_cost_no_transition(
             if theirs[2] or theirs[3]:
                 same(await env.reset(), local.reset())  # goes on with the generator
     local.close()
+
+
+async def test_what_its_worker_counts_is_proved_as_what_its_client_counts(
+    server: EmbeddedServer, workers: Workers
+) -> None:
+    workers.start(2)
+    local = Pictures()
+    async with leased(server.url, "Pictures") as env:
+        same(await env.reset(seed=5), local.reset(seed=5))
+        for n in range(40):
+            if n % 10 == 5:
+                await workers.kill(env.worker)
+                await asyncio.to_thread(workers.start)
+            same(await env.step(1), theirs := local.step(1))
+            if theirs[2]:
+                same(await env.reset(), local.reset())
+
+
+async def test_answers_that_were_counted_as_others_came_are_proved(
+    server: EmbeddedServer, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshrl.protocol.journal.UNCOUNTED_BYTES", 200)
+    workers.start(2)
+    local = gymnasium.make("Pendulum-v1")
+    async with leased(server.url, "Pendulum-v1") as env:
+        same(await env.reset(seed=5), local.reset(seed=5))
+        for n in range(120):
+            if n % 50 == 30:
+                await workers.kill(env.worker)
+                await asyncio.to_thread(workers.start)
+            action = np.array([n % 3 - 1.0], np.float32)
+            same(await env.step(action), local.step(action))
 
 
 async def test_a_first_reset_without_a_seed_is_done_again_with_the_seed_that_was_drawn(

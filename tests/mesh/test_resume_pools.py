@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -18,6 +19,7 @@ from meshrl.errors import SessionLost
 from meshrl.protocol.seeds import derive
 from tests.mesh.conftest import until
 from tests.mesh.losing import Workers, same
+from tests.mesh.resumed_envs import Pictures
 
 
 @pytest.fixture
@@ -72,12 +74,16 @@ async def play(pool: RemotePool, alone: Alone, rounds: int, *, least: int = 3) -
         await pool.send(np.array([alone.action(i) for i in batch.env_ids.tolist()]), batch.env_ids)
 
 
-@pytest.mark.parametrize("name", ["CartPole-v1", "FrozenLake-v1", "Pendulum-v1"])
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [("CartPole-v1", 1 << 20), ("FrozenLake-v1", 1 << 20), ("Pendulum-v1", 3000), ("Pictures", 1 << 20)],
+)
 async def test_workers_that_are_killed_again_and_again_cost_no_transition_of_a_pool(
-    server: EmbeddedServer, workers: Workers, name: str
+    server: EmbeddedServer, workers: Workers, name: str, bound: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("meshrl.protocol.told.UNCOUNTED_BYTES", bound)
     workers.start(4)
-    alone = Alone(lambda: gymnasium.make(name), 8, 5)
+    alone = Alone(Pictures if name == "Pictures" else partial(gymnasium.make, name), 8, 5)
     async with Mesh(server.url) as m, await m.pool(name, 8, shards=2) as pool:
         await pool.reset(seed=5)
         for n in range(3):

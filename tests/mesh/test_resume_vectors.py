@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -19,7 +20,7 @@ from meshrl.protocol.seeds import derive
 from tests.mesh.conftest import until
 from tests.mesh.gymnasium_ids import TAXI
 from tests.mesh.losing import Workers, same
-from tests.mesh.resumed_envs import Draws
+from tests.mesh.resumed_envs import Draws, Pictures
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
 
@@ -64,6 +65,27 @@ async def test_workers_that_are_killed_again_and_again_cost_no_transition_of_a_v
             same(await stepping, theirs := local.step(actions))
             if mode is AutoresetMode.DISABLED and (theirs[2] | theirs[3]).any():
                 same(await envs.reset(**masked(*theirs[2:4])), local.reset(**masked(*theirs[2:4])))
+    local.close()
+
+
+@pytest.mark.parametrize(("name", "bound"), [("Pictures", 1 << 20), ("Pendulum-v1", 2000)])
+async def test_who_counts_what_was_told_and_when_is_all_the_same(
+    server: EmbeddedServer, workers: Workers, name: str, bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshrl.protocol.told.UNCOUNTED_BYTES", bound)
+    make = Pictures if name == "Pictures" else partial(gymnasium.make, name)
+    local = SyncVectorEnv([make] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
+    local.action_space.seed(5)
+    workers.start(2)
+    async with Mesh(server.url) as m:
+        async with await m.vector(name, 4, shards=2, autoreset_mode=AutoresetMode.SAME_STEP) as envs:
+            same(await envs.reset(seed=5), local.reset(seed=5))
+            for n in range(90):
+                if n % 30 == 25:
+                    await workers.kill(envs.shards[0][0])
+                    await asyncio.to_thread(workers.start)
+                actions = local.action_space.sample()
+                same(await envs.step(actions), local.step(actions))
     local.close()
 
 

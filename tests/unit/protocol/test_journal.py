@@ -1,19 +1,32 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 
+from meshrl.errors import MalformedMessage
 from meshrl.protocol import journal as journals
 from meshrl.protocol.digest import Digest
 from meshrl.protocol.journal import Journal
+from meshrl.wire.codec import pack
 
 
 def noted(*ops: str) -> Journal:
-    """``reset!`` is one with a seed; each body is the op with its position."""
+    """``reset!`` is one with a seed; each body is the op with its position, each answer has that as its observation."""
     journal = Journal()
     for n, op in enumerate(ops):
-        journal.note(op.rstrip("!"), f"{op}{n}".encode(), bytes([n]), seeded=op.endswith("!"))
+        journal.note(op.rstrip("!"), f"{op}{n}".encode(), answer(n), seeded=op.endswith("!"))
     return journal
+
+
+def answer(n: int) -> bytes:
+    return pack({"seq": 1, "obs": n})
+
+
+def of_answers(*numbers: int) -> bytes:
+    return digest(*({"obs": n} for n in numbers))
 
 
 def kept(journal: Journal) -> list[str]:
@@ -24,7 +37,7 @@ def test_it_holds_what_was_asked_since_the_last_seeded_reset() -> None:
     journal = noted("reset!", "step", "reset!", "step", "reset", "step")
     assert kept(journal) == ["reset!2", "step3", "reset4", "step5"]
     assert [op for op, _ in journal.entries] == ["reset", "step", "reset", "step"]
-    assert (journal.digest, journal.lacking, len(journal)) == (b"\5", "", 4)
+    assert (journal.digest, journal.lacking, len(journal)) == (of_answers(2, 3, 4, 5), "", 4)
 
 
 def test_what_was_set_outlives_a_seeded_reset() -> None:
@@ -37,13 +50,71 @@ def test_what_was_set_outlives_a_seeded_reset() -> None:
 
 def test_once_a_method_was_called_nothing_is_dropped() -> None:
     ops = ["reset!", "step", "call", "step", "reset!", "step"]
-    assert len(noted(*ops)) == len(ops)
+    journal = noted(*ops)
+    assert len(journal) == len(ops)
+    assert journal.digest == of_answers(4, 5), "that begins anew all the same"
 
 
-def test_what_has_no_digest_leaves_the_last_one() -> None:
+def test_the_digest_is_that_of_all_answers_but_those_to_set_attr() -> None:
+    assert noted("reset!", "set_attr", "step", "call").digest == of_answers(0, 2, 3)
+    assert Journal().digest is None
+
+
+def test_however_often_it_is_asked_for_it_goes_on() -> None:
     journal = noted("reset!", "step")
-    journal.note("set_attr", b"x", None)
-    assert journal.digest == b"\1"
+    assert journal.digest == journal.digest == of_answers(0, 1)
+    journal.note("step", b"", answer(7))
+    copy = journal.copy()
+    assert journal.digest == of_answers(0, 1, 7)
+    copy.note("step", b"", answer(8))
+    assert (copy.digest, journal.digest) == (of_answers(0, 1, 7, 8), of_answers(0, 1, 7))
+
+
+def test_answers_beyond_a_number_of_bytes_are_counted_as_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals, "UNCOUNTED_BYTES", 3 * len(answer(0)))
+    journal = noted("reset!", *["step"] * 9)
+    assert repr(journal._uncounted) == f"<Uncounted: 3 answers, {3 * len(answer(0))} bytes>"
+    assert journal.digest == of_answers(*range(10))
+
+
+def test_a_worker_may_count_itself() -> None:
+    journal = Journal()
+    journal.note("reset", b"r", answer(0), seeded=True, digest=b"0")
+    journal.note("set_attr", b"s", b"")
+    assert journal.digest == b"0"
+    journal.note("step", b"s", answer(1), digest=b"1")
+    assert (journal.digest, journal.lacking) == (b"1", "")
+    journal.note("step", b"s", answer(1))
+    assert journal.lacking == "answer_lost", "what of it was counted?"
+
+
+def test_an_answer_that_cannot_be_counted_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals, "UNCOUNTED_BYTES", 2)
+    journal = noted("reset!")
+    journal.note("step", b"s", b"\xc1\xc1\xc1")
+    assert journal.lacking == "answer_lost"
+    monkeypatch.undo()
+    journal = noted("reset!")
+    journal.note("step", b"s", b"\xc1")
+    with pytest.raises(MalformedMessage):
+        journal.fields()
+
+
+def test_an_env_that_tells_no_origin_with_its_first_reset_cannot_be_resumed() -> None:
+    assert noted("reset", "step").lacking == "not_resumable"
+    assert noted("reset!", "reset", "step").lacking == ""
+    assert noted("call", "reset!", "reset").lacking == ""
+
+
+@pytest.mark.parametrize(("op", "later"), [("set_attr", ""), ("call", "attributes_lost")])
+def test_what_lasts_is_noted_also_where_the_rest_was_given_up(
+    monkeypatch: pytest.MonkeyPatch, op: str, later: str
+) -> None:
+    monkeypatch.setattr(journals, "MAX_ENTRIES", 2)
+    journal = noted("reset!", "step", "step", op)
+    assert journal.lacking
+    journal.note("reset", b"r", answer(4), seeded=True)
+    assert (kept(journal), journal.lacking) == (["set_attr3", "r"] if op == "set_attr" else [], later)
 
 
 @pytest.mark.parametrize("bound", ["MAX_BYTES", "MAX_ENTRIES"])
@@ -51,7 +122,7 @@ def test_beyond_its_bound_it_is_given_up_until_it_begins_anew(monkeypatch: pytes
     monkeypatch.setattr(journals, bound, 20 if bound == "MAX_BYTES" else 3)
     journal = noted("reset!", "step", "step", "step", "step")
     assert (journal.lacking, len(journal)) == ("journal_full", 0)
-    journal.note("reset", b"", b"!", seeded=True)
+    journal.note("reset", b"", answer(9), seeded=True)
     assert (journal.lacking, len(journal)) == ("", 1)
 
 
@@ -71,7 +142,7 @@ def test_what_was_answered_with_an_error_leaves_nothing_to_replay(op: str, why: 
     journal = noted("set_attr", "reset!", "step")
     journal.unsure(op)
     assert journal.lacking == why
-    journal.note("reset", b"r", None, seeded=True)
+    journal.note("reset", b"r", answer(9), seeded=True)
     assert (journal.lacking, len(journal)) == (("", 2) if op == "step" else (why, 0))
 
 
@@ -94,10 +165,10 @@ OTHERS = [
 ]
 
 
-def digest(*frames: dict[str, object]) -> bytes:
+def digest(*frames: Mapping[str, Any]) -> bytes:
     made = Digest()
     for frame in frames:
-        made.add(frame)
+        made.add(dict(frame))
     return made.value
 
 

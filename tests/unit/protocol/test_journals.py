@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 
+from meshrl.errors import MalformedMessage
 from meshrl.protocol import journals
+from meshrl.protocol import told as told_
+from meshrl.protocol.digests import Digests
 from meshrl.protocol.journals import Journals
+from meshrl.protocol.told import Answer
+from meshrl.wire.batches import batching
 from meshrl.wire.codec import pack
 
 ALL = slice(None)
 BOTH = np.array([0, 1])
+SPACE = spaces.Discrete(100)
+FLAGS = {"terminations": np.zeros(2, np.bool_), "truncations": np.zeros(2, np.bool_)}
 
 
-def digests(*values: int) -> Any:
-    return np.array(values, np.uint64)
+def two() -> Journals:
+    return Journals(2, batching(SPACE))
+
+
+def answer(at: int, op: str, which: Any = ALL, *rows: int, n: int = 0, origins: Sequence[Any] = ()) -> Answer:
+    """One whose first observation is ``n``."""
+    frame: dict[str, Any] = {"obs": np.arange(n, n + 2), **FLAGS, "rewards": np.ones(2)}
+    if origins:
+        frame["origins"] = [part for origin in origins for part in origin]
+    return Answer(at, op, which, pack(frame), np.array(rows) if rows else None)
 
 
 def asked(journal: Journals, op: str, body: bytes, *origins: tuple[int, bytes]) -> int:
     """A request of both that was answered."""
     at = journal.asked(op, body)
-    journal.told(at, ALL, journal.digests + np.uint64(1), origins)
+    if op in {"call", "set_attr"}:
+        journal.changed(at)
+    else:
+        journal.told(answer(at, op, origins=origins), origins)
     return at
+
+
+def digests(*told: tuple[Any, int, Sequence[int]]) -> list[int]:
+    """Of observations that a shard of two told: whose, the first of them, and the rows that began anew."""
+    made = Digests(2, batching(SPACE))
+    for which, n, anew in told:
+        obs = np.arange(n, n + 2)[which]
+        nothing = np.zeros(len(obs), np.bool_)
+        made.add(which, obs, np.ones(len(obs)), nothing, nothing, anew)
+    return list(map(int, made.values))
 
 
 def lacking(journal: Journals) -> str:
@@ -37,14 +67,14 @@ def sent(journal: Journals) -> tuple[list[bytes], list[int], list[int], list[Any
 
 
 def test_a_new_one_has_nothing_to_do_again() -> None:
-    journal = Journals(2)
+    journal = two()
     assert len(journal) == 0
     assert not journal.lacking
     assert sent(journal) == ([], [-1, -1], [-1, -1], [None, None])
 
 
 def test_a_journal_begins_with_the_request_that_told_an_origin_and_ends_with_the_last() -> None:
-    journal = Journals(2)
+    journal = two()
     asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
     asked(journal, "step", b"s1")
     asked(journal, "step", b"s2", (1, b"state x"))
@@ -53,7 +83,7 @@ def test_a_journal_begins_with_the_request_that_told_an_origin_and_ends_with_the
 
 
 def test_what_no_sub_environment_needs_any_more_is_dropped() -> None:
-    journal = Journals(2)
+    journal = two()
     asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
     asked(journal, "step", b"s1", (0, b"state a"))
     asked(journal, "step", b"s2", (1, b"state b"))
@@ -69,7 +99,7 @@ def setting(name: str, *ids: int) -> bytes:
 
 def test_attributes_that_were_set_outlive_what_is_dropped() -> None:
     a1, a2 = setting("a"), setting("b")
-    journal = Journals(2)
+    journal = two()
     asked(journal, "set_attr", a1)
     asked(journal, "reset", b"r1", (0, b"seed 1"), (1, b"seed 2"))
     asked(journal, "set_attr", a2)
@@ -84,7 +114,7 @@ def test_attributes_that_were_set_outlive_what_is_dropped() -> None:
 
 def test_of_an_attribute_what_was_set_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals, "MAX_BYTES", 1000)
-    journal = Journals(2)
+    journal = two()
     for n in range(100):
         asked(journal, "set_attr", setting("a"))
         asked(journal, "set_attr", last := setting("b", n % 2))
@@ -101,7 +131,7 @@ def test_of_an_attribute_what_was_set_last_is_kept(monkeypatch: pytest.MonkeyPat
 
 
 def test_once_a_method_was_called_nothing_begins_anew() -> None:
-    journal = Journals(2)
+    journal = two()
     asked(journal, "reset", b"r1", (0, b"seed 1"), (1, b"seed 2"))
     asked(journal, "call", b"c")
     asked(journal, "reset", b"r2", (0, b"seed 3"), (1, b"seed 4"))
@@ -109,21 +139,22 @@ def test_once_a_method_was_called_nothing_begins_anew() -> None:
 
 
 def test_a_request_counts_for_those_that_have_answered_it() -> None:
-    journal = Journals(2)
+    journal = two()
     asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
     one, other = journal.asked("step", b"of 0"), journal.asked("step", b"of 1")
-    journal.told(other, np.array([1]), digests(8))
+    journal.told(answer(other, "step", np.array([1]), 1, n=8))
     assert sent(journal)[1:3] == ([0, 0], [0, 2])
-    journal.told(one, np.array([0]), digests(7))
+    journal.told(answer(one, "step", np.array([0]), 0, n=7))
     assert sent(journal)[1:3] == ([0, 0], [1, 2])
-    assert journal.fields()["digests"].tolist() == [7, 8]
+    of_0, of_1 = (np.array([0]), 7, ()), (np.array([1]), 8, ())
+    assert journal.fields()["digests"].tolist() == digests((BOTH, 0, (0, 1)), of_1, of_0)
 
 
 @pytest.mark.parametrize(
     ("op", "why"), [("step", "answer_lost"), ("reset", "answer_lost"), ("call", "attributes_lost")]
 )
 def test_after_an_error_nobody_knows_what_was_done_until_it_begins_anew(op: str, why: str) -> None:
-    journal = Journals(2)
+    journal = two()
     asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
     journal.unsure(np.array([1]), op)
     assert journal.lacking == why
@@ -135,16 +166,68 @@ def test_after_an_error_nobody_knows_what_was_done_until_it_begins_anew(op: str,
     assert not journal.lacking
 
 
-def test_without_digests_nothing_can_be_proved() -> None:
-    journal = Journals(2)
-    journal.told(journal.asked("reset", b"r"), ALL, None)
+def test_where_the_first_reset_tells_no_origin_nothing_can_be_proved() -> None:
+    journal = two()
+    asked(journal, "reset", b"r")
     assert journal.lacking == "not_resumable"
     assert len(journal) == 0
 
 
+def test_answers_are_counted_from_where_each_began() -> None:
+    journal = two()
+    origins = [(0, b"seed 1"), (1, b"seed 2")]
+    journal.told(answer(journal.asked("reset", b"r"), "reset", n=5, origins=origins), origins)
+    journal.told(answer(journal.asked("step", b"s"), "step", n=6))
+    again = [(1, b"state x")]
+    journal.told(answer(journal.asked("step", b"s"), "step", n=7, origins=again), again)
+    told = [(BOTH, 5, (0, 1)), (BOTH, 6, ()), (BOTH, 7, (1,))]
+    assert journal.fields()["digests"].tolist() == digests(*told)
+    journal.told(answer(journal.asked("step", b"s"), "step", n=8))
+    assert journal.fields()["digests"].tolist() == digests(*told, (BOTH, 8, ()))
+
+
+def test_answers_beyond_a_number_of_bytes_are_counted_and_those_before_all_journals_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = len(answer(0, "step").data)
+    monkeypatch.setattr(told_, "UNCOUNTED_BYTES", 3 * size)
+    journal, origins = two(), ((0, b"seed 1"), (1, b"seed 2"))
+    asked(journal, "reset", b"r", *origins)
+    for _ in range(9):
+        asked(journal, "step", b"s")
+    assert repr(journal._told._uncounted) == f"<Uncounted: 3 answers, {3 * size} bytes>"
+    assert journal.fields()["digests"].tolist() == digests((BOTH, 0, (0, 1)), *[(BOTH, 0, ())] * 9)
+    asked(journal, "step", b"s")
+    asked(journal, "reset", b"r", *origins)
+    assert len(journal._told._uncounted) == 1
+    assert journal.fields()["digests"].tolist() == digests((BOTH, 0, (0, 1)))
+
+
+def test_a_worker_may_count_itself() -> None:
+    journal = two()
+    origins = [(0, b"seed 1"), (1, b"seed 2")]
+    reset = answer(journal.asked("reset", b"r"), "reset", origins=origins)
+    journal.told(reset, origins, np.array([1, 2], np.uint64))
+    one = answer(journal.asked("step", b"s"), "step", np.array([1]), 1)
+    journal.told(one, (), np.array([5], np.uint64))
+    assert journal.fields()["digests"].tolist() == [1, 5]
+
+
+@pytest.mark.parametrize("broken", [{"obs": np.zeros(3, np.int64)}, {"rewards": np.zeros(1)}, {"truncations": None}])
+def test_of_an_answer_that_is_none_nobody_knows_what_it_told(broken: dict[str, Any]) -> None:
+    journal = two()
+    asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
+    frame = {"obs": np.arange(2), **FLAGS, "rewards": np.ones(2), **broken}
+    journal.told(Answer(journal.asked("step", b"s"), "step", ALL, pack(frame)))
+    assert journal.lacking == "", "nobody has looked yet"
+    with pytest.raises(MalformedMessage):
+        journal.fields()
+    assert journal.lacking == "answer_lost"
+
+
 def test_those_that_go_back_farthest_are_given_up_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals, "MAX_BYTES", 100)
-    journal = Journals(2)
+    journal = two()
     asked(journal, "reset", b"r" * 10, (0, b"seed 1"), (1, b"seed 2"))
     for _ in range(8):
         asked(journal, "step", b"s" * 10, (1, b"state x"))

@@ -1,0 +1,121 @@
+"""What a shard's sub-environments have told since their journals began, as a replay must tell it again (R8).
+
+A worker may say the digests itself, with every answer, which it does where observations are large. Else the answers are
+kept, and counted into the digests when somebody needs those.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.errors import MalformedMessage
+from meshrl.protocol.digests import Digests, Words
+from meshrl.protocol.uncounted import Uncounted
+from meshrl.wire.batches import Batching
+from meshrl.wire.codec import unpack
+from meshrl.wire.frames import Frame
+
+Indices = NDArray[np.int64]
+
+# Of answers that are in no digest yet: some hundred steps of 64 CartPoles.
+UNCOUNTED_BYTES = 1024 * 1024
+
+
+class Answer(NamedTuple):
+    """An answer to a reset or a step.
+
+    Attributes:
+        at: the position of its request in the journal.
+        op: of the request.
+        which: the sub-environments that told something with it.
+        data: as it arrived.
+        rows: theirs in it; None where it has a row for each of them, in their order.
+    """
+
+    at: int
+    op: str
+    which: Indices | slice
+    data: bytes
+    rows: Indices | None = None
+
+
+class Told:
+    """What a number of sub-environments have told.
+
+    Args:
+        count: how many there are.
+        observations: batches of them.
+    """
+
+    def __init__(self, count: int, observations: Batching) -> None:
+        self._count = count
+        self._observations = observations
+        self._digests = Digests(count, observations)
+        self._uncounted: Uncounted[Answer] = Uncounted(UNCOUNTED_BYTES)
+
+    def said(self, which: Indices | slice, digests: Words) -> None:
+        """The worker counts itself: the digests of these from now on."""
+        self._digests.values[which] = digests
+
+    def keep(self, answer: Answer) -> list[Answer]:
+        """Keep an answer; gives those that have to be counted now, the oldest first."""
+        uncounted = self._uncounted
+        uncounted.add(answer, len(answer.data))
+        overdue = []
+        while uncounted.overfull:
+            overdue.append(uncounted.take())
+        return overdue
+
+    def take(self) -> list[Answer]:
+        """All answers that are not counted yet, the oldest first; they are kept no more."""
+        return [self._uncounted.take() for _ in range(len(self._uncounted))]
+
+    def drop_before(self, position: int) -> None:
+        """No journal begins before that position: what was told before is of no use."""
+        uncounted = self._uncounted
+        while len(uncounted) and uncounted.oldest.at < position:
+            uncounted.take()
+
+    def forget(self) -> None:
+        """Nothing was told."""
+        self._uncounted.clear()
+        self._digests.values[:] = 0
+
+    @property
+    def digests(self) -> Words:
+        """Of what was counted so far."""
+        return self._digests.values
+
+    def count(self, answer: Answer) -> None:
+        """Count an answer into the digests of whom it is of.
+
+        Raises:
+            MalformedMessage: it is none.
+        """
+        frame, rows = unpack(answer.data), answer.rows
+        size = len(frame["lanes"]) if "lanes" in frame else self._count
+        observations = frame.get("obs")
+        self._observations.check(observations, size, "obs", exact=True)
+        if answer.op == "reset" and "rewards" not in frame:  # a vector's
+            rewards, terminations, truncations = np.zeros(size), np.zeros(size, np.bool_), np.zeros(size, np.bool_)
+        else:
+            rewards = _column(frame, "rewards", size, np.float64)
+            terminations = _column(frame, "terminations", size, np.bool_)
+            truncations = _column(frame, "truncations", size, np.bool_)
+        began = frame.get("origins", [])[::2]
+        if rows is not None:
+            observations = self._observations.pick(observations, rows)
+            rewards, terminations, truncations = rewards[rows], terminations[rows], truncations[rows]
+            began = [k for k, row in enumerate(rows.tolist()) if row in began] if began else began
+        if len(rewards):  # else a reset of none of them
+            self._digests.add(answer.which, observations, rewards, terminations, truncations, began)
+
+
+def _column(frame: Frame, name: str, size: int, dtype: type) -> NDArray[Any]:
+    column = frame.get(name)
+    if not isinstance(column, np.ndarray) or column.shape != (size,) or column.dtype != dtype:
+        raise MalformedMessage(f"an answer's {name} are {size} of {np.dtype(dtype)}", field=name)
+    return column

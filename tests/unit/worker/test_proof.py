@@ -1,0 +1,157 @@
+"""What goes with answers so that a session can be resumed, and that a client counts as a worker does (R8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from meshrl.client.recovery import Recovery
+from meshrl.client.shard_recovery import ShardRecovery
+from meshrl.protocol.journals import Journals
+from meshrl.protocol.told import Answer
+from meshrl.wire.batches import batching
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.messages import Open
+from meshrl.worker.hosted import HostedEnv
+from meshrl.worker.hosted_pool import HostedPool
+from meshrl.worker.hosted_vector import HostedVector
+from meshrl.worker.proof import LARGE_BYTES, bytes_of
+from meshrl.worker.threads import Threads
+from tests.mesh.resumed_envs import Pictures, Unresumable
+
+THREADS = Threads("test")
+NAMES = ["CartPole-v1", "FrozenLake-v1", "Blackjack-v1", "Pendulum-v1"]
+
+
+def opened(form: str, digests: str, count: int) -> Open:
+    return Open.model_validate({"session": "s", "name": "x", "form": form, "digests": digests, "num_envs": count})
+
+
+def hosted(env: Any, digests: str) -> HostedEnv:
+    kwargs = {"resumable": digests != "none", "digests": digests == "all"}
+    return HostedEnv(env, name="x", session="s", worker="w", allow=["*"], threads=THREADS, **kwargs)
+
+
+def arrived(frame: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """An answer as a client gets it, and its fields."""
+    data = pack(frame)
+    return data, unpack(data)
+
+
+# --------------------------------------------------------------------------- counted by either
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_an_env(name: str) -> None:
+    env = gymnasium.make(name)
+    env.action_space.seed(1)
+    worker = hosted(env, "all")
+    client = Recovery(None, "env", "x", None, {}, 1.0, resumes=True)  # type: ignore[arg-type]  # nothing is opened
+    ended, counted = True, 0
+    for n in range(300):
+        op = "reset" if ended else "step"
+        body = {"seed": 7 if n == 0 else None} if ended else {"action": env.action_space.sample()}
+        data, frame = arrived(worker.run(op, body))
+        said = frame.pop("digest")
+        client.note(op, pack(body), data, frame, 0.0)
+        if n % 17 == 0 or ended:
+            assert client.journal.digest == said
+            counted += 1
+        ended = bool(frame.get("terminated") or frame.get("truncated"))
+    assert counted > 17
+    assert not client.journal.lacking
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_of_a_vector(name: str, mode: str) -> None:
+    envs = [gymnasium.make(name) for _ in range(3)]
+    space = envs[0].action_space
+    space.seed(1)
+    open_ = opened("vector", "all", 3).model_copy(update={"autoreset_mode": mode})
+    worker = HostedVector(envs, open_, allow=["*"], threads=THREADS)
+    journal = Journals(3, batching(envs[0].observation_space))
+    client = ShardRecovery(None, "env", "x", None, {}, 1.0, resumes=True, journal=journal)  # type: ignore[arg-type]
+
+    def ask(op: str, body: dict[str, Any]) -> dict[str, Any]:
+        data, frame = arrived(worker.run(op, body))
+        said = frame.pop("digests")
+        client.note(op, pack(body), data, frame, 0.0)
+        if len(journal) % 13 == 1 or "origins" in frame or op == "reset":
+            assert journal.fields()["digests"].tolist() == said.tolist()
+        return frame
+
+    ask("reset", {"seeds": [1, 2, 3]})
+    for _ in range(300):
+        actions = batching(space).stack([space.sample() for _ in envs])
+        frame = ask("step", {"actions": actions})
+        if mode == "Disabled":
+            ask("reset", {"mask": frame["terminations"] | frame["truncations"]})
+    assert not journal.lacking
+    assert len(journal) < 300
+
+
+def test_of_a_pool() -> None:
+    envs = [gymnasium.make("CartPole-v1") for _ in range(4)]
+    worker = HostedPool(envs, opened("pool", "all", 4), threads=THREADS)
+    journal = Journals(4, batching(envs[0].observation_space))
+    chance = np.random.default_rng(3)
+    said = np.zeros(4, np.uint64)
+    for n in range(400):
+        lanes = np.arange(4) if n == 0 else chance.permutation(4)[: chance.integers(1, 5)]
+        op = "step" if n else "reset"
+        body: dict[str, Any] = {"actions": chance.integers(2, size=len(lanes))} if n else {"seeds": [1, 2, 3, 4]}
+        given = worker.check(op, lanes, body)
+        data, frame = arrived({**worker.run(op, lanes, given)[0], "lanes": lanes, "seqs": lanes + 1})
+        said[lanes] = frame["digests"]
+        origins = frame.get("origins", [])
+        told = [(int(lanes[row]), origin) for row, origin in zip(origins[::2], origins[1::2], strict=True)]
+        # A row that was heard before, or is none of this request's, is told to nobody.
+        half = len(lanes) // 2 if n % 5 == 4 else 0
+        parts = [np.arange(half), np.arange(half, len(lanes))] if half else [np.arange(len(lanes))]
+        at = journal.asked(op, pack(body))
+        for rows in parts:
+            own = [(lane, origin) for lane, origin in told if lane in lanes[rows]]
+            journal.told(Answer(at, op, lanes[rows], data, rows), own)
+        if n % 7 == 0:
+            assert journal.fields()["digests"].tolist() == said.tolist()
+    assert not journal.lacking
+    assert len(journal) < 400
+
+
+# --------------------------------------------------------------------------- who counts
+
+
+@pytest.mark.parametrize(("digests", "small", "large"), [("none", 0, 0), ("large", 0, 1), ("all", 1, 1)])
+def test_large_observations_are_counted_where_they_are_made(digests: str, small: int, large: int) -> None:
+    for env, said in ((gymnasium.make("CartPole-v1"), small), (Pictures(), large)):
+        vector = HostedVector([env], opened("vector", digests, 1), allow=(), threads=THREADS)
+        assert ("digests" in vector.run("reset", {"seeds": [1]})) == bool(said)
+        assert ("digests" in vector.run("step", {"actions": np.array([1])})) == bool(said)
+
+
+@pytest.mark.parametrize("digests", ["large", "all"])
+def test_of_an_env_that_cannot_be_resumed_nothing_is_told(digests: str) -> None:
+    assert hosted(Unresumable(), digests).run("reset", {"seed": 1}).keys() == {"obs", "info"}
+    vector = HostedVector([Unresumable()], opened("vector", digests, 1), allow=(), threads=THREADS)
+    assert vector.run("reset", {"seeds": [1]}).keys() == {"obs"}
+
+
+@pytest.mark.parametrize(
+    ("space", "size"),
+    [
+        (spaces.Box(0, 255, (84, 84, 4), np.uint8), 84 * 84 * 4),
+        (spaces.Box(-1, 1, (17,), np.float64), 17 * 8),
+        (spaces.Discrete(5), 0),
+        (spaces.Dict({"a": spaces.Box(0, 1, (3,)), "b": spaces.Tuple((spaces.MultiBinary(8), spaces.Text(9)))}), 20),
+        (spaces.Sequence(spaces.Box(0, 1, (999,))), 0),
+    ],
+    ids=str,
+)
+def test_how_large_an_observation_is(space: spaces.Space[Any], size: int) -> None:
+    assert bytes_of(space) == size
+    assert bytes_of(Pictures.observation_space) >= LARGE_BYTES
