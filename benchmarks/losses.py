@@ -1,11 +1,13 @@
 """What it costs that episodes outlive their workers, and how long one that is lost stays away.
 
-python benchmarks/losses.py                 both, about three minutes; written to results/losses/latest.json
+python benchmarks/losses.py                 both, about five minutes; written to results/losses/latest.json
 python benchmarks/losses.py --pairs 40 --kills 100
 
-Processor time is summed over client, worker and nats-server, and compared in interleaved pairs of turns with
-``on_loss="raise"``. A kill is SIGKILL for the worker with a step in flight, while another is there to take its session;
-what is counted is the time from the kill to the answer, with the replay of up to a hundred steps in it.
+Processor time is summed over client, worker and nats-server, and compared in pairs with ``on_loss="raise"``. Each pair
+has envs of its own, since where two of them lie in memory makes as much of a difference as what is compared, and that
+would be the same in every turn; they take turns within it. A kill is SIGKILL for the worker with a step in flight while
+another is there to take its session; what is counted is the time from the kill to the answer, with the replay of up to
+a hundred steps in it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -38,11 +39,14 @@ from meshrl.bus.embedded import EmbeddedServer
 RESULTS = Path(__file__).resolve().parent / "results" / "losses" / "latest.json"
 CPUCLOCK_SCHED = 2  # of a whole process, in linux/posix-timers.h
 SERVE = ("-m", "meshrl", "serve", "CartPole-v1", "--slots", "512")
-WARM_UP_STEPS = 400
+WARM_UP_STEPS = 300
+TURNS = (0, 1, 1, 0, 1, 0, 0, 1)  # of one pair, or the other way about: what gets slower or faster meanwhile is in both
 VECTOR = 64
 REPLAYED_STEPS = 100
 
 Step = Callable[[int], Awaitable[Any]]
+# Leases envs with an ``on_loss``; gives them and what steps them.
+Make = Callable[[Mesh, Any], Awaitable[tuple[Any, Step]]]
 
 
 class Worker:
@@ -82,23 +86,10 @@ def everybody() -> float:
 
 async def costs(url: str, pairs: int, seconds: float) -> dict[str, Any]:
     async with Mesh(url) as m:
-        works = {
-            "single": [await single(m, on_loss) for on_loss in ("raise", "resume")],
-            f"vector{VECTOR}": [await vector(m, on_loss) for on_loss in ("raise", "resume")],
-            f"pool{VECTOR}": [await pool(m, on_loss) for on_loss in ("raise", "resume")],
-        }
         told = {}
-        for name, both in works.items():
-            for step in both:
-                for n in range(WARM_UP_STEPS):
-                    await step(n)
-            rows = []
-            for _ in track(range(pairs), description=name, console=Console(stderr=True)):
-                order = random.sample((0, 1), 2)
-                row = [0.0, 0.0]
-                for which in order:
-                    row[which] = await turn(both[which], seconds)
-                rows.append(row)
+        for name, make in {"single": single, f"vector{VECTOR}": vector, f"pool{VECTOR}": pool}.items():
+            numbers = track(range(pairs), description=name, console=Console(stderr=True))
+            rows = [await pair(m, make, seconds, first=n % 2) for n in numbers]
             told[name] = {
                 "us_raise": [1e6 * row[0] for row in rows],
                 "us_resume": [1e6 * row[1] for row in rows],
@@ -107,16 +98,34 @@ async def costs(url: str, pairs: int, seconds: float) -> dict[str, Any]:
         return told
 
 
-async def turn(step: Step, seconds: float) -> float:
-    """Processor time of a step, in seconds."""
+async def pair(m: Mesh, make: Make, seconds: float, *, first: int) -> tuple[float, float]:
+    """Processor time of a step in seconds, with ``raise`` and with ``resume``."""
+    works = [await make(m, on_loss) for on_loss in ("raise", "resume")]
+    try:
+        for _, step in works:
+            for n in range(WARM_UP_STEPS):
+                await step(n)
+        used, counts = [0.0, 0.0], [0, 0]
+        for turn in TURNS:
+            which = turn ^ first
+            took, count = await steps_for(works[which][1], seconds / len(TURNS) * 2)
+            used[which], counts[which] = used[which] + took, counts[which] + count
+    finally:
+        for envs, _ in works:
+            await envs.close()
+    return used[0] / counts[0], used[1] / counts[1]
+
+
+async def steps_for(step: Step, seconds: float) -> tuple[float, int]:
+    """Processor time that was used in so many seconds, and the steps taken in them."""
     before, end, count = everybody(), time.perf_counter() + seconds, 0
     while time.perf_counter() < end:
         await step(count)
         count += 1
-    return (everybody() - before) / count
+    return everybody() - before, count
 
 
-async def single(m: Mesh, on_loss: Any) -> Step:
+async def single(m: Mesh, on_loss: Any) -> tuple[Any, Step]:
     env = await m.env("cartpole", on_loss=on_loss)
     await env.reset(seed=1)
 
@@ -125,17 +134,17 @@ async def single(m: Mesh, on_loss: Any) -> Step:
         if terminated or truncated:
             await env.reset()
 
-    return step
+    return env, step
 
 
-async def vector(m: Mesh, on_loss: Any) -> Step:
+async def vector(m: Mesh, on_loss: Any) -> tuple[Any, Step]:
     envs = await m.vector("cartpole", VECTOR, shards=1, on_loss=on_loss)
     await envs.reset(seed=1)
     actions = [np.full(VECTOR, n, np.int64) for n in range(2)]
-    return lambda n: envs.step(actions[n & 1])
+    return envs, lambda n: envs.step(actions[n & 1])
 
 
-async def pool(m: Mesh, on_loss: Any) -> Step:
+async def pool(m: Mesh, on_loss: Any) -> tuple[Any, Step]:
     envs = await m.pool("cartpole", VECTOR, shards=1, on_loss=on_loss)
     await envs.reset(seed=1)
     actions = [np.full(VECTOR, n, np.int64) for n in range(2)]
@@ -144,7 +153,7 @@ async def pool(m: Mesh, on_loss: Any) -> Step:
         batch = await envs.recv(VECTOR)
         await envs.send(actions[n & 1], batch.env_ids)
 
-    return step
+    return envs, step
 
 
 # --------------------------------------------------------------------------- how long it takes
@@ -203,8 +212,8 @@ async def measure(url: str, settings: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn; processor time is counted in ticks")
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each side of a pair")
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--json", type=Path, default=RESULTS)
     settings = parser.parse_args()

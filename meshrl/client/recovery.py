@@ -91,7 +91,12 @@ class Recovery:
         if op not in CHANGING:
             return
         answer = bytes(reply)  # the arrays of a large one are its user's, to write to
-        if op in {"reset", "step"}:
+        if op == "step":
+            self.told = answer
+            if self.resumes:
+                self.journal.note(op, body, answer, seconds, digest=frame.get("digest"))
+            return
+        if op == "reset":
             self.told = answer
         self.called = self.called or op == "call"
         if not self.resumes and op != "set_attr":

@@ -128,12 +128,22 @@ class ResumableSession(RemoteSession):
         """As of any session; where it is lost meanwhile, the answer is that of its next incarnation."""
         while True:
             if self._lost is None and not self._waits:
+                flight, op = self._flight, self._turn.op
                 try:
-                    return await self._noted()
+                    frame = await self._landing()
                 except SessionLost:
                     if not self._recovers or self.closed:
                         self._turn.answered()
                         raise
+                except MeshError as exc:
+                    if self._turn.phase is Phase.FREE:  # it was answered
+                        self._recovery.refused(op, exc)
+                    raise
+                else:
+                    assert flight is not None, "launch comes first"
+                    seconds = time.monotonic() - flight.sent_at
+                    self._recovery.note(op, self._body, flight.future.result(), frame, seconds)
+                    return frame
             try:
                 if self._lost is None:
                     await self._moved()
@@ -146,20 +156,6 @@ class ResumableSession(RemoteSession):
                 self._turn.answered()
                 self._waits = False
                 raise
-
-    async def _noted(self) -> Frame:
-        flight, op = self._flight, self._turn.op
-        try:
-            frame = await self._landing()
-        except SessionLost:
-            raise
-        except MeshError as exc:
-            if self._turn.phase is Phase.FREE:  # it was answered
-                self._recovery.refused(op, exc)
-            raise
-        assert flight is not None, "launch comes first"
-        self._recovery.note(op, self._body, flight.future.result(), frame, time.monotonic() - flight.sent_at)
-        return frame
 
     async def _landing_again(self) -> Frame:
         here = self._lost is None and not self._waits

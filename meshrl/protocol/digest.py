@@ -73,7 +73,7 @@ class Digest:
                 self._feed(part)
         elif kind is set or kind is frozenset:  # in no order of their own
             self._hash.update(b"".join(sorted(map(self._of_one, value))))
-        elif kind is tuple or kind is list:
+        elif isinstance(value, (tuple, list)):
             self._hash.update(b"[%d" % len(value))
             for part in value:
                 self._feed(part)

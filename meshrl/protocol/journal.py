@@ -53,7 +53,7 @@ class Journal:
         self._begun = False  # with a reset of which its worker said how to do it again
         self._digest: Digest | None = None
         self._said: bytes | None = None  # by a worker that counts itself
-        self._uncounted: Uncounted[bytes] = Uncounted(UNCOUNTED_BYTES)
+        self._uncounted: Uncounted[bytes] = Uncounted(UNCOUNTED_BYTES, len)
 
     def __repr__(self) -> str:
         why = f", {self.lacking}" if self.lacking else ""
@@ -154,7 +154,7 @@ class Journal:
             self._give_up("answer_lost")
             return
         uncounted = self._uncounted
-        uncounted.add(answer, len(answer))
+        uncounted.add(answer)
         try:
             while uncounted.overfull:
                 self._count(uncounted.take())

@@ -20,8 +20,8 @@ from meshrl.wire.frames import Frame
 
 Indices = NDArray[np.int64]
 
-# Of answers that are in no digest yet: some hundred steps of 64 CartPoles.
-UNCOUNTED_BYTES = 1024 * 1024
+# Of answers that are in no digest yet: some hundred steps of 256 CartPoles.
+UNCOUNTED_BYTES = 4 * 1024 * 1024
 
 
 class Answer(NamedTuple):
@@ -42,6 +42,10 @@ class Answer(NamedTuple):
     rows: Indices | None = None
 
 
+def _bytes_of(answer: Answer) -> int:
+    return len(answer.data)
+
+
 class Told:
     """What a number of sub-environments have told.
 
@@ -54,7 +58,7 @@ class Told:
         self._count = count
         self._observations = observations
         self._digests = Digests(count, observations)
-        self._uncounted: Uncounted[Answer] = Uncounted(UNCOUNTED_BYTES)
+        self._uncounted: Uncounted[Answer] = Uncounted(UNCOUNTED_BYTES, _bytes_of)
 
     def said(self, which: Indices | slice, digests: Words) -> None:
         """The worker counts itself: the digests of these from now on."""
@@ -63,7 +67,7 @@ class Told:
     def keep(self, answer: Answer) -> list[Answer]:
         """Keep an answer; gives those that have to be counted now, the oldest first."""
         uncounted = self._uncounted
-        uncounted.add(answer, len(answer.data))
+        uncounted.add(answer)
         overdue = []
         while uncounted.overfull:
             overdue.append(uncounted.take())

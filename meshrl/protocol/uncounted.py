@@ -7,6 +7,7 @@ counted, the oldest first: one for each that comes, so that nobody waits for man
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -17,14 +18,16 @@ class Uncounted(Generic[T]):
 
     Args:
         most_bytes: of all that are kept.
+        size: how many an answer has.
     """
 
-    __slots__ = ("_bytes", "_entries", "_most_bytes")
+    __slots__ = ("_bytes", "_entries", "_most_bytes", "_size")
 
-    def __init__(self, most_bytes: int) -> None:
-        self._entries: deque[tuple[T, int]] = deque()
+    def __init__(self, most_bytes: int, size: Callable[[T], int]) -> None:
+        self._entries: deque[T] = deque()
         self._bytes = 0
         self._most_bytes = most_bytes
+        self._size = size
 
     def __repr__(self) -> str:
         return f"<Uncounted: {len(self._entries)} answers, {self._bytes} bytes>"
@@ -35,19 +38,19 @@ class Uncounted(Generic[T]):
     @property
     def oldest(self) -> T:
         """There is one."""
-        return self._entries[0][0]
+        return self._entries[0]
 
     def copy(self) -> Uncounted[T]:
         """Another one, with the same in it."""
-        other: Uncounted[T] = Uncounted(self._most_bytes)
+        other = Uncounted(self._most_bytes, self._size)
         other._entries.extend(self._entries)
         other._bytes = self._bytes
         return other
 
-    def add(self, entry: T, size: int) -> None:
-        """Keep an answer of so many bytes."""
-        self._entries.append((entry, size))
-        self._bytes += size
+    def add(self, entry: T) -> None:
+        """Keep an answer."""
+        self._entries.append(entry)
+        self._bytes += self._size(entry)
 
     @property
     def overfull(self) -> bool:
@@ -56,8 +59,8 @@ class Uncounted(Generic[T]):
 
     def take(self) -> T:
         """The oldest, which is kept no more."""
-        entry, size = self._entries.popleft()
-        self._bytes -= size
+        entry = self._entries.popleft()
+        self._bytes -= self._size(entry)
         return entry
 
     def clear(self) -> None:

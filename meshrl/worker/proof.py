@@ -32,8 +32,8 @@ Flags = NDArray[np.bool_]
 # Of one observation: from here on to hash it costs no more than to keep it.
 LARGE_BYTES = 4096
 # A journal begins anew at a reset without a seed only when it has so many steps: what outlives an env costs as much as
-# some steps of a fast one, and a replay of a hundred of those nothing to speak of.
-SHORT_STEPS = 100
+# a step or two of a fast one, and a replay of some hundred of those nothing to speak of.
+SHORT_STEPS = 200
 
 
 class Proof:

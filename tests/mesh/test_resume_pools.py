@@ -76,7 +76,7 @@ async def play(pool: RemotePool, alone: Alone, rounds: int, *, least: int = 3) -
 
 @pytest.mark.parametrize(
     ("name", "bound"),
-    [("CartPole-v1", 1 << 20), ("FrozenLake-v1", 1 << 20), ("Pendulum-v1", 3000), ("Pictures", 1 << 20)],
+    [("CartPole-v1", 1 << 22), ("FrozenLake-v1", 1 << 22), ("Pendulum-v1", 3000), ("Pictures", 1 << 22)],
 )
 async def test_workers_that_are_killed_again_and_again_cost_no_transition_of_a_pool(
     server: EmbeddedServer, workers: Workers, name: str, bound: int, monkeypatch: pytest.MonkeyPatch
