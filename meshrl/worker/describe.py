@@ -14,6 +14,7 @@ from meshrl.wire import spaces
 from meshrl.wire.codec import pack
 from meshrl.wire.messages import Description, Vectors
 from meshrl.worker.fingerprint import fingerprint_of
+from meshrl.worker.origins import unsealed
 
 
 def describe_env(
@@ -27,6 +28,7 @@ def describe_env(
     step_deadline_s: float,
     vectors: Vectors | None = None,
     arguments: Mapping[str, Any] | None = None,
+    state_key_id: str | None = None,
 ) -> Description:
     """The description of ``env`` as it stands.
 
@@ -34,6 +36,8 @@ def describe_env(
         UnsupportedSpace: a space of it has no converter.
     """
     spec, known = _spec(env), versions(env)
+    kept = None if state_key_id is None else unsealed(env)
+    sealed_by = None if kept is None or kept.native is None else state_key_id
     return Description(
         kind="env",
         name=name,
@@ -48,7 +52,7 @@ def describe_env(
         step_deadline_s=step_deadline_s,
         versions=known,
         vectors=Vectors() if vectors is None else vectors,
-        fingerprint=fingerprint_of(env, spec, known, arguments or {}),
+        fingerprint=fingerprint_of(env, spec, known, arguments or {}, sealed_by),
     )
 
 

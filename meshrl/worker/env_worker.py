@@ -36,6 +36,7 @@ from meshrl.worker.process_env import ProcessEnv, picklable
 from meshrl.worker.proof import says_digests
 from meshrl.worker.pulse import SWEEP_S
 from meshrl.worker.raised import EndsSession, described
+from meshrl.worker.sealing import StateKey
 from meshrl.worker.service import Service, valid_names
 from meshrl.worker.vector_implementations import HostedImplementation, describe_implementation, make_implementation
 
@@ -81,6 +82,8 @@ class EnvWorker(Service):
         vectors: how vectors are hosted, for all names or by name: ``meshrl`` steps envs one by one and can do
             everything; ``gymnasium`` is the env's own vector entry point and ``envpool`` is EnvPool, which are fast and
             can do less (see :mod:`~meshrl.worker.vector_implementations`). Single envs are not concerned.
+        state_key: what workers share that seal envs' states for one another, as a file or the key itself; without one
+            no state of ALE's envs is told to clients (see :mod:`~meshrl.worker.sealing`).
         last_resort: ends this process; to be given where somebody then starts another one. With it, a worker that holds
             env code which it cannot end (a thread that hangs) condemns itself: it takes no new sessions, and
             ``serve_forever`` raises :class:`~meshrl.errors.WorkerCondemned`. It is called, on a thread, if the process
@@ -111,6 +114,7 @@ class EnvWorker(Service):
         max_cpu_s: float | None = None,
         lease_s: float = 15.0,
         vectors: str | Mapping[str, str] = "meshrl",
+        state_key: str | Path | StateKey | None = None,
         last_resort: Callable[[], None] | None = None,
     ) -> None:
         if not on_demand:
@@ -132,6 +136,7 @@ class EnvWorker(Service):
         self._on_demand = on_demand
         self._import_modules = import_modules
         check_isolation(isolation, vectors)
+        self._state_key = StateKey.read(state_key) if isinstance(state_key, str | Path) else state_key
         self._deadlines = Deadlines(step_deadline_s, reset_deadline_s)
         self._limits = Limits(max_memory_bytes, max_cpu_s)
         self._limits.check()
@@ -256,6 +261,7 @@ class EnvWorker(Service):
             "allow_kwargs": sorted(self._allow_kwargs),
             "allow": sorted(self._allow),
             "step_deadline_s": self._deadlines.longest_s,
+            "state_key_id": None if self._state_key is None else self._state_key.id,
         }
         if isinstance(env, ProcessEnv):
             return env.describe(vectors=vectors, arguments=factory is not None, **fields)
@@ -320,9 +326,9 @@ class EnvWorker(Service):
 
     def _host(self, open_: Open, envs: list[Any]) -> Held | HostedPool:
         if open_.form == "vector":
-            return HostedVector(envs, open_, allow=self._allow, threads=self._code_threads)
+            return HostedVector(envs, open_, allow=self._allow, threads=self._code_threads, state_key=self._state_key)
         if open_.form == "pool":
-            return HostedPool(envs, open_, threads=self._code_threads)
+            return HostedPool(envs, open_, threads=self._code_threads, state_key=self._state_key)
         return HostedEnv(
             envs[0],
             name=open_.name,
@@ -332,6 +338,7 @@ class EnvWorker(Service):
             threads=self._code_threads,
             digests=says_digests(open_, envs[0].observation_space),
             resumable=open_.digests != "none",
+            state_key=self._state_key,
         )
 
     def _construct_implementation(

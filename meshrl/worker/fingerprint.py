@@ -22,7 +22,13 @@ MAX_WRAPPERS = 100
 _IGNORED = frozenset({"meshrl"})
 
 
-def fingerprint_of(env: Any, spec: str | None, versions: Mapping[str, str], arguments: Mapping[str, Any]) -> str:
+def fingerprint_of(
+    env: Any,
+    spec: str | None,
+    versions: Mapping[str, str],
+    arguments: Mapping[str, Any],
+    sealed_by: str | None = None,
+) -> str:
     """128 bits as hexadecimal text.
 
     Args:
@@ -30,19 +36,22 @@ def fingerprint_of(env: Any, spec: str | None, versions: Mapping[str, str], argu
         spec: its ``EnvSpec`` as JSON, which has its arguments and wrappers; None where it has none.
         versions: of Python and the packages that it comes from.
         arguments: those that the operator made it with, which an env without a spec does not tell.
+        sealed_by: the id of the key without which its origins cannot be read; None where there is none.
     """
     chain: list[str] = []
     inner = env
     while inner is not None and len(chain) < MAX_WRAPPERS:
         chain.append(f"{type(inner).__module__}:{type(inner).__qualname__}")
         inner = getattr(inner, "env", None) if inner is not getattr(inner, "unwrapped", inner) else None
-    facts = {
+    facts: dict[str, Any] = {
         "chain": chain,
         "spec": spec,
         "arguments": {name: repr(value) for name, value in arguments.items()},
         "versions": {name: version for name, version in versions.items() if name not in _IGNORED},
         "machine": _machine(),
     }
+    if sealed_by is not None:
+        facts["sealed_by"] = sealed_by
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -37,6 +37,7 @@ async def serve(
     isolation: Isolation,
     step_deadline: float,
     reset_deadline: float,
+    state_key: Path | None,
     ready: Path | None,
 ) -> None:
     """Serve until cancelled.
@@ -52,6 +53,7 @@ async def serve(
         isolation: of the env worker.
         step_deadline: in seconds, of the env worker.
         reset_deadline: in seconds, of the env worker.
+        state_key: of the env worker, a file.
         ready: a file to make once everything is advertised.
     """
     anything = ("*",) if private else ()
@@ -68,6 +70,7 @@ async def serve(
             isolation=isolation,
             step_deadline_s=step_deadline,
             reset_deadline_s=reset_deadline,
+            state_key=state_key,
             last_resort=end_condemned if replaced else None,
         )
     ]
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument("--isolation", choices=ISOLATIONS, default="thread")
     parser.add_argument("--step-deadline", type=float, default=STEP_DEADLINE_S)
     parser.add_argument("--reset-deadline", type=float, default=RESET_DEADLINE_S)
+    parser.add_argument("--state-key", type=Path)
     parser.add_argument("--ready", type=Path)
     options = vars(parser.parse_args())
     try:

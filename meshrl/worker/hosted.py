@@ -21,6 +21,7 @@ from meshrl.worker.episode import Episode
 from meshrl.worker.origins import outliving
 from meshrl.worker.origins import resumable as may_be_resumed
 from meshrl.worker.redoing import read_entry
+from meshrl.worker.sealing import StateKey
 from meshrl.worker.threads import Threads
 
 # A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
@@ -39,6 +40,7 @@ class HostedEnv:
         threads: where its ``close`` runs, and whatever is no coroutine function of an env that has some.
         resumable: whether its client keeps a journal, and is told what outlives resets.
         digests: whether answers carry the running digest, too.
+        state_key: with which the worker seals what only workers may have written.
 
     Attributes:
         pace: whether to step it on the event loop.
@@ -57,6 +59,7 @@ class HostedEnv:
         threads: Threads,
         resumable: bool = False,
         digests: bool = False,
+        state_key: StateKey | None = None,
     ) -> None:
         self.env = env
         self.name = name
@@ -73,7 +76,7 @@ class HostedEnv:
         self._resumable = resumable and may_be_resumed(env)
         self._says_digests = digests and self._resumable
         self._digest = Digest() if self._says_digests else None  # where it is not said, one of a replay only
-        self._outliving = outliving(env) if self._resumable else None
+        self._outliving = outliving(env, state_key) if self._resumable else None
         self._outlived: Any = None  # the last reset, where that is known and it had no seed
         self._redoing = False
         self._over = False

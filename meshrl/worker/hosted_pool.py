@@ -19,6 +19,7 @@ from meshrl.wire.messages import Open
 from meshrl.worker.calls import Calls
 from meshrl.worker.hosted_vector import close_all, has_coroutines
 from meshrl.worker.redoing import Deed, Done, Redoing, Replay
+from meshrl.worker.sealing import StateKey
 from meshrl.worker.spread import Finished, Spread
 from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, is_number, rewards_of
 from meshrl.worker.threads import Threads
@@ -37,6 +38,7 @@ class HostedPool:
         envs: local envs with equal spaces.
         open_: what was asked for.
         threads: where what takes its time runs.
+        state_key: with which the worker seals what only workers may have written.
 
     Attributes:
         envs: as given.
@@ -49,7 +51,9 @@ class HostedPool:
         steps: int64, how many steps it has.
     """
 
-    def __init__(self, envs: Sequence[Any], open_: Open, *, threads: Threads) -> None:
+    def __init__(
+        self, envs: Sequence[Any], open_: Open, *, threads: Threads, state_key: StateKey | None = None
+    ) -> None:
         self.name = open_.name
         self.pace = BatchPace(len(envs))
         self._reset_pace = BatchPace(len(envs))
@@ -57,7 +61,7 @@ class HostedPool:
         self.episodes: NDArray[np.int64] = np.zeros(len(envs), np.int64)
         self.steps: NDArray[np.int64] = np.zeros(len(envs), np.int64)
         self._derived = open_.seeding == "derived"
-        self._subs = SubEnvs(envs, open_)
+        self._subs = SubEnvs(envs, open_, state_key)
         self.envs = self._subs.envs
         self.draws = self._subs.draws
         self.first = self._subs.first

@@ -23,6 +23,7 @@ from meshrl.worker.calls import Calls, is_coroutine
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.process_env import ProcessEnv
 from meshrl.worker.redoing import Deed, Done, Redoing, Replay
+from meshrl.worker.sealing import StateKey
 from meshrl.worker.spread import Finished, Spread
 from meshrl.worker.sub_envs import FEW_IDS, Outcome, Outcomes, SubEnvs, flags_of, rewards_of
 from meshrl.worker.threads import Threads
@@ -49,6 +50,7 @@ class HostedVector:
         open_: what was asked for.
         allow: public names that clients may call and set; ``"*"`` in it for all.
         threads: where what takes its time runs.
+        state_key: with which the worker seals what only workers may have written.
 
     Attributes:
         envs: as given.
@@ -58,12 +60,20 @@ class HostedVector:
         draws: whether they run alone; see :mod:`~meshrl.worker.drawing`.
     """
 
-    def __init__(self, envs: Sequence[Any], open_: Open, *, allow: Collection[str], threads: Threads) -> None:
+    def __init__(
+        self,
+        envs: Sequence[Any],
+        open_: Open,
+        *,
+        allow: Collection[str],
+        threads: Threads,
+        state_key: StateKey | None = None,
+    ) -> None:
         self.name = open_.name
         self.pace = BatchPace(len(envs))
         self.reset_pace = BatchPace(len(envs))
         self.coroutine = has_coroutines(envs[0])
-        self._subs = SubEnvs(envs, open_)
+        self._subs = SubEnvs(envs, open_, state_key)
         self.envs = self._subs.envs
         self.draws = self._subs.draws
         self._batches = batching(envs[0].action_space)

@@ -32,7 +32,7 @@ from meshrl.worker.attributes import Attributes, is_wrapped
 from meshrl.worker.channel import Channel
 from meshrl.worker.describe import describe_env
 from meshrl.worker.factories import Factory
-from meshrl.worker.origins import outliving, resumable
+from meshrl.worker.origins import resumable, unsealed
 
 MAX_MESSAGE_CHARS = 2000
 MAX_TRACEBACK_CHARS = 20_000
@@ -133,12 +133,12 @@ class Inside:
 
     def _outlives(self, body: Frame) -> Frame:
         """What outlives its resets: whether that is known, what it is now, or what it is to be."""
-        kept = outliving(self._env)
+        kept = unsealed(self._env)
         if kept is None:
             return {"value": None, "resumable": resumable(self._env)}
         if "state" in body:
             kept.put(body["state"])
-        return {"value": kept.get(), "resumable": True}
+        return {"value": kept.get(), "native": kept.native, "resumable": True}
 
     def _close(self, _body: Frame) -> Frame:
         if self._env is not None:

@@ -10,6 +10,9 @@ itself, in its ``metadata["outlives_reset"]``::
     "unknown"      it cannot be resumed at all, not even from a reset with a seed
     (absent)       only a reset with a seed is an origin
 
+ALE's states are parsed by native code. They are told, sealed, by workers that have a key for it (see
+:mod:`~meshrl.worker.sealing`); by others only resets with a seed are origins.
+
 What is around the env has to forget its episodes in a reset by itself, as Gymnasium's ``TimeLimit`` does: one wrapper
 that is not known to, and only resets with a seed are origins.
 """
@@ -25,6 +28,8 @@ import numpy as np
 
 from meshrl.errors import MalformedMessage
 from meshrl.wire.codec import pack, unpack
+from meshrl.worker.atari import is_atari, kind_of, put_state, state_of
+from meshrl.worker.sealing import StateKey
 
 KEY = "outlives_reset"
 # Gymnasium's own, by module: a test compares each with itself, going on in a fresh env from its generator's state.
@@ -67,10 +72,12 @@ class Outliving(NamedTuple):
     Attributes:
         get: gives it, packed; to be called right before a reset.
         put: gives it to a fresh env, right before a reset.
+        native: of what native code parses, which kind of state it is: it has to be sealed before it is told.
     """
 
     get: Callable[[], bytes]
     put: Callable[[bytes], None]
+    native: bytes | None = None
 
 
 @runtime_checkable
@@ -79,12 +86,25 @@ class Elsewhere(Protocol):
 
     resumable: bool
 
-    def outliving(self) -> tuple[Callable[[], bytes], Callable[[bytes], None]] | None:
-        """What gives, and what takes, what outlives its resets; None where that is not known."""
+    def outliving(self) -> tuple[Callable[[], bytes], Callable[[bytes], None], bytes | None] | None:
+        """The parts of an :class:`Outliving` that is not sealed; None where what outlives its resets is not known."""
 
 
-def outliving(env: Any) -> Outliving | None:
-    """What outlives the resets of ``env``; None where that is not known."""
+def outliving(env: Any, key: StateKey | None = None) -> Outliving | None:
+    """What outlives the resets of ``env``, as clients may keep it; None where that is not known.
+
+    Args:
+        env: as it was made.
+        key: with which what native code parses is sealed; without one it counts as not known.
+    """
+    kept = unsealed(env)
+    if kept is None or kept.native is None:
+        return kept
+    return None if key is None else _sealed(kept, key, kept.native)
+
+
+def unsealed(env: Any) -> Outliving | None:
+    """The same, whoever parses it: for workers alone."""
     if isinstance(env, Elsewhere):
         there = env.outliving()
         return None if there is None else Outliving(*there)
@@ -100,6 +120,8 @@ def outliving(env: Any) -> Outliving | None:
     module = f"{type(bare).__module__}."
     if said == "generator" or (said is None and module.startswith(_BY_GENERATOR)):
         return _generator_of(bare)
+    if said is None and is_atari(bare):
+        return _emulator_of(bare)
     return None
 
 
@@ -134,6 +156,24 @@ def _nothing() -> bytes:
 def _put_nothing(state: bytes) -> None:
     if state != b"":
         raise MalformedMessage("an env that nothing outlives was given something")
+
+
+def _sealed(kept: Outliving, key: StateKey, kind: bytes) -> Outliving:
+    get, put = kept.get, kept.put
+    return kept._replace(get=lambda: key.seal(kind, get()), put=lambda state: put(key.open(kind, state)))
+
+
+def _emulator_of(bare: Any) -> Outliving | None:
+    """Of an ALE env: its generator's state, and its emulator's."""
+    generator, kind = _generator_of(bare), kind_of(bare)
+    if generator is None or kind is None:
+        return None
+
+    def put(state: bytes) -> None:
+        generator.put(state[: _PCG64.size])
+        put_state(bare, state[_PCG64.size :])
+
+    return Outliving(lambda: generator.get() + state_of(bare), put, kind)
 
 
 def _generator_of(bare: Any) -> Outliving | None:

@@ -175,11 +175,15 @@ class ProcessEnv:
         """Whether it does not say that it cannot be resumed."""
         return bool(self._ask("outlives")["resumable"])
 
-    def outliving(self) -> tuple[Callable[[], bytes], Callable[[bytes], None]] | None:
-        """What gives, and what takes, what outlives its resets; None where that is not known."""
-        if self._ask("outlives")["value"] is None:
+    def outliving(self) -> tuple[Callable[[], bytes], Callable[[bytes], None], bytes | None] | None:
+        """What gives, and what takes, what outlives its resets, and whose it is; None where that is not known.
+
+        The key stays on this side: env code is never in a process that has it.
+        """
+        told = self._ask("outlives")
+        if told["value"] is None:
             return None
-        return lambda: self._ask("outlives")["value"], self._outlive
+        return lambda: self._ask("outlives")["value"], self._outlive, told["native"]
 
     def _outlive(self, state: bytes) -> None:
         self._ask("outlives", state=state)

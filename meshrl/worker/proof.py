@@ -26,6 +26,7 @@ from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.messages import Open
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.origins import outliving
+from meshrl.worker.sealing import StateKey
 
 Flags = NDArray[np.bool_]
 
@@ -46,17 +47,26 @@ class Proof:
         batches: of their observations.
         seeding: theirs.
         says: whether digests go with their answers.
+        state_key: with which a worker seals what only workers may have written.
 
     Attributes:
         called: whether a method was called. Then no journal begins anew at a reset without a seed any more, and so no
             digest may: who does it again, from farther back, could not know where.
     """
 
-    def __init__(self, envs: Sequence[Any], batches: Batching, seeding: Seeding, *, says: bool) -> None:
+    def __init__(
+        self,
+        envs: Sequence[Any],
+        batches: Batching,
+        seeding: Seeding,
+        *,
+        says: bool,
+        state_key: StateKey | None = None,
+    ) -> None:
         self._says = says
         self._digests = Digests(len(envs), batches)
         self._seeding = seeding
-        kept = [outliving(env) for env in envs]
+        kept = [outliving(env, state_key) for env in envs]
         if any(map(draws, envs)):
             kept = [None if one is None else one._replace(get=alone(one.get), put=alone(one.put)) for one in kept]
         self._kept = kept

@@ -23,6 +23,7 @@ from meshrl.wire.messages import AutoresetName, Open
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.origins import resumable
 from meshrl.worker.proof import Proof, says_digests
+from meshrl.worker.sealing import StateKey
 
 # A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
 SEED_BITS = 31
@@ -90,6 +91,7 @@ class SubEnvs:
     Args:
         envs: local envs, or objects like them.
         open_: what was asked for: mode and seeding.
+        state_key: see :class:`~meshrl.worker.proof.Proof`.
 
     Attributes:
         envs: as given.
@@ -101,7 +103,7 @@ class SubEnvs:
             says that it cannot be resumed.
     """
 
-    def __init__(self, envs: Sequence[Any], open_: Open) -> None:
+    def __init__(self, envs: Sequence[Any], open_: Open, state_key: StateKey | None = None) -> None:
         mode: AutoresetName = "SameStep" if open_.form == "pool" else open_.autoreset_mode
         self.envs = list(envs)
         self.name = open_.name
@@ -122,7 +124,7 @@ class SubEnvs:
         self.proof: Proof | None = None
         if open_.digests != "none" and all(map(resumable, self.envs)):
             says = says_digests(open_, self.batches.space)
-            self.proof = Proof(self.envs, self.batches, self._seeding, says=says)
+            self.proof = Proof(self.envs, self.batches, self._seeding, says=says, state_key=state_key)
 
     def __len__(self) -> int:
         return len(self.envs)

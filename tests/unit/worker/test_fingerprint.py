@@ -17,7 +17,13 @@ def test_it_is_the_same_of_the_same() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"env": TunedOtherwise()}, {"spec": "{}"}, {"versions": {"numpy": "2.1"}}, {"arguments": {"gain": 2}}],
+    [
+        {"env": TunedOtherwise()},
+        {"spec": "{}"},
+        {"versions": {"numpy": "2.1"}},
+        {"arguments": {"gain": 2}},
+        {"sealed_by": "0f"},
+    ],
     ids=lambda other: next(iter(other)),
 )
 def test_it_is_another_where_anything_is_that_behaviour_depends_on(other: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def opened(form: str, digests: str, count: int) -> Open:
 
 
 def hosted(env: Any, digests: str) -> HostedEnv:
-    kwargs = {"resumable": digests != "none", "digests": digests == "all"}
+    kwargs: dict[str, Any] = {"resumable": digests != "none", "digests": digests == "all"}
     return HostedEnv(env, name="x", session="s", worker="w", allow=["*"], threads=THREADS, **kwargs)
 
 
