@@ -5,6 +5,7 @@
     logins.json               teams, their limits and logins, by public keys; the operator's too
     tls/                      the CA, and the server's certificate
     teams/<team>/<name>.login a login: its NKEY seed, and the CA that the server is checked against (0600)
+    teams/<team>/state.key    for the team's env workers, which seal envs' states with it (0600)
 
 The rule of this file: *no key is ever written over.* What is there stays; what is asked for and missing is made.
 The server knows public keys alone, so that nothing in its configuration logs anybody in.
@@ -313,6 +314,7 @@ def _team(home: Path, team: str, logins: Mapping[str, Role], done: Done) -> None
     if known is None:
         known = done.record.teams[team] = Team()
         wanted |= {role: role for role in ROLES if role not in wanted.values()}
+        _state_key(home / "teams" / team / "state.key", done)
     ca = (home / "tls" / "ca.pem").read_text(encoding="utf-8")
     for name, role in wanted.items():
         file = _login_file(home, team, name)
@@ -328,6 +330,15 @@ def _team(home: Path, team: str, logins: Mapping[str, Role], done: Done) -> None
         write_private(file, _LOGIN.format(role=role, name=name, team=team, seed=seed, ca=ca))
         known.logins[name] = Login(role=role, nkey=nkey)
         done.made.append(file)
+
+
+def _state_key(file: Path, done: Done) -> None:
+    """Made with its team and never again: envs' states that were sealed with another are worth nothing."""
+    if file.exists():
+        done.kept.append(file)
+        return
+    write_private(file, os.urandom(32).hex() + "\n")
+    done.made.append(file)
 
 
 def _new_key() -> tuple[str, str]:

@@ -36,6 +36,15 @@ CredentialsFile = Annotated[
         metavar="FILE",
     ),
 ]
+StateKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="The key of these workers, at least 32 bytes: with it ALE's envs are resumed from resets without a seed.",
+        envvar="MESHRL_STATE_KEY",
+        show_default=False,
+        metavar="FILE",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the NATS server at the start.", min=0.0, metavar="S")]
 Slots = Annotated[int, typer.Option(help="Envs held at once; a vector of 64 takes 64.", min=1, metavar="N")]

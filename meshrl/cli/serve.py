@@ -21,6 +21,7 @@ from meshrl.cli.options import (
     ProcessNumber,
     ResetDeadline,
     Slots,
+    StateKeyFile,
     StepDeadline,
     Url,
     Wait,
@@ -40,6 +41,7 @@ from meshrl.worker.factories import Factory, is_gymnasium_id
 from meshrl.worker.isolation import Deadlines, check_isolation
 from meshrl.worker.limits import Limits
 from meshrl.worker.running import Leaving, end_condemned, run, until_stopped
+from meshrl.worker.sealing import StateKey
 
 
 def serve(
@@ -100,6 +102,7 @@ def serve(
     url: Url = None,
     namespace: Namespace = "default",
     credentials: CredentialsFile = None,
+    state_key: StateKeyFile = None,
     process: ProcessNumber = None,
 ) -> None:
     """Serve environments until Ctrl-C or SIGTERM, from this process or (--processes) from several."""
@@ -113,6 +116,7 @@ def serve(
     limits = Limits(bytes_in(max_memory, "--max-memory"), max_cpu_seconds)
     limits.check()
     Deadlines(step_deadline, reset_deadline)  # refused before anything is waited for
+    key = None if state_key is None else StateKey.read(state_key)
     of_envs = limits if where == "process" else NO_LIMITS
     what = ", ".join([*envs, *(["Gymnasium's registry on demand"] if on_demand else [])])
 
@@ -147,6 +151,7 @@ def serve(
             max_memory_bytes=of_envs.max_memory_bytes,
             max_cpu_s=of_envs.max_cpu_s,
             vectors=vectors,
+            state_key=key,
             last_resort=end_condemned,
         )
         await stay_serving(

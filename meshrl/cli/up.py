@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import tempfile
 from pathlib import Path
@@ -11,16 +12,27 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from meshrl.bus.certificates import write_private
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.login import login
 from meshrl.bus.record import UpLock, write_record
-from meshrl.cli.options import CredentialsFile, IsolationMode, Namespace, ResetDeadline, StepDeadline, Url, Wait
+from meshrl.cli.options import (
+    CredentialsFile,
+    IsolationMode,
+    Namespace,
+    ResetDeadline,
+    StateKeyFile,
+    StepDeadline,
+    Url,
+    Wait,
+)
 from meshrl.cli.reach import reach
 from meshrl.cli.supervisor import Supervisor, WorkerProcess
 from meshrl.errors import UsageError
 from meshrl.worker.env_worker import RESET_DEADLINE_S, STEP_DEADLINE_S
 from meshrl.worker.isolation import Deadlines, check_isolation
 from meshrl.worker.running import run, until_stopped
+from meshrl.worker.sealing import StateKey
 
 HOST = "127.0.0.1"
 ANY_PORT = -1
@@ -44,6 +56,7 @@ def up(
     isolation: IsolationMode = "thread",
     step_deadline: StepDeadline = STEP_DEADLINE_S,
     reset_deadline: ResetDeadline = RESET_DEADLINE_S,
+    state_key: StateKeyFile = None,
     wait: Wait = 30.0,
     namespace: Namespace = "default",
     credentials: CredentialsFile = None,
@@ -52,6 +65,8 @@ def up(
     if url and (store is not None or port):
         raise UsageError("--store and --port are for a server of meshrl's own; leave them out with --url")
     check_isolation(isolation, "meshrl")
+    if state_key is not None:
+        StateKey.read(state_key)  # refused before anything is started
     deadlines = Deadlines(step_deadline, reset_deadline)
     console = Console(highlight=False)
 
@@ -70,6 +85,11 @@ def up(
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshrl-up-")))
             options = ["--namespace", namespace, "--slots", str(slots), "--isolation", isolation]
             options += [f"--step-deadline={deadlines.step_s}", f"--reset-deadline={deadlines.reset_s}"]
+            if state_key is not None:
+                options += ["--state-key", str(state_key.absolute())]
+            elif server is not None:
+                write_private(home / "state.key", secrets.token_hex(32))
+                options += ["--state-key", str(home / "state.key")]
             if server is not None:  # its login is in its address
                 options += ["--private"]
             elif credentials is not None:

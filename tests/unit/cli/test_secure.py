@@ -17,6 +17,7 @@ from meshrl.bus.secured import Done, names_of, revoke, secure
 from meshrl.cli import main
 from meshrl.errors import UsageError
 from meshrl.protocol.roles import ROLES, Role
+from meshrl.worker.sealing import StateKey
 
 HOSTS = ["localhost", "127.0.0.1"]
 
@@ -36,7 +37,9 @@ def test_a_new_directory_has_a_configuration_that_the_server_takes_and_a_login_o
         *("accounts.conf", "logins.json", "nats-server.conf"),
         *("tls/ca.key", "tls/ca.pem", "tls/server.key", "tls/server.pem"),
         *(f"teams/lab/{role}.login" for role in ROLES),
+        "teams/lab/state.key",
     }
+    assert StateKey.read(home / "teams/lab/state.key").id
     assert done.kept == []
     tested = subprocess.run(
         [find_nats_server(), "-t", "-c", home / "nats-server.conf"], capture_output=True, text=True, check=False
@@ -75,7 +78,7 @@ def test_another_run_keeps_every_key_and_adds_what_is_missing(tmp_path: Path) ->
     assert {name: text for name, text in after.items() if name in before and name not in WRITTEN_ANEW} == {
         name: text for name, text in before.items() if name not in WRITTEN_ANEW
     }
-    added = {"teams/lab/bob.login", "teams/other/ann.login", "teams/other/bob.login"}
+    added = {"teams/lab/bob.login", "teams/other/ann.login", "teams/other/bob.login", "teams/other/state.key"}
     added |= {f"teams/other/{role}.login" for role in ROLES if role != "learner"}
     assert set(after) - set(before) == added == {str(file.relative_to(home)) for file in done.made}
     again = run(home, "lab", ann="learner")
@@ -223,7 +226,7 @@ def test_an_openssl_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match="openssl genpkey failed: unknown option -pkeyopt"):
         run(tmp_path / "d")
     monkeypatch.undo()
-    assert len(run(tmp_path / "d").made) == 4 + len(ROLES) + 1, "the same directory will do once that is mended"
+    assert len(run(tmp_path / "d").made) == 4 + len(ROLES) + 2, "the same directory will do once that is mended"
 
 
 def test_a_certificate_is_not_written_over(tmp_path: Path) -> None:

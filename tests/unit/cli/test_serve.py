@@ -1,7 +1,10 @@
 """What ``serve`` and ``serve-agent`` make of the names they are given."""
 
+from pathlib import Path
+
 import pytest
 
+from meshrl.cli import main
 from meshrl.cli.serve import served_envs
 from meshrl.cli.serve_agent import served_agents
 from meshrl.errors import InvalidName, UsageError
@@ -63,3 +66,17 @@ def test_agents_are_given_as_module_and_object() -> None:
 def test_agent_without_name_module_and_object_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="NAME=MODULE:OBJECT"):
         served_agents([text])
+
+
+@pytest.mark.parametrize("command", [["serve", "cartpole"], ["up"]], ids=lambda command: command[0])
+def test_a_state_key_that_is_none_is_refused_before_anything_is_started(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MESHRL_STATE_KEY", str(tmp_path / "state.key"))
+    assert main(command) == 1
+    assert "state.key cannot be read" in capsys.readouterr().err
+    (tmp_path / "short.key").write_text("secret\n")
+    assert main([*command, "--state-key", str(tmp_path / "short.key")]) == 1
+    told = capsys.readouterr().err
+    assert "at least 32 bytes, not 6" in told
+    assert "secret" not in told

@@ -10,6 +10,7 @@ SECRET = "nats://me:secret@host:4222"
 LINES = [
     ["serve", "cartpole", "--processes", "3"],
     ["serve", "--on-demand", "--processes", "auto", "--url", SECRET],
+    ["serve", "cartpole", "--processes", "2", "--state-key", "my state.key"],
     [
         *("serve", "a=cartpole", "b=mine:Maze", "--processes=3", "--slots", "3", "--wait", "0.5", f"--url={SECRET}"),
         *("--kwargs", '{"text": "a b\\" -- --"}', "--allow-kwargs", "*", "--allow", "a,b", "--namespace", "lab"),
