@@ -21,12 +21,14 @@ from meshrl.worker.describe import describe_env
 from meshrl.worker.origins import Outliving, outliving
 from meshrl.worker.sealing import StateKey
 from tests.mesh.losing import same
+from tests.mesh.test_cli import Cli, cli, read_until
 from tests.mesh.test_resume_pools import Alone, play
 from tests.mesh.worker_process import WorkerProcess
 from tests.simulators.atari_envs import breakout, make, pong, preprocessed
 
 KEY = StateKey(b"k" * 32)
 ENVS = "tests.simulators.atari_envs"
+__all__ = ["cli"]  # a fixture
 Make = Callable[[], gymnasium.Env[Any, Any]]
 
 
@@ -232,3 +234,33 @@ async def test_a_worker_with_another_key_is_not_asked_to_go_on(server: EmbeddedS
             assert info["session_lost"]["not_resumed"] == "no_worker"
             await env.reset()
             assert env.worker in others
+
+
+@pytest.mark.parametrize(
+    ("line", "sealed"),
+    [
+        (["serve", f"breakout={ENVS}:breakout", "--processes", "2", "--state-key", "mine.key"], True),
+        (["serve", f"breakout={ENVS}:breakout"], False),
+        (["up", "--workers", "1"], True),
+    ],
+    ids=["serve with a key", "serve without", "up"],
+)
+async def test_commands_hand_the_key_to_their_workers(
+    cli: Cli, server: EmbeddedServer, line: list[str], sealed: bool
+) -> None:
+    (cli.directory / "mine.key").write_text("k" * 32)
+    url = server.url
+    if line[0] == "serve":
+        process = cli.start(*line, MESHRL_URL=url)
+        await asyncio.to_thread(read_until, process.stdout, "serving")
+    else:
+        process = cli.start(*line)
+        printed = await asyncio.to_thread(read_until, process.stdout, "Ctrl-C ends it")
+        url = next(text.strip().removeprefix("MESHRL_URL=") for text in printed if "MESHRL_URL=" in text)
+    async with Mesh(url) as m, await m.env("breakout" if line[0] == "serve" else "ale_py:ALE/Breakout-v5") as env:
+        await env.reset(seed=5)
+        await env.reset()
+        journal: Any = env._session.recovery.journal  # type: ignore[attr-defined]
+        assert [len(body) > 14_000 for _, body in journal.entries] == ([True] if sealed else [False, False])
+    process.terminate()
+    await asyncio.to_thread(process.communicate)
