@@ -62,9 +62,9 @@ class PoolShard(ResumableSession):
         return self._lost is not None
 
     @property
-    def holds_back(self) -> bool:
-        """Whether its lanes wait while it moves to another worker."""
-        return self._moving is not None and self._moving.holds_back
+    def stands_still(self) -> bool:
+        """Whether nothing is to be sent now: it is opened again, or its lanes wait while it moves to another worker."""
+        return self._lost is not None or (self._moving is not None and self._moving.holds_back)
 
     @property
     def is_busy(self) -> bool:

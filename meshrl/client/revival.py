@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from meshrl.client.recovery import REFUSALS
 from meshrl.client.shard_recovery import Proof, proof_of
 from meshrl.errors import MeshError, SessionLost
+from meshrl.protocol.journal import TOGETHER
 from meshrl.protocol.journals import Origin
-from meshrl.protocol.told import Answer
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, Indices
@@ -113,13 +113,14 @@ class Revival:
         self._observations = observations
         self._pool = pool
         self._left: list[Waits] = []
-        # Of each lane the answer that told last of it, as it arrived; None before the first.
-        self._last: NDArray[np.object_] = np.full(shard.num_envs, None)
+        self._lasts: NDArray[np.object_] = np.full(shard.num_envs, None)
+        self._told: list[tuple[Indices, bytes]] = []  # not in those yet: see meshrl.protocol.journal
         self._cut: SessionLost | None = None
         self._beginning: set[int] = set()  # lanes whose reset in place of an episode has not been answered
         self._fresh: dict[int, Fresh] = {}  # those for which it has
         self._due: set[int] = set()  # of those that are beginning, the ones that were sent an action
         self._later: list[Waits] = []  # resets of lanes that are beginning
+        self._recovery = shard.recovery
         shard.told_by(self._leave, self._back, failed, self._arrived)
 
     def __repr__(self) -> str:
@@ -127,8 +128,21 @@ class Revival:
 
     # ---------------------------------------------------------------- what passes by
 
+    @property
+    def _last(self) -> NDArray[np.object_]:
+        """Of each lane the answer that told last of it, as it arrived; None before the first."""
+        self._note_told()
+        return self._lasts
+
+    def _note_told(self) -> None:
+        told, self._told = self._told, []
+        for lanes, data in told:
+            self._lasts[lanes] = data
+
     def takes(self, flight: LaneFlight) -> bool:
         """A request is about to be sent; whether it is taken over here."""
+        if not (self._shard.stands_still or self._fresh or self._beginning):
+            return False
         lanes = flight.lanes.tolist()
         if self._shard.is_lost:
             self._shard.bring_back()
@@ -143,45 +157,41 @@ class Revival:
             if cut:
                 self._cut_short(flight, cut)
                 return True
-        if self._waits:
+        if self._shard.stands_still:
             self._keep(flight)
-        return self._waits
-
-    @property
-    def _waits(self) -> bool:
-        """Whether nothing is to be sent now: the shard is opened again, or moves."""
-        return self._shard.is_lost or self._shard.holds_back
+        return self._shard.stands_still
 
     def sent(self, flight: LaneFlight) -> None:
         """A request was sent."""
-        recovery = self._shard.recovery
-        if recovery.resumes and not recovery.journal.hopeless and flight.at < 0:
+        recovery = self._recovery
+        if flight.at < 0 and recovery.resumes and not recovery.journal.hopeless:
             flight.at = recovery.journal.asked(flight.op, flight.body)
 
     def told(self, flight: LaneFlight, proof: Proof, data: bytes, rows: Indices, lanes: Indices) -> None:
         """Some of its lanes have their answers, in those rows; ``proof`` is what went with it."""
         kept = bytes(data)  # the arrays of a large one are its user's, to write to
-        self._last[lanes] = kept
+        self._told.append((lanes, kept))
+        if len(self._told) >= TOGETHER:
+            self._note_told()
         self._prove(flight, proof, kept, rows, lanes)
 
     def _prove(self, flight: LaneFlight, proof: Proof, data: bytes, rows: Indices, lanes: Indices) -> None:
-        recovery = self._shard.recovery
+        recovery = self._recovery
         digests, origins = proof
-        told: list[tuple[int, Origin]] = []
+        began: list[tuple[int, Origin]] = []
         if origins:
             lane_of = dict(zip(rows.tolist(), lanes.tolist(), strict=True))
-            told = [(lane_of[row], origin) for row, origin in origins if row in lane_of]
-            recovery.began(told)
+            began = [(lane_of[row], origin) for row, origin in origins if row in lane_of]
+            recovery.began(began)
         if flight.at >= 0:
-            if flight.landed:
-                recovery.journal.took(flight.at, time.monotonic() - flight.sent_at)
-            answer = Answer(flight.at, flight.op, lanes, data, rows)
-            recovery.journal.told(answer, told, None if digests is None else digests[rows])
+            seconds = time.monotonic() - flight.sent_at if flight.landed else 0.0
+            own = None if digests is None else digests[rows]
+            recovery.journal.told((flight.at, flight.op, lanes, data, rows), began, own, seconds)
 
     def refused(self, flight: LaneFlight, exc: MeshError, lanes: Indices) -> None:
         """The same, with an error."""
         if flight.at >= 0 and exc.code not in REFUSALS:
-            self._shard.recovery.journal.unsure(lanes, flight.op)
+            self._recovery.journal.unsure(lanes, flight.op)
 
     def lost(self, flight: LaneFlight, exc: MeshError) -> bool:
         """A request came to that; whether its lanes wait for the shard to be opened again."""
@@ -206,7 +216,7 @@ class Revival:
     def _back(self, gone: SessionLost | None) -> None:
         """The shard is open again; with an error, it has begun with nothing."""
         shard = self._shard
-        self._pool.began(shard, 1 if gone is None and len(shard.recovery.journal) else 0)
+        self._pool.began(shard, 1 if gone is None and len(self._recovery.journal) else 0)
         if gone is not None:
             self._begin_anew(gone)
         self._send_left()
@@ -253,7 +263,7 @@ class Revival:
         """The fields of a reset that goes on with the numbers of the lanes' episodes, and with their seeds."""
         lasts = [Last.of(self._last[lane], lane) for lane in lanes.tolist()]
         fields: Frame = {"episodes": [last.episode for last in lasts]}
-        places = [self._shard.recovery.place(lane) for lane in lanes.tolist()]
+        places = [self._recovery.place(lane) for lane in lanes.tolist()]
         if all(place is not None for place in places):
             fields["seeds"] = [place["root"] for place in places if place is not None]
         return fields
@@ -294,7 +304,7 @@ class Revival:
     def _cut_short(self, flight: LaneFlight, cut: list[int]) -> None:
         """A step is about to be sent to lanes whose episodes were ended: ``cut`` are their positions in it."""
         rest = np.delete(np.arange(len(flight.lanes)), cut)
-        if len(rest) and self._waits:
+        if len(rest) and self._shard.stands_still:
             self._left.append(Waits("step", flight.lanes[rest], flight.fields_of(rest), -1))
         elif len(rest):
             self._pool.send(self._shard, "step", flight.lanes[rest], flight.fields_of(rest))

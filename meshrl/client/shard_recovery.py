@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,13 @@ from meshrl.errors import MalformedMessage, MeshError
 from meshrl.protocol.journal import CHANGING
 from meshrl.protocol.journals import Journals, Origin
 from meshrl.protocol.seeds import is_seed
-from meshrl.protocol.told import Answer
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
 
 ALL = slice(None)
 # The digests that went with an answer, None where there are none, and the origins with their rows.
-Proof = tuple[Any, list[tuple[int, Origin]]]
+Proof = tuple[Any, Sequence[tuple[int, Origin]]]
+_NOTHING: Sequence[Any] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -40,17 +40,25 @@ class ShardRecovery(Recovery):
             return
         journal = self.journal
         if op in {"step", "reset"}:
-            digests, origins = proof_of(frame, journal.count)
             self.told = bytes(reply)  # the arrays of a large one are its user's, to write to
+            if op == "step" and "origins" not in frame and "digests" not in frame:
+                if self.resumes and not journal.hopeless:
+                    journal.stepped(body, self.told, seconds)
+                return
+            digests, origins = proof_of(frame, journal.count)
             if origins:
                 self.began(origins)
             if self.resumes and not journal.hopeless:
-                at = journal.asked(op, body, seconds)
-                journal.told(_answer_of_all(at, op, body, self.told), origins, digests)
+                at = journal.asked(op, body)
+                mask = None if op == "step" else unpack(body).get("mask")
+                # Of a reset with a mask only those that were reset have told something.
+                ids = None if mask is None else np.flatnonzero(mask)
+                which = ALL if ids is None else ids
+                journal.told((at, op, which, self.told, ids), origins, digests, seconds)
             return
         self.called = self.called or op == "call"
         if op == "set_attr" or (self.resumes and not journal.hopeless):
-            journal.changed(journal.asked(op, body, seconds))
+            journal.changed(journal.asked(op, body))
 
     def began(self, origins: Iterable[tuple[int, Origin]]) -> None:
         """These sub-environments have begun episodes."""
@@ -84,15 +92,6 @@ class ShardRecovery(Recovery):
             self.journal.unsure(ALL, op)
 
 
-def _answer_of_all(at: int, op: str, body: bytes, data: bytes) -> Answer:
-    """A vector's answer; of a reset with a mask only those that were reset have told something."""
-    mask = unpack(body).get("mask") if op == "reset" else None
-    if mask is None:
-        return Answer(at, op, ALL, data)
-    ids = np.flatnonzero(mask)
-    return Answer(at, op, ids, data, ids)
-
-
 def proof_of(frame: Frame, rows: int) -> Proof:
     """The digests in an answer of so many rows (None where it has none), and the origins with their rows.
 
@@ -100,12 +99,14 @@ def proof_of(frame: Frame, rows: int) -> Proof:
         MalformedMessage: they are none.
     """
     digests, origins = frame.get("digests"), frame.get("origins")
+    if digests is None and origins is None:
+        return None, _NOTHING
     if digests is not None and not (
         isinstance(digests, np.ndarray) and digests.dtype == np.uint64 and digests.shape == (rows,)
     ):
         raise MalformedMessage(f"the digests of an answer are {rows} of uint64")
     if origins is None:
-        return digests, []
+        return digests, _NOTHING
     if not isinstance(origins, list) or len(origins) % 2:
         raise MalformedMessage("the origins of an answer are a list of rows, each with what began there")
     told = list(zip(origins[::2], origins[1::2], strict=True))

@@ -13,6 +13,7 @@ snapshot), so that a fresh env which is given that, and reset, is where this one
 
 What each has told is in its digest, or in the answers that are in none yet (:mod:`~meshrl.protocol.told`).
 
+What is asked and told is only put aside, and noted some at a time, as in :mod:`~meshrl.protocol.journal`.
 What no sub-environment needs any more is dropped. Beyond ``MAX_BYTES`` those whose journals go back farthest are given
 up, which is told if they are lost before they begin anew.
 """
@@ -20,7 +21,7 @@ up, which is told if they are lost before they begin anew.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -29,14 +30,15 @@ from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage, MeshError
 from meshrl.protocol.digests import Words
-from meshrl.protocol.journal import LASTING_LOST, MAX_BYTES
-from meshrl.protocol.told import Answer, Told
+from meshrl.protocol.journal import LASTING_LOST, MAX_BYTES, TOGETHER
+from meshrl.protocol.told import Answer, Heard, Told
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
 
 Indices = NDArray[np.int64]
 # What a worker said of a reset, as it said it.
 Origin = bytes
+_ALL = slice(None)
 
 
 class Request(NamedTuple):
@@ -54,11 +56,13 @@ class Journals:
         observations: batches of theirs.
 
     Attributes:
-        seconds: how long the requests in it took.
-        hopeless: nothing can ever be proved, so that but for attributes nothing need be kept.
+        hopeless: nothing can ever be proved, so that but for attributes nothing need be kept; known when the first
+            reset was answered.
     """
 
     __slots__ = (
+        "_aside",
+        "_asked",
         "_begins",
         "_begun",
         "_bytes",
@@ -69,13 +73,15 @@ class Journals:
         "_lasting",
         "_origins",
         "_requests",
+        "_seconds",
         "_told",
         "_took",
         "hopeless",
-        "seconds",
     )
 
     def __init__(self, count: int, observations: Batching) -> None:
+        self._aside: list[tuple[Any, ...]] = []
+        self._asked = 0  # requests so far
         self._requests: deque[Request] = deque()
         self._took: deque[float] = deque()
         self._dropped = 0  # how many were there before the first of those
@@ -89,12 +95,14 @@ class Journals:
         self._begun = False  # with a reset of which its worker said how to do it again
         self._told = Told(count, observations)
         self.hopeless = False
-        self.seconds = 0.0
+        self._seconds = 0.0
 
     def __repr__(self) -> str:
+        self._note_all()
         return f"<Journals of {len(self._origins)}: {len(self._requests)} requests, {self._bytes} bytes>"
 
     def __len__(self) -> int:
+        self._note_all()
         return len(self._requests) + len(self._lasting)
 
     @property
@@ -105,46 +113,86 @@ class Journals:
     @property
     def lacking(self) -> str:
         """Why one of them cannot be replayed; empty if all can."""
+        self._note_all()
         return "not_resumable" if self.hopeless else next(filter(None, self._lacking), "")
 
-    def asked(self, op: str, body: bytes, seconds: float = 0.0) -> int:
+    @property
+    def seconds(self) -> float:
+        """How long the requests in it took."""
+        self._note_all()
+        return self._seconds
+
+    def asked(self, op: str, body: bytes) -> int:
         """A request that changes something; gives its position. It counts for those that :meth:`told` of it."""
-        self._requests.append(Request(op, body))
-        self._took.append(seconds)
-        self._bytes += len(body)
-        self.seconds += seconds
-        self._called = self._called or op == "call"
-        if self._bytes > MAX_BYTES:
-            self._give_up_oldest()
-        return self._dropped + len(self._requests) - 1
+        self._aside.append((op, body))
+        self._asked += 1
+        return self._asked - 1
 
-    def took(self, at: int, seconds: float) -> None:
-        """The request at a position was answered after so long."""
-        if at >= self._dropped:
-            self._took[at - self._dropped] += seconds
-            self.seconds += seconds
+    def stepped(self, body: bytes, data: bytes, seconds: float) -> None:
+        """All were asked to step and answered, without origins or digests: :meth:`asked` and :meth:`told` in one."""
+        self._asked += 1
+        self._aside.append((body, data, seconds))
+        if len(self._aside) >= TOGETHER:
+            self._note_all()
 
-    def told(self, answer: Answer, origins: Sequence[tuple[int, Origin]] = (), digests: Words | None = None) -> None:
+    def told(
+        self,
+        answer: Heard,
+        origins: Sequence[tuple[int, Origin]] = (),
+        digests: Words | None = None,
+        seconds: float = 0.0,
+    ) -> None:
         """Some sub-environments have answered a reset or a step.
 
         Args:
             answer: it is kept.
             origins: of those that were reset by it, as far as that makes their journals begin anew.
             digests: of all that it is of, from now on; None where the worker does not count itself.
+            seconds: how long its request took, with the last answer to it.
         """
-        at, which = answer.at, answer.which
-        if not self._begun and answer.op == "reset":
+        self._aside.append((answer, origins, digests, seconds))
+        if answer[1] == "reset" or len(self._aside) >= TOGETHER:
+            self._note_all()
+
+    def _note_all(self) -> None:
+        if self._aside:
+            aside, self._aside = self._aside, []
+            note: dict[int, Callable[..., None]] = {2: self._note_asked, 3: self._note_stepped, 4: self._note_told}
+            for one in aside:
+                note[len(one)](*one)
+
+    def _note_stepped(self, body: bytes, data: bytes, seconds: float) -> None:
+        at = self._dropped + len(self._requests)
+        self._note_asked("step", body)
+        self._note_told((at, "step", _ALL, data, None), (), None, seconds)
+
+    def _note_asked(self, op: str, body: bytes) -> None:
+        self._requests.append(Request(op, body))
+        self._took.append(0.0)
+        self._bytes += len(body)
+        self._called = self._called or op == "call"
+        if self._bytes > MAX_BYTES:
+            self._give_up_oldest()
+
+    def _note_told(
+        self, answer: Heard, origins: Sequence[tuple[int, Origin]], digests: Words | None, seconds: float
+    ) -> None:
+        at, op, which, _, _ = answer
+        if not self._begun and op == "reset":
             self._begun = bool(origins)
             if not origins:  # their envs say that they cannot be resumed
                 self._give_up()
         if self.hopeless:
             return
         self._ends[which] = at
+        if seconds and at >= self._dropped:
+            self._took[at - self._dropped] += seconds
+            self._seconds += seconds
         if digests is not None:
             self._count(self._told.take())
             self._told.said(which, digests)
         else:
-            self._count(self._told.keep(answer))
+            self._count(self._told.keep(Answer(*answer)))
         if origins and not self._called:
             for i, origin in origins:
                 if self._lacking[i] != LASTING_LOST:
@@ -153,6 +201,7 @@ class Journals:
 
     def changed(self, at: int) -> None:
         """All of them have answered a call or a set_attr."""
+        self._note_all()
         if self.hopeless:
             self._drop_until(at + 1)
         else:
@@ -160,11 +209,13 @@ class Journals:
 
     def unsure(self, which: Indices | slice, op: str) -> None:
         """Nobody knows what a request did to these: its answer was an error."""
+        self._note_all()
         lasting = op in {"call", "set_attr"} or self._called
         self._mark(which, LASTING_LOST if lasting else "answer_lost")
 
     def forget(self) -> None:
         """The state is gone: nothing is left but what was set."""
+        self._note_all()
         self._drop_until(self._dropped + len(self._requests))
         if LASTING_LOST in self._lacking:
             self._lasting.clear()
@@ -186,6 +237,7 @@ class Journals:
         Raises:
             MalformedMessage: one of them cannot be done again, since an answer is none.
         """
+        self._note_all()
         self._count(self._told.take())
         lacking = next(filter(None, self._lacking), "")
         if lacking:
@@ -229,7 +281,7 @@ class Journals:
         """Drop the requests before ``position``; those that set attributes are kept aside."""
         for _ in range(position - self._dropped):
             request = self._requests.popleft()
-            self.seconds -= self._took.popleft()
+            self._seconds -= self._took.popleft()
             if request.op == "set_attr":
                 self._keep(request)
             else:

@@ -134,8 +134,10 @@ class Proof:
             lanes: of whom it is; None of all.
             numbers: by lane, of the episodes that have begun now.
         """
-        taken = self._taken(lanes)
         self._steps += 1.0 if lanes is None else len(lanes) / len(self._kept)
+        if not self._began and not self._says:
+            return
+        taken = self._taken(lanes)
         if lanes is not None and numbers is not None:
             for row, origin in taken:
                 origin["number"] = int(numbers[lanes[row]])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,36 @@ def test_however_often_it_is_asked_for_it_goes_on() -> None:
 def test_answers_beyond_a_number_of_bytes_are_counted_as_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals, "UNCOUNTED_BYTES", 3 * len(answer(0)))
     journal = noted("reset!", *["step"] * 9)
+    assert not journal.lacking
     assert repr(journal._uncounted) == f"<Uncounted: 3 answers, {3 * len(answer(0))} bytes>"
     assert journal.digest == of_answers(*range(10))
+
+
+@pytest.mark.parametrize("steps", [journals.TOGETHER - 1, journals.TOGETHER, 3 * journals.TOGETHER + 5])
+def test_steps_that_were_put_aside_are_noted_before_anybody_looks(steps: int) -> None:
+    bodies = ["reset!0", *(f"step{n + 1}" for n in range(steps))]
+    looks: list[Callable[[Journal], Any]] = [
+        lambda journal: kept(journal) == bodies,
+        lambda journal: kept(journal.copy()) == bodies,
+        lambda journal: len(journal) == steps + 1,
+        lambda journal: journal.digest == of_answers(*range(steps + 1)),
+        lambda journal: len(journal.fields()["journal"]) == steps + 1,
+        lambda journal: repr(journal).startswith(f"<Journal of {steps + 1} requests"),
+        lambda journal: after(journal, lambda: journal.note("call", b"c", answer(0)), kept) == [*bodies, "c"],
+        lambda journal: after(journal, journal.forget, kept) == [],
+        lambda journal: after(journal, lambda: journal.unsure("step"), lambda one: one.lacking) == "answer_lost",
+    ]
+    for look in looks:
+        assert look(noted("reset!", *["step"] * steps))
+    journal = Journal()
+    for _ in range(steps):
+        journal.note("step", b"", answer(0), 0.5)
+    assert journal.seconds == 0.5 * steps
+
+
+def after(journal: Journal, do: Callable[[], object], look: Callable[[Journal], Any]) -> Any:
+    do()
+    return look(journal)
 
 
 def test_a_worker_may_count_itself() -> None:

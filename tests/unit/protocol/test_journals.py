@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from meshrl.errors import MalformedMessage
 from meshrl.protocol import journals
 from meshrl.protocol import told as told_
 from meshrl.protocol.digests import Digests
+from meshrl.protocol.journal import TOGETHER
 from meshrl.protocol.journals import Journals
 from meshrl.protocol.told import Answer
 from meshrl.wire.batches import batching
@@ -42,7 +43,7 @@ def asked(journal: Journals, op: str, body: bytes, *origins: tuple[int, bytes]) 
     if op in {"call", "set_attr"}:
         journal.changed(at)
     else:
-        journal.told(answer(at, op, origins=origins), origins)
+        journal.told(answer(at, op, origins=origins), origins=origins)
     return at
 
 
@@ -176,10 +177,10 @@ def test_where_the_first_reset_tells_no_origin_nothing_can_be_proved() -> None:
 def test_answers_are_counted_from_where_each_began() -> None:
     journal = two()
     origins = [(0, b"seed 1"), (1, b"seed 2")]
-    journal.told(answer(journal.asked("reset", b"r"), "reset", n=5, origins=origins), origins)
+    journal.told(answer(journal.asked("reset", b"r"), "reset", n=5, origins=origins), origins=origins)
     journal.told(answer(journal.asked("step", b"s"), "step", n=6))
     again = [(1, b"state x")]
-    journal.told(answer(journal.asked("step", b"s"), "step", n=7, origins=again), again)
+    journal.told(answer(journal.asked("step", b"s"), "step", n=7, origins=again), origins=again)
     told = [(BOTH, 5, (0, 1)), (BOTH, 6, ()), (BOTH, 7, (1,))]
     assert journal.fields()["digests"].tolist() == digests(*told)
     journal.told(answer(journal.asked("step", b"s"), "step", n=8))
@@ -195,6 +196,7 @@ def test_answers_beyond_a_number_of_bytes_are_counted_and_those_before_all_journ
     asked(journal, "reset", b"r", *origins)
     for _ in range(9):
         asked(journal, "step", b"s")
+    assert not journal.lacking
     assert repr(journal._told._uncounted) == f"<Uncounted: 3 answers, {3 * size} bytes>"
     assert journal.fields()["digests"].tolist() == digests((BOTH, 0, (0, 1)), *[(BOTH, 0, ())] * 9)
     asked(journal, "step", b"s")
@@ -203,13 +205,41 @@ def test_answers_beyond_a_number_of_bytes_are_counted_and_those_before_all_journ
     assert journal.fields()["digests"].tolist() == digests((BOTH, 0, (0, 1)))
 
 
+@pytest.mark.parametrize("steps", [TOGETHER - 1, TOGETHER, 3 * TOGETHER + 5])
+def test_what_was_put_aside_is_noted_before_anybody_looks(steps: int) -> None:
+    looks: list[Callable[[Journals], Any]] = [
+        lambda journal: len(journal) == steps + 1,
+        lambda journal: len(journal.fields()["journal"]) == steps + 1,
+        lambda journal: journal.seconds == 0.5 * steps,
+        lambda journal: repr(journal).startswith(f"<Journals of 2: {steps + 1} requests"),
+        lambda journal: after(journal, journal.forget, len) == 0,
+        lambda journal: after(journal, lambda: journal.unsure(ALL, "step"), lacking) == "answer_lost",
+        lambda journal: after(journal, lambda: asked(journal, "set_attr", setting("a")), len) == steps + 2,
+    ]
+    for look in looks:
+        journal = two()
+        asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
+        for n in range(steps):
+            data = answer(0, "step")
+            if n % 3:
+                journal.stepped(b"s", data.data, 0.5)
+            else:
+                journal.told(data._replace(at=journal.asked("step", b"s")), seconds=0.5)
+        assert look(journal)
+
+
+def after(journal: Journals, do: Callable[[], object], look: Callable[[Journals], Any]) -> Any:
+    do()
+    return look(journal)
+
+
 def test_a_worker_may_count_itself() -> None:
     journal = two()
     origins = [(0, b"seed 1"), (1, b"seed 2")]
     reset = answer(journal.asked("reset", b"r"), "reset", origins=origins)
-    journal.told(reset, origins, np.array([1, 2], np.uint64))
+    journal.told(reset, origins=origins, digests=np.array([1, 2], np.uint64))
     one = answer(journal.asked("step", b"s"), "step", np.array([1]), 1)
-    journal.told(one, (), np.array([5], np.uint64))
+    journal.told(one, digests=np.array([5], np.uint64))
     assert journal.fields()["digests"].tolist() == [1, 5]
 
 

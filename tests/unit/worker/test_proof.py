@@ -12,7 +12,6 @@ from gymnasium import spaces
 from meshrl.client.recovery import Recovery
 from meshrl.client.shard_recovery import ShardRecovery
 from meshrl.protocol.journals import Journals
-from meshrl.protocol.told import Answer
 from meshrl.wire.batches import batching
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.messages import Open
@@ -116,7 +115,7 @@ def test_of_a_pool() -> None:
         at = journal.asked(op, pack(body))
         for rows in parts:
             own = [(lane, origin) for lane, origin in told if lane in lanes[rows]]
-            journal.told(Answer(at, op, lanes[rows], data, rows), own)
+            journal.told((at, op, lanes[rows], data, rows), own)
         if n % 7 == 0:
             assert journal.fields()["digests"].tolist() == said.tolist()
     assert not journal.lacking
