@@ -12,6 +12,7 @@ import typer
 from meshrl.bus.locate import URL_VARIABLE
 from meshrl.bus.login import CREDENTIALS_VARIABLE
 from meshrl.errors import UsageError
+from meshrl.worker.sealing import STATE_KEY_VARIABLE
 
 Url = Annotated[
     str | None,
@@ -40,7 +41,7 @@ StateKeyFile = Annotated[
     Path | None,
     typer.Option(
         help="The key of these workers, at least 32 bytes: with it ALE's envs are resumed from resets without a seed.",
-        envvar="MESHRL_STATE_KEY",
+        envvar=STATE_KEY_VARIABLE,
         show_default=False,
         metavar="FILE",
     ),

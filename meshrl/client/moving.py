@@ -24,7 +24,7 @@ from meshrl.client.recovery import same
 from meshrl.errors import MeshError, ReplayDiverged
 
 if TYPE_CHECKING:
-    from meshrl.client.resumable import ResumableSession
+    from meshrl.client.movable import MovableSession
     from meshrl.wire.messages import Grant
 
 log = logging.getLogger("meshrl.client")
@@ -47,7 +47,7 @@ class Moving:
         arriving: whether its grant is that of a worker at which it may not stay.
     """
 
-    def __init__(self, session: ResumableSession) -> None:
+    def __init__(self, session: MovableSession) -> None:
         self.holds_back = False
         self.arriving = False
         self._session = session

@@ -30,6 +30,7 @@ from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.infos import split_infos
+from meshrl.wire.large import LARGE_BYTES
 
 if TYPE_CHECKING:
     from meshrl.client.lane_flight import LaneFlight
@@ -171,7 +172,7 @@ class Revival:
         """Some of its lanes have their answers, in those rows; ``proof`` is what went with it."""
         kept = bytes(data)  # the arrays of a large one are its user's, to write to
         self._told.append((lanes, kept))
-        if len(self._told) >= TOGETHER:
+        if len(self._told) >= TOGETHER or len(kept) > LARGE_BYTES:
             self._note_told()
         self._prove(flight, proof, kept, rows, lanes)
 

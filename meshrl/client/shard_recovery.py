@@ -54,11 +54,12 @@ class ShardRecovery(Recovery):
                 # Of a reset with a mask only those that were reset have told something.
                 ids = None if mask is None else np.flatnonzero(mask)
                 which = ALL if ids is None else ids
-                journal.told((at, op, which, self.told, ids), origins, digests, seconds)
+                own = digests if digests is None or ids is None else digests[ids]
+                journal.told((at, op, which, self.told, ids), origins, own, seconds)
             return
         self.called = self.called or op == "call"
         if op == "set_attr" or (self.resumes and not journal.hopeless):
-            journal.changed(journal.asked(op, body))
+            journal.changed(journal.asked(op, body), seconds)
 
     def began(self, origins: Iterable[tuple[int, Origin]]) -> None:
         """These sub-environments have begun episodes."""

@@ -62,11 +62,11 @@ class Digest:
             whole = np.ascontiguousarray(value)
             self._hash.update(b"%d" % whole.nbytes)
             self._hash.update((whole.view(np.int64) if whole.dtype.kind in _TIMES else whole).data)
-        elif kind is float:  # the commonest reward
+        elif kind is float or (isinstance(value, float) and not isinstance(value, np.generic)):  # the commonest reward
             self._hash.update(_DOUBLE.pack(value))
         elif kind is bool:
             self._hash.update(b"\1" if value else b"\0")
-        elif kind is dict:
+        elif isinstance(value, dict):
             self._hash.update(b"{%d" % len(value))
             for key, part in value.items():
                 self._feed(key)

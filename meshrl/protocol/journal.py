@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from meshrl.errors import MeshError
+from meshrl.errors import MalformedMessage
 from meshrl.protocol.digest import Digest
 from meshrl.protocol.uncounted import Uncounted
 from meshrl.wire.codec import unpack
@@ -31,7 +31,7 @@ LASTING_LOST = "attributes_lost"
 MAX_ENTRIES = 1_000_000
 MAX_BYTES = 32 * 1024 * 1024
 # Of answers that are in no digest yet: some hundred steps of an env whose observations are small.
-UNCOUNTED_BYTES = 64 * 1024
+UNCOUNTED_BYTES = 256 * 1024
 # Steps that are noted together.
 TOGETHER = 32
 
@@ -41,6 +41,7 @@ class Journal:
 
     __slots__ = (
         "_aside",
+        "_aside_bytes",
         "_begun",
         "_bytes",
         "_called",
@@ -54,6 +55,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._aside: list[tuple[bytes, bytes, float, bytes | None]] = []
+        self._aside_bytes = 0
         self._entries: list[tuple[str, bytes]] = []
         self._lacking = ""
         self._seconds = 0.0
@@ -65,8 +67,8 @@ class Journal:
         self._uncounted: Uncounted[bytes] = Uncounted(UNCOUNTED_BYTES, len)
 
     def __repr__(self) -> str:
-        why = f", {self._lacking}" if self.lacking else ""
-        return f"<Journal of {len(self._entries)} requests, {self._bytes} bytes{why}>"
+        why = f", {self._lacking}" if self._lacking else ""
+        return f"<Journal of {len(self._entries) + len(self._aside)} requests{why}>"
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -98,7 +100,7 @@ class Journal:
         other._entries = list(self._entries)
         other._digest = None if self._digest is None else self._digest.copy()
         other._uncounted = self._uncounted.copy()
-        other._aside = []
+        other._aside = []  # it is empty, and its own
         return other
 
     @property
@@ -106,11 +108,15 @@ class Journal:
         """Of what the worker told since the last seeded reset; None before anything.
 
         Raises:
-            MeshError: an answer cannot be counted.
+            MalformedMessage: an answer cannot be counted.
         """
         self._note_all()
-        while len(self._uncounted):
-            self._count(self._uncounted.take())
+        try:
+            while len(self._uncounted):
+                self._count(self._uncounted.take())
+        except Exception as exc:  # whatever comes of what a worker may send
+            self._give_up("answer_lost")
+            raise MalformedMessage("an answer cannot be counted: nobody knows what it told") from exc
         if self._said is None and self._digest is not None:
             return self._digest.value
         return self._said
@@ -119,7 +125,7 @@ class Journal:
         """Those of the request that has it done again.
 
         Raises:
-            MeshError: an answer cannot be counted.
+            MalformedMessage: an answer cannot be counted.
         """
         return {"journal": [list(entry) for entry in self.entries], "digest": self.digest}
 
@@ -158,8 +164,11 @@ class Journal:
             digest: what the worker said with its answer, if it counts itself.
         """
         if op == "step":
+            if digest is not None:
+                answer = b""  # it was counted already
             self._aside.append((body, answer, seconds, digest))
-            if len(self._aside) >= TOGETHER:
+            self._aside_bytes += len(answer)
+            if len(self._aside) >= TOGETHER or self._aside_bytes > UNCOUNTED_BYTES:
                 self._note_all()
         else:
             self._note_all()
@@ -168,7 +177,7 @@ class Journal:
     def _note_all(self) -> None:
         """Note the steps that were put aside."""
         if self._aside:
-            aside, self._aside = self._aside, []
+            aside, self._aside, self._aside_bytes = self._aside, [], 0
             for body, answer, seconds, digest in aside:
                 self._note("step", body, answer, seconds, digest)
 
@@ -208,7 +217,7 @@ class Journal:
         try:
             while uncounted.overfull:
                 self._count(uncounted.take())
-        except MeshError:
+        except Exception:  # noqa: BLE001  # whatever comes of what a worker may send
             self._give_up("answer_lost")
 
     def _count(self, answer: bytes) -> None:

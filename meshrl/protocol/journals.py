@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from meshrl.errors import MalformedMessage, MeshError
+from meshrl.errors import MalformedMessage
 from meshrl.protocol.digests import Words
 from meshrl.protocol.journal import LASTING_LOST, MAX_BYTES, TOGETHER
-from meshrl.protocol.told import Answer, Heard, Told
+from meshrl.protocol.told import UNCOUNTED_BYTES, Answer, Heard, Told
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
 
@@ -62,6 +62,7 @@ class Journals:
 
     __slots__ = (
         "_aside",
+        "_aside_bytes",
         "_asked",
         "_begins",
         "_begun",
@@ -80,7 +81,9 @@ class Journals:
     )
 
     def __init__(self, count: int, observations: Batching) -> None:
-        self._aside: list[tuple[Any, ...]] = []
+        # What notes it, and what there is to note; functions, not methods: those would hold this from within.
+        self._aside: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._aside_bytes = 0
         self._asked = 0  # requests so far
         self._requests: deque[Request] = deque()
         self._took: deque[float] = deque()
@@ -98,8 +101,7 @@ class Journals:
         self._seconds = 0.0
 
     def __repr__(self) -> str:
-        self._note_all()
-        return f"<Journals of {len(self._origins)}: {len(self._requests)} requests, {self._bytes} bytes>"
+        return f"<Journals of {len(self._origins)}: {self._asked - self._dropped} requests>"
 
     def __len__(self) -> int:
         self._note_all()
@@ -124,16 +126,14 @@ class Journals:
 
     def asked(self, op: str, body: bytes) -> int:
         """A request that changes something; gives its position. It counts for those that :meth:`told` of it."""
-        self._aside.append((op, body))
+        self._aside.append((Journals._note_asked, (op, body)))
         self._asked += 1
         return self._asked - 1
 
     def stepped(self, body: bytes, data: bytes, seconds: float) -> None:
         """All were asked to step and answered, without origins or digests: :meth:`asked` and :meth:`told` in one."""
         self._asked += 1
-        self._aside.append((body, data, seconds))
-        if len(self._aside) >= TOGETHER:
-            self._note_all()
+        self._put_aside(Journals._note_stepped, (body, data, seconds), len(data))
 
     def told(
         self,
@@ -150,16 +150,23 @@ class Journals:
             digests: of all that it is of, from now on; None where the worker does not count itself.
             seconds: how long its request took, with the last answer to it.
         """
-        self._aside.append((answer, origins, digests, seconds))
-        if answer[1] == "reset" or len(self._aside) >= TOGETHER:
+        if digests is not None:  # it was counted already
+            answer = (*answer[:3], b"", None)
+        self._put_aside(Journals._note_told, (answer, origins, digests, seconds), len(answer[3]))
+        if answer[1] == "reset":
+            self._note_all()
+
+    def _put_aside(self, note: Callable[..., None], what: tuple[Any, ...], size: int) -> None:
+        self._aside.append((note, what))
+        self._aside_bytes += size
+        if len(self._aside) >= TOGETHER or self._aside_bytes > UNCOUNTED_BYTES:
             self._note_all()
 
     def _note_all(self) -> None:
         if self._aside:
-            aside, self._aside = self._aside, []
-            note: dict[int, Callable[..., None]] = {2: self._note_asked, 3: self._note_stepped, 4: self._note_told}
-            for one in aside:
-                note[len(one)](*one)
+            aside, self._aside, self._aside_bytes = self._aside, [], 0
+            for note, what in aside:
+                note(self, *what)
 
     def _note_stepped(self, body: bytes, data: bytes, seconds: float) -> None:
         at = self._dropped + len(self._requests)
@@ -185,9 +192,7 @@ class Journals:
         if self.hopeless:
             return
         self._ends[which] = at
-        if seconds and at >= self._dropped:
-            self._took[at - self._dropped] += seconds
-            self._seconds += seconds
+        self._took_so_long(at, seconds)
         if digests is not None:
             self._count(self._told.take())
             self._told.said(which, digests)
@@ -199,9 +204,15 @@ class Journals:
                     self._begins[i], self._origins[i], self._lacking[i] = at, origin, ""
             self._drop_until(int(self._begins.min()))
 
-    def changed(self, at: int) -> None:
-        """All of them have answered a call or a set_attr."""
+    def _took_so_long(self, at: int, seconds: float) -> None:
+        if seconds and at >= self._dropped:
+            self._took[at - self._dropped] += seconds
+            self._seconds += seconds
+
+    def changed(self, at: int, seconds: float = 0.0) -> None:
+        """All of them have answered a call or a set_attr, in so many seconds."""
         self._note_all()
+        self._took_so_long(at, seconds)
         if self.hopeless:
             self._drop_until(at + 1)
         else:
@@ -260,7 +271,7 @@ class Journals:
         for answer in answers:
             try:
                 self._told.count(answer)
-            except MeshError:
+            except Exception:  # noqa: BLE001  # whatever comes of what a worker may send
                 self.unsure(answer.which, answer.op)
 
     # ---------------------------------------------------------------- what is dropped

@@ -101,10 +101,13 @@ class Told:
         """Count an answer into the digests of whom it is of.
 
         Raises:
-            MalformedMessage: it is none.
+            Exception: it is none.
         """
         frame, rows = unpack(answer.data), answer.rows
-        size = len(frame["lanes"]) if "lanes" in frame else self._count
+        if rows is not None and not len(rows):  # a reset of none of them
+            return
+        lanes = frame.get("lanes")
+        size = len(lanes) if isinstance(lanes, np.ndarray) else self._count
         observations = frame.get("obs")
         self._observations.check(observations, size, "obs", exact=True)
         if answer.op == "reset" and "rewards" not in frame:  # a vector's
@@ -113,13 +116,12 @@ class Told:
             rewards = _column(frame, "rewards", size, np.float64)
             terminations = _column(frame, "terminations", size, np.bool_)
             truncations = _column(frame, "truncations", size, np.bool_)
-        began = frame.get("origins", [])[::2]
+        began = (frame.get("origins") or [])[::2]
         if rows is not None:
             observations = self._observations.pick(observations, rows)
             rewards, terminations, truncations = rewards[rows], terminations[rows], truncations[rows]
             began = [k for k, row in enumerate(rows.tolist()) if row in began] if began else began
-        if len(rewards):  # else a reset of none of them
-            self._digests.add(answer.which, observations, rewards, terminations, truncations, began)
+        self._digests.add(answer.which, observations, rewards, terminations, truncations, began)
 
 
 def _column(frame: Frame, name: str, size: int, dtype: type) -> NDArray[Any]:

@@ -22,6 +22,7 @@ from meshrl.worker.child import Child
 from meshrl.worker.fork_server import NEWS, ORDER, command
 from meshrl.worker.isolation import Deadlines
 from meshrl.worker.limits import Limits
+from meshrl.worker.sealing import STATE_KEY_VARIABLE
 
 log = logging.getLogger("meshrl.worker")
 
@@ -110,6 +111,7 @@ class Family(threading.Thread):
                 stdin=subprocess.DEVNULL,
                 pass_fds=[others.fileno()],
                 start_new_session=True,
+                env={name: value for name, value in os.environ.items() if name != STATE_KEY_VARIABLE},
             )
 
     def fork(self, deadlines: Deadlines, limits: Limits) -> Child:

@@ -31,7 +31,7 @@ from meshrl.worker.sealing import StateKey
 Flags = NDArray[np.bool_]
 
 # Of one observation: from here on to hash it costs no more than to keep it.
-LARGE_BYTES = 4096
+LARGE_BYTES = 1024
 # A journal begins anew at a reset without a seed only when it has so many steps: what outlives an env costs as much as
 # a step or two of a fast one, and a replay of some hundred of those nothing to speak of.
 SHORT_STEPS = 200

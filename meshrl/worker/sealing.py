@@ -14,6 +14,8 @@ from pathlib import Path
 
 from meshrl.errors import MalformedMessage, UsageError
 
+# The variable that says where it is, of a worker's environment; env code has it in none of its own.
+STATE_KEY_VARIABLE = "MESHRL_STATE_KEY"
 # Those of HMAC-SHA256's own output: a shorter one could be guessed, by who holds a state that it sealed.
 MIN_KEY_BYTES = 32
 # A file that is larger is not one of a key.
@@ -49,7 +51,7 @@ class StateKey:
 
     @classmethod
     def read(cls, path: str | Path) -> StateKey:
-        """One from a file: all that is in it, but for white space at its ends.
+        """One from a file: all that is in it, but of a text the white space at its ends.
 
         Raises:
             UsageError: the file cannot be read, or is not that of a key.
@@ -61,7 +63,7 @@ class StateKey:
             raise UsageError(f"the state key {path} cannot be read: {exc.strerror}") from exc
         if len(secret) > MAX_KEY_BYTES:
             raise UsageError(f"the state key {path} is no key: it has more than {MAX_KEY_BYTES} bytes")
-        return cls(secret.strip())
+        return cls(secret.strip() if secret.isascii() else secret)
 
     def seal(self, kind: bytes, state: bytes) -> bytes:
         """What is told in place of a state.

@@ -89,6 +89,25 @@ async def test_who_counts_what_was_told_and_when_is_all_the_same(
     local.close()
 
 
+@pytest.mark.parametrize("name", ["Pictures", "Draws"])
+async def test_resets_of_some_are_proved_whoever_counts(server: EmbeddedServer, workers: Workers, name: str) -> None:
+    make = Pictures if name == "Pictures" else Draws
+    local = SyncVectorEnv([make] * 4, autoreset_mode=AutoresetMode.DISABLED)
+    workers.start(2)
+    async with Mesh(server.url) as m:
+        async with await m.vector(name, 4, shards=2, autoreset_mode=AutoresetMode.DISABLED) as envs:
+            same(await envs.reset(seed=5), local.reset(seed=5))
+            for n in range(4):
+                same(await envs.step(np.ones(4, np.int64)), local.step(np.ones(4, np.int64)))
+                mask = np.arange(4) == n  # of one shard none
+                some: dict[str, Any] = {"options": {"reset_mask": mask}}
+                same(await envs.reset(**some), local.reset(**some))
+                await workers.kill(envs.shards[n % 2][0])
+                await asyncio.to_thread(workers.start)
+                same(await envs.step(np.ones(4, np.int64)), local.step(np.ones(4, np.int64)))
+    local.close()
+
+
 async def test_two_workers_that_die_at_once_are_replaced_at_once(server: EmbeddedServer, workers: Workers) -> None:
     workers.start(3)
     async with Mesh(server.url) as m, await m.vector("Slow", 3, shards=3) as envs:

@@ -100,6 +100,15 @@ def test_steps_that_were_put_aside_are_noted_before_anybody_looks(steps: int) ->
     assert journal.seconds == 0.5 * steps
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_what_is_put_aside_is_bounded_by_bytes(counted: bool) -> None:
+    journal = noted("reset!")
+    for _ in range(journals.TOGETHER - 1):
+        journal.note("step", b"s", bytes(100_000), digest=b"d" if counted else None)
+        kept_bytes = sum(len(answer) for _, answer, _, _ in journal._aside)
+        assert kept_bytes <= (0 if counted else journals.UNCOUNTED_BYTES)
+
+
 def after(journal: Journal, do: Callable[[], object], look: Callable[[Journal], Any]) -> Any:
     do()
     return look(journal)
@@ -126,6 +135,7 @@ def test_an_answer_that_cannot_be_counted_is_lost(monkeypatch: pytest.MonkeyPatc
     journal.note("step", b"s", b"\xc1")
     with pytest.raises(MalformedMessage):
         journal.fields()
+    assert journal.lacking == "answer_lost", "and not all well when somebody asks again"
 
 
 def test_an_env_that_tells_no_origin_with_its_first_reset_cannot_be_resumed() -> None:

@@ -243,7 +243,63 @@ def test_a_worker_may_count_itself() -> None:
     assert journal.fields()["digests"].tolist() == [1, 5]
 
 
-@pytest.mark.parametrize("broken", [{"obs": np.zeros(3, np.int64)}, {"rewards": np.zeros(1)}, {"truncations": None}])
+def test_how_long_calls_took_counts_for_a_replay() -> None:
+    journal = two()
+    asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
+    journal.changed(journal.asked("call", b"c"), 60.0)
+    assert journal.seconds == 60.0
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_what_is_put_aside_is_bounded_by_bytes(counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals, "UNCOUNTED_BYTES", 1000)
+    journal = two()
+    asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
+    said = np.array([1, 2], np.uint64) if counted else None
+    for _ in range(TOGETHER // 2 - 1):
+        journal.told(answer(journal.asked("step", b"s"), "step"), digests=said)
+        kept = sum(len(what[0][3]) for _, what in journal._aside if len(what) == 4)
+        assert kept == journal._aside_bytes <= (0 if counted else 1000)
+
+
+def test_of_a_registered_space_too_nobody_has_told_anything_in_a_reset_of_none() -> None:
+    space = spaces.Dict({"own": Registered()})
+    journal = Journals(2, batching(space))
+    data = pack({"obs": {"own": ("a", "b")}, "origins": [0, b"seed 1", 1, b"seed 2"]})
+    journal.told((journal.asked("reset", b"r"), "reset", ALL, data, None), [(0, b"seed 1"), (1, b"seed 2")])
+    before = journal.fields()["digests"].tolist()
+    none = np.array([], np.int64)
+    journal.told((journal.asked("reset", b"r"), "reset", none, data, none))
+    assert journal.fields()["digests"].tolist() == before
+
+
+class Registered(spaces.Text):
+    """As a space of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+
+@pytest.mark.parametrize("odd", [{"origins": None}, {"lanes": 3}, {"lanes": None}])
+def test_odd_fields_of_an_answer_change_nothing(odd: dict[str, Any]) -> None:
+    journal, plain = two(), two()
+    for one, more in ((journal, odd), (plain, {})):
+        asked(one, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
+        frame = {"obs": np.arange(2), **FLAGS, "rewards": np.ones(2), **more}
+        one.told(Answer(one.asked("step", b"s"), "step", ALL, pack(frame)))
+    assert journal.fields()["digests"].tolist() == plain.fields()["digests"].tolist()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"obs": np.zeros(3, np.int64)},
+        {"rewards": np.zeros(1)},
+        {"truncations": None},
+        {"lanes": np.arange(3)},
+        {"origins": 7},
+    ],
+)
 def test_of_an_answer_that_is_none_nobody_knows_what_it_told(broken: dict[str, Any]) -> None:
     journal = two()
     asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))

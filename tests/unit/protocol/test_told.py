@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, defaultdict
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
+import pytest
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +28,29 @@ def test_of_a_lane(obs: Any) -> None:
     frame = {"obs": obs, "reward": np.float32(0.1), "terminated": np.bool_(True), "truncated": False}
     told, counted = Digest(), Digest()
     assert told.add(frame) == counted.add(unpack(pack(frame)))
+
+
+class Metres(float):
+    """A number."""
+
+
+@pytest.mark.parametrize(
+    "obs",
+    [
+        OrderedDict(a=1, b=OrderedDict(c=2)),
+        Counter("aab"),
+        defaultdict(int, x=1),
+        Metres(2.5),
+        [Metres(1.0), np.float64(1.0), 1.0],
+        (IntEnum("Way", "LEFT RIGHT").LEFT, "text", b"bytes", None),  # type: ignore[attr-defined]
+        {1, 8, 16, 2},
+        np.arange(6)[::2],
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    ],
+    ids=str,
+)
+def test_what_travels_as_something_plainer_counts_as_that(obs: Any) -> None:
+    assert Digest().add({"obs": obs}) == Digest().add(unpack(pack({"obs": obs})))
 
 
 @settings(deadline=None)

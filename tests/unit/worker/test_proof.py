@@ -73,13 +73,17 @@ def test_of_a_vector(name: str, mode: str) -> None:
     space.seed(1)
     open_ = opened("vector", "all", 3).model_copy(update={"autoreset_mode": mode})
     worker = HostedVector(envs, open_, allow=["*"], threads=THREADS)
+    aside = Journals(3, batching(envs[0].observation_space))
+    says = ShardRecovery(None, "env", "x", None, {}, 1.0, resumes=True, journal=aside)  # type: ignore[arg-type]
     journal = Journals(3, batching(envs[0].observation_space))
     client = ShardRecovery(None, "env", "x", None, {}, 1.0, resumes=True, journal=journal)  # type: ignore[arg-type]
 
     def ask(op: str, body: dict[str, Any]) -> dict[str, Any]:
         data, frame = arrived(worker.run(op, body))
+        says.note(op, pack(body), data, frame, 0.0)
         said = frame.pop("digests")
         client.note(op, pack(body), data, frame, 0.0)
+        assert aside.fields()["digests"].tolist() == said.tolist()
         if len(journal) % 13 == 1 or "origins" in frame or op == "reset":
             assert journal.fields()["digests"].tolist() == said.tolist()
         return frame
