@@ -95,7 +95,7 @@ def test_learner_that_dies_fails_alone_and_the_demo_with_it(tmp_path: Path) -> N
 
 
 def test_learner_that_hangs_is_ended_and_the_demo_fails(tmp_path: Path) -> None:
-    program = "import sys; from meshrl.cli import demo, main; demo.SILENCE_S = 3.0; sys.exit(main())"
+    program = "import sys; from meshrl.cli import demo, main; demo.SILENCE_S = 8.0; sys.exit(main())"
     arguments = ["demo", "--out", str(tmp_path / "out"), *OUT_OF_REACH, "--learners", "1", "--workers", "1"]
     with Family(["-c", program, *arguments], tmp_path) as family:
         family.read_until("learner 1: generation 1")
@@ -104,7 +104,7 @@ def test_learner_that_hangs_is_ended_and_the_demo_fails(tmp_path: Path) -> None:
         code, out, err = family.output()
         assert family.is_gone()
     assert (code, err) == (1, failure(tmp_path, "learner 1"))
-    assert "learner 1 said nothing for 3 s and was ended" in out
+    assert "learner 1 said nothing for 8 s and was ended" in out
     assert [row[3] for row in rows(out)] == ["failed"]
 
 
