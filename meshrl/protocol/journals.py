@@ -26,7 +26,6 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage
 from meshrl.protocol.digests import Words
@@ -34,8 +33,8 @@ from meshrl.protocol.journal import LASTING_LOST, MAX_BYTES, TOGETHER
 from meshrl.protocol.told import UNCOUNTED_BYTES, Answer, Heard, Told
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
+from meshrl.wire.frames import Indices
 
-Indices = NDArray[np.int64]
 # What a worker said of a reset, as it said it.
 Origin = bytes
 _ALL = slice(None)

@@ -16,9 +16,7 @@ from meshrl.protocol.digests import Digests, Words
 from meshrl.protocol.uncounted import Uncounted
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
-from meshrl.wire.frames import Frame
-
-Indices = NDArray[np.int64]
+from meshrl.wire.frames import Frame, Indices
 
 # Of answers that are in no digest yet: some hundred steps of 256 CartPoles.
 UNCOUNTED_BYTES = 4 * 1024 * 1024

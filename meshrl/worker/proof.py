@@ -31,7 +31,7 @@ from meshrl.worker.sealing import StateKey
 Flags = NDArray[np.bool_]
 
 # Of one observation: from here on to hash it costs no more than to keep it.
-LARGE_BYTES = 1024
+HASHED_BYTES = 1024
 # A journal begins anew at a reset without a seed only when it has so many steps: what outlives an env costs as much as
 # a step or two of a fast one, and a replay of some hundred of those nothing to speak of.
 SHORT_STEPS = 200
@@ -173,7 +173,7 @@ class Proof:
 
 def says_digests(open_: Open, space: gymnasium.Space[Any]) -> bool:
     """Whether digests go with the answers of a session whose observations are of that space."""
-    return open_.digests == "all" or (open_.digests == "large" and bytes_of(space) >= LARGE_BYTES)
+    return open_.digests == "all" or (open_.digests == "large" and bytes_of(space) >= HASHED_BYTES)
 
 
 def bytes_of(space: gymnasium.Space[Any]) -> int:

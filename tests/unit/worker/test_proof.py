@@ -18,7 +18,7 @@ from meshrl.wire.messages import Open
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import HostedVector
-from meshrl.worker.proof import LARGE_BYTES, bytes_of
+from meshrl.worker.proof import HASHED_BYTES, bytes_of
 from meshrl.worker.threads import Threads
 from tests.mesh.resumed_envs import Pictures, Unresumable
 
@@ -157,4 +157,4 @@ def test_of_an_env_that_cannot_be_resumed_nothing_is_told(digests: str) -> None:
 )
 def test_how_large_an_observation_is(space: spaces.Space[Any], size: int) -> None:
     assert bytes_of(space) == size
-    assert bytes_of(Pictures.observation_space) >= LARGE_BYTES
+    assert bytes_of(Pictures.observation_space) >= HASHED_BYTES
