@@ -1,6 +1,6 @@
 """What it costs that episodes outlive their workers, and how long one that is lost stays away.
 
-python benchmarks/losses.py                 both, about five minutes; written to results/losses/latest.json
+python benchmarks/losses.py                 both, about eight minutes; written to results/losses/latest.json
 python benchmarks/losses.py --pairs 40 --kills 100
 
 Processor time is summed over client, worker and nats-server, and compared in pairs with ``on_loss="raise"``. Each pair
