@@ -27,6 +27,9 @@ W = TypeVar("W", bound=Service)
 
 NO_LIMITS = Limits()
 
+# Between two signals to processes that are to end at once and have not.
+HURRY_S = 0.5
+
 # What differs between the parent's command line and its processes'. The url may hold a password.
 NOT_PASSED_ON = {"url", "processes", "process"}
 
@@ -83,7 +86,7 @@ async def stay_serving_in_processes(
     """
     processes = [ServingProcess(n, process_line(ctx, n), url, say, drain_s=drain_s) for n in range(1, count + 1)]
     supervisor = Supervisor(processes, None, say)
-    stopped = False
+    stopped = leaves = False
     left = asyncio.Event()
     try:
         await supervisor.start()
@@ -91,12 +94,12 @@ async def stay_serving_in_processes(
         each = f"{slots} slot{'s' if slots > 1 else ''} each, {count * slots} in all"
         print(f"serving {what} at {login(url).url} ({count} processes, {each})", flush=True)
         await _until(left, supervisor.watch())
-        stopped = True
+        stopped = leaves = True
     except asyncio.CancelledError:
         stopped = True
         raise
     finally:
-        await _end(supervisor, processes, at_once=not left.is_set())
+        await _end(supervisor, processes, at_once=not leaves)
         failures = [process.failure for process in processes if process.failure]
         for failure in failures if not stopped else failures[:-1]:
             say(failure)
@@ -114,9 +117,13 @@ async def _end(supervisor: Supervisor, processes: Sequence[ServingProcess], *, a
     try:
         await asyncio.shield(stopping)
     except asyncio.CancelledError:
-        for process in processes:
-            process.hurry(signal.SIGTERM)  # their second; one that is at its end just ends by it
-        await stopping
+        # Their second SIGTERM; one that is at its end just ends by it. More than once, for one that arrives before the
+        # first was read is the same signal.
+        while not stopping.done():
+            for process in processes:
+                process.hurry(signal.SIGTERM)
+            await asyncio.wait({stopping}, timeout=HURRY_S)
+        stopping.result()
 
 
 async def _until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:

@@ -146,13 +146,22 @@ async def test_a_second_signal_ends_it_at_once(
         process.terminate()
 
         async def leaves() -> bool:
-            return all(each.draining for each in await m.envs())
+            return [each.draining for each in await m.envs()] == [True]
 
-        await until(leaves, "it says that it leaves")
+        await until(leaves, "the one with the session says that it leaves, the other has gone")
         assert process.poll() is None
         process.send_signal(again)
         code, _, err = await told(process)
         assert code == 0, err
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_ctrl_c_right_after_sigterm_ends_it_at_once(cli: Cli, server: EmbeddedServer, count: int) -> None:
+    process = serving(cli, server, "--drain-seconds", "600", "--processes", str(count))
+    async with Mesh(server.url) as m, await m.env("cartpole"):
+        process.terminate()
+        process.send_signal(signal.SIGINT)
+        assert await told(process) == (0, "", "")
 
 
 @pytest.mark.parametrize("count", [1, 2])
