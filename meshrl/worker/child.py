@@ -70,6 +70,7 @@ class Child:
         self._kill = kill
         self._deadlines = deadlines
         self._limits = limits
+        self._allowed_s = 0.0  # from when it was asked, or was abandoned
         self._asked: tuple[Literal["step", "reset"], float] = ("step", 0.0)
         self._overdue: tuple[Literal["step", "reset"], float] | None = None
         self._unwanted = False
@@ -93,6 +94,7 @@ class Child:
         """
         seconds = self._deadlines.seconds(which) if seconds is None else seconds
         self._asked = (which, seconds)
+        self._allowed_s = seconds
         self.due = time.monotonic() + seconds
         try:
             self._channel.send(request)
@@ -106,9 +108,14 @@ class Child:
         finally:
             self.due = float("inf")
 
-    def look(self, now: float) -> None:
-        """Kill it if it is over its deadline; on the thread that looks at all of them."""
-        if now >= self.due:
+    def look(self, now: float, not_before: float) -> None:
+        """Kill it if it is over its deadline; on the thread that looks at all of them.
+
+        Args:
+            now: by the clock of ``time.monotonic``.
+            not_before: its time did not begin before that.
+        """
+        if now >= max(self.due, not_before + self._allowed_s):
             self._overdue = self._overdue or self._asked
             self._kill(self.number)
 
@@ -116,6 +123,7 @@ class Child:
         """Nobody waits for what it is asked any more: it has so many seconds to finish."""
         if self.due != float("inf"):
             self._unwanted = True
+            self._allowed_s = min(self._allowed_s, seconds)
             self.due = min(self.due, time.monotonic() + seconds)
 
     def end(self) -> None:

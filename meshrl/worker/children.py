@@ -1,7 +1,8 @@
 """The children of a worker: the processes of its envs, forked for it, watched by one thread (R10).
 
 That thread reads what they write, hears how they end, and kills those that are over their deadline. It never waits for
-any of them, so that one which hangs holds up nobody.
+any of them, so that one which hangs holds up nobody. When it has not looked for long, the worker was stopped, and an
+answer may lie there that nobody could read: then each has its whole time again, as in :mod:`~meshrl.worker.overdue`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ log = logging.getLogger("meshrl.worker")
 
 # Between looks at deadlines.
 LOOK_S = 0.25
+# Longer between two of them, and the worker was stopped.
+LATE_S = 4 * LOOK_S
 # For the fork server to begin, which imports Gymnasium and NumPy, and for a fork, on a busy machine.
 BORN_S = 60.0
 # It ends by itself when its socket does.
@@ -102,6 +105,8 @@ class Family(threading.Thread):
         self._by_output: dict[int, Child] = {}
         self._news = b""
         self._stopping = False
+        self._looked_at = time.monotonic()
+        self._not_before = self._looked_at  # since when the worker has been running
         self._wake_out, self._wake_in = socket.socketpair()
         self._control, others = socket.socketpair()
         with others:
@@ -192,8 +197,11 @@ class Family(threading.Thread):
                 self._hear(*NEWS.unpack_from(self._news))
                 self._news = self._news[NEWS.size :]
         now = time.monotonic()
+        if now - self._looked_at > LATE_S:
+            self._not_before = now
+        self._looked_at = now
         for child in self._watched.values():
-            child.look(now)
+            child.look(now, self._not_before)
         return True
 
     def _hear(self, kind: bytes, number: int, value: int) -> None:

@@ -483,3 +483,22 @@ async def test_what_no_other_process_can_have_is_refused_at_the_start(server: Em
     with pytest.raises(UsageError, match="put it into a module that can be imported"):
         async with EnvWorker({"counter": source}, server.url, isolation="process"):
             pass
+
+
+async def test_a_worker_that_was_stopped_does_not_count_the_stop_as_its_envs_time(server: EmbeddedServer) -> None:
+    deadlines = {"step_deadline_s": 1.0, "reset_deadline_s": DEADLINE_S}
+    with WorkerProcess(server.url, SERVED, slots=8, isolation="process", allow=["nap"], **deadlines) as worker:
+        async with Mesh(server.url) as m:
+            envs = [await m.env("dangerous") for _ in range(8)]
+            for env in envs:
+                await env.reset(seed=1)
+            for _ in range(2):
+                napping = [asyncio.ensure_future(env.call("nap", 0.3)) for env in envs]
+                await asyncio.sleep(0.15)
+                worker.freeze()
+                await asyncio.sleep(2.0)
+                worker.thaw()
+                assert await asyncio.gather(*napping) == [0.3] * 8
+            with pytest.raises(DeadlineExceeded):
+                await envs[0].call("nap", 30.0)
+            assert (await envs[1].step(0))[0] == 1
