@@ -187,7 +187,7 @@ class Revival:
         if flight.at >= 0:
             seconds = time.monotonic() - flight.sent_at if flight.landed else 0.0
             own = None if digests is None else digests[rows]
-            recovery.journal.told((flight.at, flight.op, lanes, data, rows), began, own, seconds)
+            recovery.journal.told((flight.at, data, flight.op, lanes, rows), began, own, seconds)
 
     def refused(self, flight: LaneFlight, exc: MeshError, lanes: Indices) -> None:
         """The same, with an error."""

@@ -55,7 +55,7 @@ class ShardRecovery(Recovery):
                 ids = None if mask is None else np.flatnonzero(mask)
                 which = ALL if ids is None else ids
                 own = digests if digests is None or ids is None else digests[ids]
-                journal.told((at, op, which, self.told, ids), origins, own, seconds)
+                journal.told((at, self.told, op, which, ids), origins, own, seconds)
             return
         self.called = self.called or op == "call"
         if op == "set_attr" or (self.resumes and not journal.hopeless):

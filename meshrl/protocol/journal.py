@@ -64,7 +64,7 @@ class Journal:
         self._begun = False  # with a reset of which its worker said how to do it again
         self._digest: Digest | None = None
         self._said: bytes | None = None  # by a worker that counts itself
-        self._uncounted: Uncounted[bytes] = Uncounted(UNCOUNTED_BYTES, len)
+        self._uncounted: Uncounted[tuple[int, bytes]] = Uncounted(UNCOUNTED_BYTES)
 
     def __repr__(self) -> str:
         why = f", {self._lacking}" if self._lacking else ""
@@ -113,7 +113,7 @@ class Journal:
         self._note_all()
         try:
             while len(self._uncounted):
-                self._count(self._uncounted.take())
+                self._count(self._uncounted.take()[1])
         except Exception as exc:  # whatever comes of what a worker may send
             self._give_up("answer_lost")
             raise MalformedMessage("an answer cannot be counted: nobody knows what it told") from exc
@@ -212,11 +212,9 @@ class Journal:
         if self._said is not None:  # half of it was counted elsewhere
             self._give_up("answer_lost")
             return
-        uncounted = self._uncounted
-        uncounted.add(answer)
         try:
-            while uncounted.overfull:
-                self._count(uncounted.take())
+            for _, overdue in self._uncounted.add(((0, answer),)):
+                self._count(overdue)
         except Exception:  # noqa: BLE001  # whatever comes of what a worker may send
             self._give_up("answer_lost")
 

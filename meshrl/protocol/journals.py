@@ -20,17 +20,16 @@ up, which is told if they are lost before they begin anew.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from meshrl.errors import MalformedMessage
 from meshrl.protocol.digests import Words
 from meshrl.protocol.journal import LASTING_LOST, MAX_BYTES, TOGETHER
-from meshrl.protocol.told import UNCOUNTED_BYTES, Answer, Heard, Told
+from meshrl.protocol.told import UNCOUNTED_BYTES, Answer, Told
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Indices
@@ -40,11 +39,10 @@ Origin = bytes
 _ALL = slice(None)
 
 
-class Request(NamedTuple):
-    """One entry: what was asked."""
-
-    op: str
-    body: bytes
+# One entry: what was asked, and the request's body.
+Request = tuple[str, bytes]
+# A step of all of them that was answered, which is most there is: the request's body, the answer, and its seconds.
+Stepped = tuple[bytes, bytes, float]
 
 
 class Journals:
@@ -80,12 +78,13 @@ class Journals:
     )
 
     def __init__(self, count: int, observations: Batching) -> None:
-        # What notes it, and what there is to note; functions, not methods: those would hold this from within.
-        self._aside: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        # What notes it (None: of a step of all), and what there is to note; functions, not methods: those would hold
+        # this from within.
+        self._aside: list[tuple[Callable[..., None] | None, tuple[Any, ...]]] = []
         self._aside_bytes = 0
         self._asked = 0  # requests so far
-        self._requests: deque[Request] = deque()
-        self._took: deque[float] = deque()
+        self._requests: list[Request] = []
+        self._took: list[float] = []
         self._dropped = 0  # how many were there before the first of those
         self._lasting: dict[Any, tuple[int, Request]] = {}  # of the dropped, those whose attributes are set still
         self._begins: Indices = np.full(count, -1, np.int64)
@@ -132,11 +131,11 @@ class Journals:
     def stepped(self, body: bytes, data: bytes, seconds: float) -> None:
         """All were asked to step and answered, without origins or digests: :meth:`asked` and :meth:`told` in one."""
         self._asked += 1
-        self._put_aside(Journals._note_stepped, (body, data, seconds), len(data))
+        self._put_aside(None, (body, data, seconds), len(data))
 
     def told(
         self,
-        answer: Heard,
+        answer: Answer,
         origins: Sequence[tuple[int, Origin]] = (),
         digests: Words | None = None,
         seconds: float = 0.0,
@@ -150,30 +149,48 @@ class Journals:
             seconds: how long its request took, with the last answer to it.
         """
         if digests is not None:  # it was counted already
-            answer = (*answer[:3], b"", None)
-        self._put_aside(Journals._note_told, (answer, origins, digests, seconds), len(answer[3]))
-        if answer[1] == "reset":
+            answer = (answer[0], b"", *answer[2:])
+        self._put_aside(Journals._note_told, (answer, origins, digests, seconds), len(answer[1]))
+        if answer[2] == "reset":
             self._note_all()
 
-    def _put_aside(self, note: Callable[..., None], what: tuple[Any, ...], size: int) -> None:
+    def _put_aside(self, note: Callable[..., None] | None, what: tuple[Any, ...], size: int) -> None:
         self._aside.append((note, what))
         self._aside_bytes += size
         if len(self._aside) >= TOGETHER or self._aside_bytes > UNCOUNTED_BYTES:
             self._note_all()
 
     def _note_all(self) -> None:
-        if self._aside:
-            aside, self._aside, self._aside_bytes = self._aside, [], 0
-            for note, what in aside:
-                note(self, *what)
+        if not self._aside:
+            return
+        aside, self._aside, self._aside_bytes = self._aside, [], 0
+        steps: list[Any] = []
+        for note, what in aside:
+            if note is None:
+                steps.append(what)
+                continue
+            if steps:
+                self._note_stepped(steps)
+                steps = []
+            note(self, *what)
+        if steps:
+            self._note_stepped(steps)
 
-    def _note_stepped(self, body: bytes, data: bytes, seconds: float) -> None:
+    def _note_stepped(self, steps: list[Stepped]) -> None:
+        """Those that came one after another, together: as ``asked`` and ``told`` of each would have it."""
         at = self._dropped + len(self._requests)
-        self._note_asked("step", body)
-        self._note_told((at, "step", _ALL, data, None), (), None, seconds)
+        self._requests += [("step", body) for body, _, _ in steps]
+        took = [seconds for _, _, seconds in steps]
+        self._took += took
+        self._seconds += sum(took)
+        self._bytes += sum([len(body) for body, _, _ in steps])
+        if self._bytes > MAX_BYTES:
+            self._give_up_oldest()
+        self._ends[:] = at + len(steps) - 1
+        self._count(self._told.keep([(at + k, data, "step", _ALL, None) for k, (_, data, _) in enumerate(steps)]))
 
     def _note_asked(self, op: str, body: bytes) -> None:
-        self._requests.append(Request(op, body))
+        self._requests.append((op, body))
         self._took.append(0.0)
         self._bytes += len(body)
         self._called = self._called or op == "call"
@@ -181,9 +198,9 @@ class Journals:
             self._give_up_oldest()
 
     def _note_told(
-        self, answer: Heard, origins: Sequence[tuple[int, Origin]], digests: Words | None, seconds: float
+        self, answer: Answer, origins: Sequence[tuple[int, Origin]], digests: Words | None, seconds: float
     ) -> None:
-        at, op, which, _, _ = answer
+        at, _, op, which, _ = answer
         if not self._begun and op == "reset":
             self._begun = bool(origins)
             if not origins:  # their envs say that they cannot be resumed
@@ -196,7 +213,7 @@ class Journals:
             self._count(self._told.take())
             self._told.said(which, digests)
         else:
-            self._count(self._told.keep(Answer(*answer)))
+            self._count(self._told.keep((answer,)))
         if origins and not self._called:
             for i, origin in origins:
                 if self._lacking[i] != LASTING_LOST:
@@ -229,7 +246,7 @@ class Journals:
         self._drop_until(self._dropped + len(self._requests))
         if LASTING_LOST in self._lacking:
             self._lasting.clear()
-        self._bytes = sum(len(request.body) for _, request in self._lasting.values())
+        self._bytes = sum(len(body) for _, (_, body) in self._lasting.values())
         self._begins[:] = self._ends[:] = -1
         self._origins = [None] * len(self._origins)
         self._lacking = [""] * len(self._origins)
@@ -271,7 +288,8 @@ class Journals:
             try:
                 self._told.count(answer)
             except Exception:  # noqa: BLE001  # whatever comes of what a worker may send
-                self.unsure(answer.which, answer.op)
+                _, _, op, which, _ = answer
+                self.unsure(which, op)
 
     # ---------------------------------------------------------------- what is dropped
 
@@ -289,25 +307,28 @@ class Journals:
 
     def _drop_until(self, position: int) -> None:
         """Drop the requests before ``position``; those that set attributes are kept aside."""
-        for _ in range(position - self._dropped):
-            request = self._requests.popleft()
-            self._seconds -= self._took.popleft()
-            if request.op == "set_attr":
-                self._keep(request)
+        count = position - self._dropped
+        if count <= 0:
+            return
+        for at, (op, body) in enumerate(self._requests[:count], self._dropped):
+            if op == "set_attr":
+                self._keep(at, (op, body))
             else:
-                self._bytes -= len(request.body)
-            self._dropped += 1
-        self._told.drop_before(self._dropped)
+                self._bytes -= len(body)
+        self._seconds -= sum(self._took[:count])
+        del self._requests[:count], self._took[:count]
+        self._dropped = position
+        self._told.drop_before(position)
 
-    def _keep(self, request: Request) -> None:
+    def _keep(self, at: int, request: Request) -> None:
         """Of what sets an attribute the last counts: one of all sub-environments, or each of the same ones."""
-        body = unpack(request.body)
+        body = unpack(request[1])
         name, ids = (body.get("name"), body.get("outermost", False)), body.get("ids")
         every = ids is None or sorted(ids) == list(range(len(self._origins)))
         gone = [key for key in self._lasting if key[0] == name and (every or key[1] == tuple(ids))]
         for key in gone:
-            self._bytes -= len(self._lasting.pop(key)[1].body)
-        self._lasting[name, None if ids is None else tuple(ids)] = (self._dropped, request)
+            self._bytes -= len(self._lasting.pop(key)[1][1])
+        self._lasting[name, None if ids is None else tuple(ids)] = (at, request)
 
     def _give_up_oldest(self) -> None:
         """Half of the requests are too many: who needs those cannot be replayed until its journal begins anew."""

@@ -6,7 +6,8 @@ kept, and counted into the digests when somebody needs those.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,30 +23,13 @@ from meshrl.wire.frames import Frame, Indices
 UNCOUNTED_BYTES = 4 * 1024 * 1024
 
 
-class Answer(NamedTuple):
-    """An answer to a reset or a step.
-
-    Attributes:
-        at: the position of its request in the journal.
-        op: of the request.
-        which: the sub-environments that told something with it.
-        data: as it arrived.
-        rows: theirs in it; None where it has a row for each of them, in their order.
-    """
-
-    at: int
-    op: str
-    which: Indices | slice
-    data: bytes
-    rows: Indices | None = None
-
-
-# The fields of one, which cost less to put together.
-Heard = tuple[int, str, Indices | slice, bytes, Indices | None]
-
-
-def _bytes_of(answer: Answer) -> int:
-    return len(answer.data)
+# An answer to a reset or a step:
+#     the position of its request in the journal,
+#     the answer as it arrived,
+#     what was asked,
+#     the sub-environments that told something with it,
+#     their rows in it; None where it has a row for each of them, in their order.
+Answer = tuple[int, bytes, str, Indices | slice, Indices | None]
 
 
 class Told:
@@ -60,20 +44,15 @@ class Told:
         self._count = count
         self._observations = observations
         self._digests = Digests(count, observations)
-        self._uncounted: Uncounted[Answer] = Uncounted(UNCOUNTED_BYTES, _bytes_of)
+        self._uncounted: Uncounted[Answer] = Uncounted(UNCOUNTED_BYTES)
 
     def said(self, which: Indices | slice, digests: Words) -> None:
         """The worker counts itself: the digests of these from now on."""
         self._digests.values[which] = digests
 
-    def keep(self, answer: Answer) -> list[Answer]:
-        """Keep an answer; gives those that have to be counted now, the oldest first."""
-        uncounted = self._uncounted
-        uncounted.add(answer)
-        overdue = []
-        while uncounted.overfull:
-            overdue.append(uncounted.take())
-        return overdue
+    def keep(self, answers: Sequence[Answer]) -> list[Answer]:
+        """Keep answers; gives those that have to be counted now, the oldest first."""
+        return self._uncounted.add(answers)
 
     def take(self) -> list[Answer]:
         """All answers that are not counted yet, the oldest first; they are kept no more."""
@@ -81,9 +60,7 @@ class Told:
 
     def drop_before(self, position: int) -> None:
         """No journal begins before that position: what was told before is of no use."""
-        uncounted = self._uncounted
-        while len(uncounted) and uncounted.oldest.at < position:
-            uncounted.take()
+        self._uncounted.drop_before(position)
 
     def forget(self) -> None:
         """Nothing was told."""
@@ -101,14 +78,15 @@ class Told:
         Raises:
             Exception: it is none.
         """
-        frame, rows = unpack(answer.data), answer.rows
+        _, data, op, which, rows = answer
+        frame = unpack(data)
         if rows is not None and not len(rows):  # a reset of none of them
             return
         lanes = frame.get("lanes")
         size = len(lanes) if isinstance(lanes, np.ndarray) else self._count
         observations = frame.get("obs")
         self._observations.check(observations, size, "obs", exact=True)
-        if answer.op == "reset" and "rewards" not in frame:  # a vector's
+        if op == "reset" and "rewards" not in frame:  # a vector's
             rewards, terminations, truncations = np.zeros(size), np.zeros(size, np.bool_), np.zeros(size, np.bool_)
         else:
             rewards = _column(frame, "rewards", size, np.float64)
@@ -119,7 +97,7 @@ class Told:
             observations = self._observations.pick(observations, rows)
             rewards, terminations, truncations = rewards[rows], terminations[rows], truncations[rows]
             began = [k for k, row in enumerate(rows.tolist()) if row in began] if began else began
-        self._digests.add(answer.which, observations, rewards, terminations, truncations, began)
+        self._digests.add(which, observations, rewards, terminations, truncations, began)
 
 
 def _column(frame: Frame, name: str, size: int, dtype: type) -> NDArray[Any]:

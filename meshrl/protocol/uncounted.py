@@ -7,30 +7,29 @@ that is to be counted, the oldest first: one for each that comes, so that nobody
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
 
-T = TypeVar("T")
+# A tuple that begins with the position of its request and the answer as it arrived.
+T = TypeVar("T", bound=tuple[Any, ...])
 
 # To count so many takes about a tenth of a second.
 MOST = 1024
 
 
 class Uncounted(Generic[T]):
-    """Answers that may have to be counted.
+    """Answers that may have to be counted: tuples, of which each begins with its request's position and its bytes.
 
     Args:
         most_bytes: of all that are kept.
-        size: how many an answer has.
     """
 
-    __slots__ = ("_bytes", "_entries", "_most_bytes", "_size")
+    __slots__ = ("_bytes", "_entries", "_most_bytes")
 
-    def __init__(self, most_bytes: int, size: Callable[[T], int]) -> None:
+    def __init__(self, most_bytes: int) -> None:
         self._entries: deque[T] = deque()
         self._bytes = 0
         self._most_bytes = most_bytes
-        self._size = size
 
     def __repr__(self) -> str:
         return f"<Uncounted: {len(self._entries)} answers, {self._bytes} bytes>"
@@ -38,33 +37,33 @@ class Uncounted(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def oldest(self) -> T:
-        """There is one."""
-        return self._entries[0]
-
     def copy(self) -> Uncounted[T]:
         """Another one, with the same in it."""
-        other = Uncounted(self._most_bytes, self._size)
+        other: Uncounted[T] = Uncounted(self._most_bytes)
         other._entries.extend(self._entries)
         other._bytes = self._bytes
         return other
 
-    def add(self, entry: T) -> None:
-        """Keep an answer."""
-        self._entries.append(entry)
-        self._bytes += self._size(entry)
-
-    @property
-    def overfull(self) -> bool:
-        """Whether the oldest is to be counted."""
-        return self._bytes > self._most_bytes or len(self._entries) > MOST
+    def add(self, entries: Sequence[T]) -> list[T]:
+        """Keep answers; gives those that are to be counted now, the oldest first, and keeps them no more."""
+        self._entries.extend(entries)
+        self._bytes += sum([len(entry[1]) for entry in entries])
+        overdue = []
+        while self._bytes > self._most_bytes or len(self._entries) > MOST:
+            overdue.append(self.take())
+        return overdue
 
     def take(self) -> T:
         """The oldest, which is kept no more."""
         entry = self._entries.popleft()
-        self._bytes -= self._size(entry)
+        self._bytes -= len(entry[1])
         return entry
+
+    def drop_before(self, position: int) -> None:
+        """Keep no answers to requests before that."""
+        entries = self._entries
+        while entries and entries[0][0] < position:
+            self._bytes -= len(entries.popleft()[1])
 
     def clear(self) -> None:
         """None of them will be needed."""

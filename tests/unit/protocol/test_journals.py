@@ -34,7 +34,7 @@ def answer(at: int, op: str, which: Any = ALL, *rows: int, n: int = 0, origins: 
     frame: dict[str, Any] = {"obs": np.arange(n, n + 2), **FLAGS, "rewards": np.ones(2)}
     if origins:
         frame["origins"] = [part for origin in origins for part in origin]
-    return Answer(at, op, which, pack(frame), np.array(rows) if rows else None)
+    return at, pack(frame), op, which, np.array(rows) if rows else None
 
 
 def asked(journal: Journals, op: str, body: bytes, *origins: tuple[int, bytes]) -> int:
@@ -190,7 +190,7 @@ def test_answers_are_counted_from_where_each_began() -> None:
 def test_answers_beyond_a_number_of_bytes_are_counted_and_those_before_all_journals_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    size = len(answer(0, "step").data)
+    size = len(answer(0, "step")[1])
     monkeypatch.setattr(told_, "UNCOUNTED_BYTES", 3 * size)
     journal, origins = two(), ((0, b"seed 1"), (1, b"seed 2"))
     asked(journal, "reset", b"r", *origins)
@@ -220,11 +220,10 @@ def test_what_was_put_aside_is_noted_before_anybody_looks(steps: int) -> None:
         journal = two()
         asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
         for n in range(steps):
-            data = answer(0, "step")
             if n % 3:
-                journal.stepped(b"s", data.data, 0.5)
+                journal.stepped(b"s", answer(0, "step")[1], 0.5)
             else:
-                journal.told(data._replace(at=journal.asked("step", b"s")), seconds=0.5)
+                journal.told(answer(journal.asked("step", b"s"), "step"), seconds=0.5)
         assert look(journal)
 
 
@@ -258,7 +257,7 @@ def test_what_is_put_aside_is_bounded_by_bytes(counted: bool, monkeypatch: pytes
     said = np.array([1, 2], np.uint64) if counted else None
     for _ in range(TOGETHER // 2 - 1):
         journal.told(answer(journal.asked("step", b"s"), "step"), digests=said)
-        kept = sum(len(what[0][3]) for _, what in journal._aside if len(what) == 4)
+        kept = sum(len(what[0][1]) for _, what in journal._aside if len(what) == 4)
         assert kept == journal._aside_bytes <= (0 if counted else 1000)
 
 
@@ -266,10 +265,10 @@ def test_of_a_registered_space_too_nobody_has_told_anything_in_a_reset_of_none()
     space = spaces.Dict({"own": Registered()})
     journal = Journals(2, batching(space))
     data = pack({"obs": {"own": ("a", "b")}, "origins": [0, b"seed 1", 1, b"seed 2"]})
-    journal.told((journal.asked("reset", b"r"), "reset", ALL, data, None), [(0, b"seed 1"), (1, b"seed 2")])
+    journal.told((journal.asked("reset", b"r"), data, "reset", ALL, None), [(0, b"seed 1"), (1, b"seed 2")])
     before = journal.fields()["digests"].tolist()
     none = np.array([], np.int64)
-    journal.told((journal.asked("reset", b"r"), "reset", none, data, none))
+    journal.told((journal.asked("reset", b"r"), data, "reset", none, none))
     assert journal.fields()["digests"].tolist() == before
 
 
@@ -286,7 +285,7 @@ def test_odd_fields_of_an_answer_change_nothing(odd: dict[str, Any]) -> None:
     for one, more in ((journal, odd), (plain, {})):
         asked(one, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
         frame = {"obs": np.arange(2), **FLAGS, "rewards": np.ones(2), **more}
-        one.told(Answer(one.asked("step", b"s"), "step", ALL, pack(frame)))
+        one.told((one.asked("step", b"s"), pack(frame), "step", ALL, None))
     assert journal.fields()["digests"].tolist() == plain.fields()["digests"].tolist()
 
 
@@ -304,7 +303,7 @@ def test_of_an_answer_that_is_none_nobody_knows_what_it_told(broken: dict[str, A
     journal = two()
     asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
     frame = {"obs": np.arange(2), **FLAGS, "rewards": np.ones(2), **broken}
-    journal.told(Answer(journal.asked("step", b"s"), "step", ALL, pack(frame)))
+    journal.told((journal.asked("step", b"s"), pack(frame), "step", ALL, None))
     assert journal.lacking == "", "nobody has looked yet"
     with pytest.raises(MalformedMessage):
         journal.fields()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from meshrl.protocol.digest import Digest
 from meshrl.protocol.digests import Digests
-from meshrl.protocol.told import Answer, Told
+from meshrl.protocol.told import Told
 from meshrl.wire.batches import batching
 from meshrl.wire.codec import pack, unpack
 from tests.unit.wire.strategies import all_spaces, values
@@ -65,7 +65,7 @@ def test_of_a_shard(space: spaces.Space[Any], seed: int, picked: list[int] | Non
     rows = None if picked is None else np.array(picked, np.int64)
     which: Any = slice(None) if rows is None else np.array([1, 2], np.int64)[: len(rows)]
     for op in ("reset", "step"):
-        counted.count(Answer(0, op, which, pack(frame), rows))
+        counted.count((0, pack(frame), op, which, rows))
         if rows is None:
             told.add(which, obs, REWARDS, FLAGS, ~FLAGS, [2])
         elif len(rows):
@@ -80,5 +80,5 @@ def test_a_vectors_reset_has_no_rewards() -> None:
     nothing = np.zeros(2, np.bool_)
     told.add(slice(None), np.array([3, 4]), np.zeros(2), nothing, nothing, [0, 1])
     data = pack({"obs": np.array([3, 4]), "origins": [0, b"", 1, b""]})
-    counted.count(Answer(0, "reset", slice(None), data))
+    counted.count((0, data, "reset", slice(None), None))
     assert counted.digests.tolist() == told.values.tolist()

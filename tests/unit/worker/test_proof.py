@@ -119,7 +119,7 @@ def test_of_a_pool() -> None:
         at = journal.asked(op, pack(body))
         for rows in parts:
             own = [(lane, origin) for lane, origin in told if lane in lanes[rows]]
-            journal.told((at, op, lanes[rows], data, rows), own)
+            journal.told((at, data, op, lanes[rows], rows), own)
         if n % 7 == 0:
             assert journal.fields()["digests"].tolist() == said.tolist()
     assert not journal.lacking
