@@ -5,9 +5,11 @@ python benchmarks/losses.py --pairs 40 --kills 100
 
 Processor time is summed over client, worker and nats-server, and compared in pairs with ``on_loss="raise"``. Each pair
 has envs of its own, since where two of them lie in memory makes as much of a difference as what is compared, and that
-would be the same in every turn; they take turns within it. A kill is SIGKILL for the worker with a step in flight while
-another is there to take its session; what is counted is the time from the kill to the answer, with the replay of up to
-a hundred steps in it.
+would be the same in every turn. Within it they take turns of some hundredths of a second, since the machine itself gets
+slower and faster within tenths; the first step of each turn does not count.
+
+A kill is SIGKILL for the worker with a step in flight while another is there to take its session; what is counted is
+the time from the kill to the answer, with the replay of up to a hundred steps in it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,11 @@ from meshrl.bus.embedded import EmbeddedServer
 RESULTS = Path(__file__).resolve().parent / "results" / "losses" / "latest.json"
 CPUCLOCK_SCHED = 2  # of a whole process, in linux/posix-timers.h
 SERVE = ("-m", "meshrl", "serve", "CartPole-v1", "--slots", "512")
-WARM_UP_STEPS = 300
-TURNS = (0, 1, 1, 0, 1, 0, 0, 1)  # of one pair, or the other way about: what gets slower or faster meanwhile is in both
 VECTOR = 64
+# Of batches; single envs take as many times more as they are faster.
+WARM_UP_STEPS = 300
+TURN_STEPS = 16
+SINGLE_TIMES = 8
 REPLAYED_STEPS = 100
 
 Step = Callable[[int], Awaitable[Any]]
@@ -76,20 +80,21 @@ def children(pid: int) -> list[int]:
     return [one for child in map(int, told) for one in (child, *children(child))]
 
 
-def everybody() -> float:
-    """Processor time of this process and all below it, in seconds."""
-    return time.process_time() + sum(cpu_s(pid) for pid in children(os.getpid()) if Path(f"/proc/{pid}").exists())
+def used_by(others: Sequence[int]) -> float:
+    """Processor time of this process and those, in seconds."""
+    return time.process_time() + sum(map(cpu_s, others))
 
 
 # --------------------------------------------------------------------------- what it costs
 
 
-async def costs(url: str, pairs: int, seconds: float) -> dict[str, Any]:
+async def costs(url: str, pairs: int, turns: int) -> dict[str, Any]:
     async with Mesh(url) as m:
         told = {}
         for name, make in {"single": single, f"vector{VECTOR}": vector, f"pool{VECTOR}": pool}.items():
             numbers = track(range(pairs), description=name, console=Console(stderr=True))
-            rows = [await pair(m, make, seconds, first=n % 2) for n in numbers]
+            times = SINGLE_TIMES if make is single else 1
+            rows = [await pair(m, make, turns, times, first=n % 2) for n in numbers]
             told[name] = {
                 "us_raise": [1e6 * row[0] for row in rows],
                 "us_resume": [1e6 * row[1] for row in rows],
@@ -98,31 +103,31 @@ async def costs(url: str, pairs: int, seconds: float) -> dict[str, Any]:
         return told
 
 
-async def pair(m: Mesh, make: Make, seconds: float, *, first: int) -> tuple[float, float]:
+async def pair(m: Mesh, make: Make, turns: int, times: int, *, first: int) -> tuple[float, float]:
     """Processor time of a step in seconds, with ``raise`` and with ``resume``."""
     works = [await make(m, on_loss) for on_loss in ("raise", "resume")]
     try:
         for _, step in works:
-            for n in range(WARM_UP_STEPS):
+            for n in range(WARM_UP_STEPS * times):
                 await step(n)
-        used, counts = [0.0, 0.0], [0, 0]
-        for turn in TURNS:
-            which = turn ^ first
-            took, count = await steps_for(works[which][1], seconds / len(TURNS) * 2)
-            used[which], counts[which] = used[which] + took, counts[which] + count
+        used, others = [0.0, 0.0], children(os.getpid())
+        for turn in range(turns):
+            for which in (0, 1) if turn % 2 == first else (1, 0):
+                used[which] += await turn_of(works[which][1], TURN_STEPS * times, others)
     finally:
         for envs, _ in works:
             await envs.close()
-    return used[0] / counts[0], used[1] / counts[1]
+    count = turns * TURN_STEPS * times
+    return used[0] / count, used[1] / count
 
 
-async def steps_for(step: Step, seconds: float) -> tuple[float, int]:
-    """Processor time that was used in so many seconds, and the steps taken in them."""
-    before, end, count = everybody(), time.perf_counter() + seconds, 0
-    while time.perf_counter() < end:
-        await step(count)
-        count += 1
-    return everybody() - before, count
+async def turn_of(step: Step, count: int, others: Sequence[int]) -> float:
+    """Processor time of so many steps, in seconds, of this process and those."""
+    await step(0)
+    before = used_by(others)
+    for n in range(1, 1 + count):
+        await step(n)
+    return used_by(others) - before
 
 
 async def single(m: Mesh, on_loss: Any) -> tuple[Any, Step]:
@@ -204,7 +209,7 @@ async def recoveries(url: str, kills: int) -> dict[str, Any]:
 async def measure(url: str, settings: argparse.Namespace) -> dict[str, Any]:
     worker = Worker(url)
     try:
-        cost = await costs(url, settings.pairs, settings.seconds)
+        cost = await costs(url, settings.pairs, settings.turns)
     finally:
         worker.kill()
     return {"cost": cost, "recovery": await recoveries(url, settings.kills)}
@@ -213,7 +218,7 @@ async def measure(url: str, settings: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each side of a pair")
+    parser.add_argument("--turns", type=int, default=24, help="of each side of a pair")
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--json", type=Path, default=RESULTS)
     settings = parser.parse_args()
