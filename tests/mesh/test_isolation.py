@@ -486,8 +486,8 @@ async def test_what_no_other_process_can_have_is_refused_at_the_start(server: Em
 
 
 async def test_a_worker_that_was_stopped_does_not_count_the_stop_as_its_envs_time(server: EmbeddedServer) -> None:
-    deadlines = {"step_deadline_s": 1.0, "reset_deadline_s": DEADLINE_S}
-    with WorkerProcess(server.url, SERVED, slots=8, isolation="process", allow=["nap"], **deadlines) as worker:
+    limits: dict[str, Any] = {"step_deadline_s": 1.0, "reset_deadline_s": DEADLINE_S, "allow": ["nap"]}
+    with WorkerProcess(server.url, SERVED, slots=8, isolation="process", **limits) as worker:
         async with Mesh(server.url) as m:
             envs = [await m.env("dangerous") for _ in range(8)]
             for env in envs:
