@@ -172,7 +172,10 @@ _EPISODES: Schema = {
 }
 _BY_NUMBER: Schema = {"$ref": "array.json#/$defs/array", "properties": {"type": {"enum": ["<i8", "<u8"]}}}
 _PROOF: Schema = {
-    "digests": {**_BY_NUMBER, "description": "Where the worker says them: one of each, as unsigned 64-bit numbers."},
+    "digests": {
+        **_BY_NUMBER,
+        "description": "Where the worker says them: unsigned 64-bit numbers, of all before it.",
+    },
     "origins": {
         "type": "array",
         "items": {"anyOf": [{"type": "integer", "minimum": 0}, BYTES]},

@@ -32,6 +32,7 @@ from meshrl.errors import (
     SubjectNotPermitted,
     TransportError,
 )
+from meshrl.wire.kept import Reads
 
 # subject, reply subject, body
 Handler = Callable[[str, str, bytes], None]
@@ -313,6 +314,14 @@ class Connection:
     def sending(self, rid: int) -> bool:
         """Whether the server has yet to take the request ``rid``, which was split: it cannot have been answered."""
         return self._window.sending(f"{self._awaited.inbox}.{rid}")
+
+    def reads_of(self, body: bytes) -> Reads | None:
+        """What a large message was joined of, for whom it is given to at this moment; None where that is not known.
+
+        The message itself may be written to by whom it goes on to.
+        """
+        large = self.path.large
+        return Reads(large[1]) if large is not None and large[0] is body else None
 
     def forget(self, rid: int) -> None:
         """Expect no more answers to ``rid``."""

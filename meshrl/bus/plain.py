@@ -16,7 +16,7 @@ import nats.errors
 
 from meshrl.bus.client import Client
 from meshrl.bus.flushing import Flushes
-from meshrl.bus.thin import MAX_HELD_BYTES, SUBSCRIBE_S, RawHandler
+from meshrl.bus.thin import MAX_HELD_BYTES, SUBSCRIBE_S, Large, RawHandler
 
 # What may wait for handlers before nats-py calls this connection a slow consumer.
 MAX_PENDING_BYTES = 512 * 1024 * 1024
@@ -29,6 +29,7 @@ class PlainPath:
         self.client = Client()
         self.failed = failed
         self.dropped = 0
+        self.large: Large | None = None  # there, large messages are joined before they come here
         self._out: deque[tuple[str, str, bytes]] = deque()
         self._out_bytes = 0
         self._writer: asyncio.Task[None] | None = None

@@ -31,6 +31,9 @@ import nats.errors
 
 from meshrl.bus.client import Client
 
+# A body, and its parts, which nobody writes to.
+Large = tuple[bytes, tuple[bytes | memoryview, ...]]
+
 # A handler gets subject, reply subject, body and the raw header block (empty without headers).
 RawHandler = Callable[[str, str, bytes, bytes], None]
 
@@ -114,12 +117,16 @@ class _Reader(asyncio.StreamReader):
         end = len(last) - behind - len(_CRLF)
         if end < 0:  # the last chunk begins within the CRLF
             return 0, b"".join(chunks)
+        parts: tuple[bytes | memoryview, ...] = (memoryview(first)[eol + len(_CRLF) :], *chunks[1:-1], last[:end])
         # Writable, so that an array can be made of it where it is; nobody else has it, and to all others it is bytes.
-        body = cast("bytes", bytearray().join((memoryview(first)[eol + len(_CRLF) :], *chunks[1:-1], last[:end])))
+        body = cast("bytes", bytearray().join(parts))
+        self._path.large = body, parts
         try:
             handler(words[0].decode(), words[2].decode() if len(words) == 4 else "", body, b"")
         except Exception as exc:  # noqa: BLE001  # as in _scan
             self._path.failed(exc)
+        finally:
+            self._path.large = None
         return 1, chunks[-1][len(last) - behind :] if behind else b""
 
     def _scan(self, data: bytes) -> int:
@@ -249,13 +256,18 @@ class _Client(Client):
 
 
 class ThinPath:
-    """Subscribes and publishes over one connection of nats-py, without a queue, task or flush of its own a message."""
+    """Subscribes and publishes over one connection of nats-py, without a queue, task or flush of its own a message.
+
+    Attributes:
+        large: the large message that a handler is given at this moment, and the reads that it was joined of.
+    """
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
         self.client = _Client(self)
         self.failed = failed
         self.handlers: dict[bytes, RawHandler] = {}
         self.dropped = 0
+        self.large: Large | None = None
         self._out: list[bytes] = []
         self._out_bytes = 0
         self._scheduled = False

@@ -18,6 +18,7 @@ from meshrl.protocol.turn import READING
 from meshrl.wire import spaces
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
+from meshrl.wire.kept import whole
 from meshrl.wire.messages import SessionState
 
 # What step gives: observation, reward, terminated, truncated, info.
@@ -153,7 +154,7 @@ class RemoteEnv(Leased):
         if not told:
             raise exc
         self._cut = True
-        return unpack(told)["obs"], 0.0, False, True, {"session_lost": facts}
+        return unpack(whole(told))["obs"], 0.0, False, True, {"session_lost": facts}
 
     def _facts_of(self, exc: SessionLost) -> dict[str, Any]:
         """What is told of a loss that ends an episode; any other is raised."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from meshrl.bus.connection import Connection
 from meshrl.errors import MeshError, MeshUnreachable, SessionLost
 from meshrl.protocol.doubt import GRACE_S, QUIET_S, Do, Doubt
+from meshrl.wire.kept import Reads
 from meshrl.wire.messages import MAX_BATCH, Probe, Probed, parse
 from meshrl.wire.subjects import Subjects
 
@@ -50,7 +51,8 @@ class Flight:
             waiting: a cancelled waiter cancels it, and :meth:`rearm` makes another.
         state: the worker's last word on it, if there was need to ask.
         on_fail: is told that there will be no answer, at once and not when somebody next waits for one.
-        owner: whose it is, where that says for how long its worker may be away.
+        owner: whose it is, where that says for how long its worker may be away, and keeps the answer.
+        reads: of a large answer, for an owner.
     """
 
     __slots__ = (
@@ -64,6 +66,7 @@ class Flight:
         "future",
         "on_fail",
         "owner",
+        "reads",
         "rid",
         "sent_at",
         "state",
@@ -94,6 +97,7 @@ class Flight:
         self.doubt: Doubt | None = None
         self.on_fail: Callable[[MeshError], None] | None = None
         self.owner: RemoteSession | None = None
+        self.reads: Reads | None = None
         self._landed: bytes | MeshError | None = None
         self.future: asyncio.Future[bytes] = flights.loop.create_future()
 
@@ -108,6 +112,8 @@ class Flight:
         self._flights.landed(self)
         if self._landed is None:
             self._landed = data
+            if type(data) is not bytes and self.owner is not None:  # it is large, and its arrays are the user's
+                self.reads = self._flights.reads_of(data)
             if not self.future.done():
                 self.future.set_result(data)
 
@@ -201,6 +207,10 @@ class Flights:
             self.send(flight)
         except MeshError as exc:
             flight.failed(exc)
+
+    def reads_of(self, data: bytes) -> Reads | None:
+        """Of an answer that arrives at this moment."""
+        return self._connection.reads_of(data)
 
     def send(self, flight: Flight) -> None:
         """Send a request that was never sent.

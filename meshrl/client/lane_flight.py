@@ -102,7 +102,9 @@ class LaneFlight(Flight):
         if data is None:
             self._flights.alone(self)
         else:
+            self.reads = None if type(data) is bytes else self._flights.reads_of(data)
             self._received(self, data)
+            self.reads = None
 
     def land(self, lanes: Indices) -> None:
         """These lanes have their answers."""

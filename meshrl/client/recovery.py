@@ -13,6 +13,7 @@ from meshrl.protocol.journal import CHANGING, LASTING_LOST, Journal
 from meshrl.protocol.seeds import is_seed
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame
+from meshrl.wire.kept import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,7 +63,7 @@ class Recovery:
     resumes: bool
     journal: Journal = field(default_factory=Journal)
     seed: int | None = None
-    told: bytes = b""
+    told: Kept = b""
     anew: bool = False
     untold: SessionLost | None = None
     first: SessionLost | None = None
@@ -86,11 +87,10 @@ class Recovery:
             avoid=avoid,
         )
 
-    def note(self, op: str, body: bytes, reply: bytes, frame: Frame, seconds: float) -> None:
+    def note(self, op: str, body: bytes, answer: Kept, frame: Frame, seconds: float) -> None:
         """A request of the lane was answered, in so many seconds."""
         if op not in CHANGING:
             return
-        answer = bytes(reply)  # the arrays of a large one are its user's, to write to
         if op == "step":
             self.told = answer
             if self.resumes:

@@ -26,6 +26,7 @@ from meshrl.errors import (
 )
 from meshrl.protocol.turn import Phase
 from meshrl.wire.frames import Frame
+from meshrl.wire.kept import Kept, kept
 from meshrl.wire.messages import Grant
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ResumableSession(MovableSession):
         return self._recovery.anew
 
     @property
-    def told(self) -> bytes:  # type: ignore[override]  # there it is nothing
+    def told(self) -> Kept:  # type: ignore[override]  # there it is nothing
         """The last answer to a reset or a step."""
         return self._recovery.told
 
@@ -108,7 +109,8 @@ class ResumableSession(MovableSession):
                 else:
                     assert flight is not None, "launch comes first"
                     seconds = time.monotonic() - flight.sent_at
-                    self._recovery.note(op, self._body, flight.future.result(), frame, seconds)
+                    answer, flight.reads = kept(flight.future.result(), flight.reads), None
+                    self._recovery.note(op, self._body, answer, frame, seconds)
                     return frame
             try:
                 if self._lost is None:

@@ -24,6 +24,7 @@ from meshrl.wire.batches import batching
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame
 from meshrl.wire.infos import pack_infos, split_infos
+from meshrl.wire.kept import whole
 from meshrl.wire.messages import AutoresetName, Grant
 from meshrl.wire.spaces import rebuild
 
@@ -101,7 +102,7 @@ class ResumableShard(ResumableSession):
             raise exc
         if before is None:
             self._cut, self._cut_told = exc, False
-            self._last = unpack(self._recovery.told)["obs"]
+            self._last = unpack(whole(self._recovery.told))["obs"]
         if op == "step":
             self._cut_told = True
             if self._mode != "SameStep":

@@ -30,6 +30,7 @@ from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.infos import split_infos
+from meshrl.wire.kept import Kept, kept, whole
 from meshrl.wire.large import LARGE_BYTES
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Fresh(NamedTuple):
     """
 
     frame: Frame
-    data: bytes
+    data: Kept
     row: int
 
 
@@ -115,7 +116,7 @@ class Revival:
         self._pool = pool
         self._left: list[Waits] = []
         self._lasts: NDArray[np.object_] = np.full(shard.num_envs, None)
-        self._told: list[tuple[Indices, bytes]] = []  # not in those yet: see meshrl.protocol.journal
+        self._told: list[tuple[Indices, Kept]] = []  # not in those yet: see meshrl.protocol.journal
         self._cut: SessionLost | None = None
         self._beginning: set[int] = set()  # lanes whose reset in place of an episode has not been answered
         self._fresh: dict[int, Fresh] = {}  # those for which it has
@@ -170,13 +171,13 @@ class Revival:
 
     def told(self, flight: LaneFlight, proof: Proof, data: bytes, rows: Indices, lanes: Indices) -> None:
         """Some of its lanes have their answers, in those rows; ``proof`` is what went with it."""
-        kept = bytes(data)  # the arrays of a large one are its user's, to write to
-        self._told.append((lanes, kept))
-        if len(self._told) >= TOGETHER or len(kept) > LARGE_BYTES:
+        answer = kept(data, flight.reads)
+        self._told.append((lanes, answer))
+        if len(self._told) >= TOGETHER or len(answer) > LARGE_BYTES:
             self._note_told()
-        self._prove(flight, proof, kept, rows, lanes)
+        self._prove(flight, proof, answer, rows, lanes)
 
-    def _prove(self, flight: LaneFlight, proof: Proof, data: bytes, rows: Indices, lanes: Indices) -> None:
+    def _prove(self, flight: LaneFlight, proof: Proof, data: Kept, rows: Indices, lanes: Indices) -> None:
         recovery = self._recovery
         digests, origins = proof
         began: list[tuple[int, Origin]] = []
@@ -273,10 +274,11 @@ class Revival:
 
     def _begun(self, flight: LaneFlight, frame: Frame, data: bytes, rows: Indices, lanes: Indices) -> None:
         """Some lanes were reset in place of their episodes."""
-        self._prove(flight, proof_of(frame, len(frame["lanes"])), bytes(data), rows, lanes)
+        answer = kept(data, flight.reads)
+        self._prove(flight, proof_of(frame, len(frame["lanes"])), answer, rows, lanes)
         for row, lane in zip(rows.tolist(), lanes.tolist(), strict=True):
             self._beginning.discard(lane)
-            fresh = Fresh(frame, data, row)
+            fresh = Fresh(frame, answer, row)
             if lane in self._due:
                 self._due.discard(lane)
                 self._tell(lane, fresh)
@@ -322,7 +324,7 @@ class Revival:
         before, size = Last.of(self._last[lane], lane), len(fresh.frame["lanes"])
         final = next(islice(self._observations.rows(before.frame["obs"], before.size), before.row, None))
         info: dict[str, Any] = {"session_lost": {"message": self._cut.message, **self._cut.details}}
-        infos = split_infos([(unpack(fresh.data).get("infos"), 0, size)], size)[fresh.row]
+        infos = split_infos([(unpack(whole(fresh.data)).get("infos"), 0, size)], size)[fresh.row]
         entries = [{"final_obs": final, "final_info": {}}, {**dict(ChainMap(*reversed(infos))), **info}]
         row = {
             "lanes": np.array([lane], np.int64),
@@ -335,7 +337,7 @@ class Revival:
             "steps": np.array([before.steps], np.int64),
             "infos": unpack(pack({"entries": [[0, entry] for entry in entries]})),
         }
-        self._last[lane] = bytes(fresh.data)
+        self._last[lane] = fresh.data
         self._pool.deliver(self._shard, row, lane)
 
 
@@ -357,9 +359,9 @@ class Last(NamedTuple):
     steps: int
 
     @classmethod
-    def of(cls, data: bytes, lane: int) -> Last:
+    def of(cls, data: Kept, lane: int) -> Last:
         """Of an answer as it arrived."""
-        frame = unpack(data)
+        frame = unpack(whole(data))
         row = int(np.flatnonzero(frame["lanes"] == lane)[0])
         ended = bool(frame["terminations"][row] or frame["truncations"][row])
         steps = 0 if ended else int(frame["steps"][row])

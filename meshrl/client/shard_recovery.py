@@ -15,6 +15,7 @@ from meshrl.protocol.journals import Journals, Origin
 from meshrl.protocol.seeds import is_seed
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
+from meshrl.wire.kept import Kept
 
 ALL = slice(None)
 # The digests that went with an answer, None where there are none, and the origins with their rows.
@@ -34,16 +35,16 @@ class ShardRecovery(Recovery):
     journal: Journals = field(kw_only=True)  # type: ignore[assignment]  # that of one lane there
     places: dict[int, Origin] = field(default_factory=dict)
 
-    def note(self, op: str, body: bytes, reply: bytes, frame: Frame, seconds: float) -> None:
+    def note(self, op: str, body: bytes, answer: Kept, frame: Frame, seconds: float) -> None:
         """A request of all of them was answered."""
         if op not in CHANGING:
             return
         journal = self.journal
         if op in {"step", "reset"}:
-            self.told = bytes(reply)  # the arrays of a large one are its user's, to write to
+            self.told = answer
             if op == "step" and "origins" not in frame and "digests" not in frame:
                 if self.resumes and not journal.hopeless:
-                    journal.stepped(body, self.told, seconds)
+                    journal.stepped(body, answer, seconds)
                 return
             digests, origins = proof_of(frame, journal.count)
             if origins:
@@ -55,7 +56,7 @@ class ShardRecovery(Recovery):
                 ids = None if mask is None else np.flatnonzero(mask)
                 which = ALL if ids is None else ids
                 own = digests if digests is None or ids is None else digests[ids]
-                journal.told((at, self.told, op, which, ids), origins, own, seconds)
+                journal.told((at, answer, op, which, ids), origins, own, seconds)
             return
         self.called = self.called or op == "call"
         if op == "set_attr" or (self.resumes and not journal.hopeless):

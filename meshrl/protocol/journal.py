@@ -22,6 +22,7 @@ from meshrl.errors import MalformedMessage
 from meshrl.protocol.digest import Digest
 from meshrl.protocol.uncounted import Uncounted
 from meshrl.wire.codec import unpack
+from meshrl.wire.kept import Kept, whole
 
 CHANGING = frozenset({"reset", "step", "call", "set_attr"})
 # The part of those whose effect a seeded reset undoes.
@@ -54,7 +55,7 @@ class Journal:
     )
 
     def __init__(self) -> None:
-        self._aside: list[tuple[bytes, bytes, float, bytes | None]] = []
+        self._aside: list[tuple[bytes, Kept, float, bytes | None]] = []
         self._aside_bytes = 0
         self._entries: list[tuple[str, bytes]] = []
         self._lacking = ""
@@ -64,7 +65,7 @@ class Journal:
         self._begun = False  # with a reset of which its worker said how to do it again
         self._digest: Digest | None = None
         self._said: bytes | None = None  # by a worker that counts itself
-        self._uncounted: Uncounted[tuple[int, bytes]] = Uncounted(UNCOUNTED_BYTES)
+        self._uncounted: Uncounted[tuple[int, Kept]] = Uncounted(UNCOUNTED_BYTES)
 
     def __repr__(self) -> str:
         why = f", {self._lacking}" if self._lacking else ""
@@ -147,7 +148,7 @@ class Journal:
         self,
         op: str,
         body: bytes,
-        answer: bytes,
+        answer: Kept,
         seconds: float = 0.0,
         *,
         seeded: bool = False,
@@ -182,7 +183,7 @@ class Journal:
                 self._note("step", body, answer, seconds, digest)
 
     def _note(
-        self, op: str, body: bytes, answer: bytes, seconds: float, digest: bytes | None, *, seeded: bool = False
+        self, op: str, body: bytes, answer: Kept, seconds: float, digest: bytes | None, *, seeded: bool = False
     ) -> None:
         if op == "reset" and seeded:
             self._begun = True
@@ -208,7 +209,7 @@ class Journal:
             lasting = self._called or any(op == "set_attr" for op, _ in self._entries)
             self._give_up(LASTING_LOST if lasting else "journal_full")
 
-    def _keep(self, answer: bytes) -> None:
+    def _keep(self, answer: Kept) -> None:
         if self._said is not None:  # half of it was counted elsewhere
             self._give_up("answer_lost")
             return
@@ -218,10 +219,10 @@ class Journal:
         except Exception:  # noqa: BLE001  # whatever comes of what a worker may send
             self._give_up("answer_lost")
 
-    def _count(self, answer: bytes) -> None:
+    def _count(self, answer: Kept) -> None:
         if self._digest is None:
             self._digest = Digest()
-        self._digest.add(unpack(answer))
+        self._digest.add(unpack(whole(answer)))
 
     def _give_up(self, why: str) -> None:
         """It cannot be replayed; what was set is kept as long as it is all that lasts."""

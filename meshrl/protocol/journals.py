@@ -33,6 +33,7 @@ from meshrl.protocol.told import UNCOUNTED_BYTES, Answer, Told
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Indices
+from meshrl.wire.kept import Kept
 
 # What a worker said of a reset, as it said it.
 Origin = bytes
@@ -42,7 +43,7 @@ _ALL = slice(None)
 # One entry: what was asked, and the request's body.
 Request = tuple[str, bytes]
 # A step of all of them that was answered, which is most there is: the request's body, the answer, and its seconds.
-Stepped = tuple[bytes, bytes, float]
+Stepped = tuple[bytes, Kept, float]
 
 
 class Journals:
@@ -128,7 +129,7 @@ class Journals:
         self._asked += 1
         return self._asked - 1
 
-    def stepped(self, body: bytes, data: bytes, seconds: float) -> None:
+    def stepped(self, body: bytes, data: Kept, seconds: float) -> None:
         """All were asked to step and answered, without origins or digests: :meth:`asked` and :meth:`told` in one."""
         self._asked += 1
         self._put_aside(None, (body, data, seconds), len(data))
@@ -145,13 +146,11 @@ class Journals:
         Args:
             answer: it is kept.
             origins: of those that were reset by it, as far as that makes their journals begin anew.
-            digests: of all that it is of, from now on; None where the worker does not count itself.
+            digests: of all that it is of, before it; None where the worker does not count itself.
             seconds: how long its request took, with the last answer to it.
         """
-        if digests is not None:  # it was counted already
-            answer = (answer[0], b"", *answer[2:])
         self._put_aside(Journals._note_told, (answer, origins, digests, seconds), len(answer[1]))
-        if answer[2] == "reset":
+        if answer[2] == "reset" or digests is not None:  # its worker has counted the one before, which is of no use now
             self._note_all()
 
     def _put_aside(self, note: Callable[..., None] | None, what: tuple[Any, ...], size: int) -> None:
@@ -210,8 +209,8 @@ class Journals:
         self._ends[which] = at
         self._took_so_long(at, seconds)
         if digests is not None:
-            self._count(self._told.take())
-            self._told.said(which, digests)
+            self._count(self._told.take_uncounted())
+            self._told.said(answer, digests)
         else:
             self._count(self._told.keep((answer,)))
         if origins and not self._called:

@@ -1,7 +1,8 @@
 """What a shard's sub-environments have told since their journals began, as a replay must tell it again (R8).
 
-A worker may say the digests itself, with every answer, which it does where observations are large. Else the answers are
-kept, and counted into the digests when somebody needs those.
+A worker may say the digests itself, which it does where observations are large: with every answer those of all before
+it, so that only the last of each sub-environment is kept. Else all answers are kept. What is kept is counted into the
+digests when somebody needs those.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from meshrl.protocol.uncounted import Uncounted
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame, Indices
+from meshrl.wire.kept import Kept, whole
 
 # Of answers that are in no digest yet: some hundred steps of 256 CartPoles.
 UNCOUNTED_BYTES = 4 * 1024 * 1024
@@ -29,7 +31,16 @@ UNCOUNTED_BYTES = 4 * 1024 * 1024
 #     what was asked,
 #     the sub-environments that told something with it,
 #     their rows in it; None where it has a row for each of them, in their order.
-Answer = tuple[int, bytes, str, Indices | slice, Indices | None]
+Answer = tuple[int, Kept, str, Indices | slice, Indices | None]
+
+
+class _Last:
+    """An answer that its worker has not counted yet, for an array that would take a tuple apart."""
+
+    __slots__ = ("answer",)
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
 
 
 class Told:
@@ -45,18 +56,44 @@ class Told:
         self._observations = observations
         self._digests = Digests(count, observations)
         self._uncounted: Uncounted[Answer] = Uncounted(UNCOUNTED_BYTES)
+        self._lasts: NDArray[np.object_] = np.full(count, None)
+        self._said = False
 
-    def said(self, which: Indices | slice, digests: Words) -> None:
-        """The worker counts itself: the digests of these from now on."""
+    def said(self, answer: Answer, digests: Words) -> None:
+        """The worker counts itself: the digests of whom that answer is of, before it."""
+        which = answer[3]
         self._digests.values[which] = digests
+        self._lasts[which] = _Last(answer)
+        self._said = True
 
     def keep(self, answers: Sequence[Answer]) -> list[Answer]:
         """Keep answers; gives those that have to be counted now, the oldest first."""
-        return self._uncounted.add(answers)
+        before = self._take_lasts() if self._said else []
+        return before + self._uncounted.add(answers)
 
     def take(self) -> list[Answer]:
-        """All answers that are not counted yet, the oldest first; they are kept no more."""
+        """All answers that are not counted yet, the oldest of each first; they are kept no more."""
+        return self.take_uncounted() + self._take_lasts()
+
+    def take_uncounted(self) -> list[Answer]:
+        """Of those, what a worker told that did not count."""
         return [self._uncounted.take() for _ in range(len(self._uncounted))]
+
+    def _take_lasts(self) -> list[Answer]:
+        """Each last answer, as one to those that have had none since."""
+        lanes_of: dict[_Last, list[int]] = {}
+        for lane, last in enumerate(self._lasts.tolist()):
+            if last is not None:
+                lanes_of.setdefault(last, []).append(lane)
+        self._lasts[:] = None
+        self._said = False
+        taken: list[Answer] = []
+        for last, lanes in lanes_of.items():
+            at, data, op, which, rows = last.answer
+            ids = np.arange(self._count)[which]
+            own = np.isin(ids, lanes)
+            taken.append((at, data, op, ids[own], (np.arange(len(ids)) if rows is None else rows)[own]))
+        return taken
 
     def drop_before(self, position: int) -> None:
         """No journal begins before that position: what was told before is of no use."""
@@ -65,6 +102,8 @@ class Told:
     def forget(self) -> None:
         """Nothing was told."""
         self._uncounted.clear()
+        self._lasts[:] = None
+        self._said = False
         self._digests.values[:] = 0
 
     @property
@@ -79,7 +118,7 @@ class Told:
             Exception: it is none.
         """
         _, data, op, which, rows = answer
-        frame = unpack(data)
+        frame = unpack(whole(data))
         if rows is not None and not len(rows):  # a reset of none of them
             return
         lanes = frame.get("lanes")

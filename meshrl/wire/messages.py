@@ -253,7 +253,8 @@ class Open(Message):
         park_s: how long the worker may keep the open waiting for a slot; 0 answers at once.
         ticket: of an earlier answer ``full``: keeps the place in the queue.
         digests: what goes with answers so that it can be resumed (R8): nothing; or what outlives resets, and the
-            running digest of what was told, with ``all`` answers or those of ``large`` observations only.
+            running digest of what was told (of vectors and pools: before), with ``all`` answers or those of ``large``
+            observations only.
     """
 
     session: Id

@@ -122,6 +122,8 @@ class Execution:
     def _run(self, session: Session, lane: Lane, op: str, body: Frame, now: float) -> None:
         hold: Hold = session.held
         hold.op = op
+        if hold.counts is not None:
+            hold.counts()
         held = hold.held
         assert held is not None, "a session of one lane holds what has one"
         pace = hold.paces.get(op)
@@ -214,6 +216,8 @@ class Execution:
             why = f"a reply of {len(packed)} bytes is over the limit of {MAX_MESSAGE_BYTES}; send smaller observations"
             packed = pack(error_reply(MessageTooLarge(why, size_bytes=len(packed)), lane.seq))
         self._replies.send(self._table.answered(lane, packed), packed, 0, lane.seq)
+        if hold.counts is not None:
+            asyncio.get_running_loop().call_soon(hold.counts)
         if session.state is State.ENDING:
             self.dispose(session)
 

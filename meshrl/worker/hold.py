@@ -63,9 +63,11 @@ class Hold:
             is asked on the event loop.
         pack: writes a reply as its client reads it.
         paces: by op: what may run on the event loop, once it has shown itself fast there.
+        counts: takes what it told into its digests; to be called when that was given to the socket, and before more is
+            asked of it. None where there is nothing to do.
     """
 
-    __slots__ = ("held", "op", "paces", "pack", "pool", "processes", "task", "vector")
+    __slots__ = ("counts", "held", "op", "paces", "pack", "pool", "processes", "task", "vector")
 
     def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
         self.held = None if isinstance(held, HostedPool) else held
@@ -80,6 +82,7 @@ class Hold:
         self.processes = [env for env in _envs_of(held) if isinstance(env, ProcessEnv)]
         if held.draws or self.processes:
             self.paces = {}
+        self.counts = held.counts if isinstance(held, HostedPool | HostedVector) else None
         self.task: asyncio.Task[None] | None = None
         self.op = ""
 

@@ -63,6 +63,7 @@ class HostedPool:
         self._derived = open_.seeding == "derived"
         self._subs = SubEnvs(envs, open_, state_key)
         self.envs = self._subs.envs
+        self.counts = self._subs.counts
         self.draws = self._subs.draws
         self.first = self._subs.first
         self._batches = batching(envs[0].action_space)

@@ -75,6 +75,7 @@ class HostedVector:
         self.coroutine = has_coroutines(envs[0])
         self._subs = SubEnvs(envs, open_, state_key)
         self.envs = self._subs.envs
+        self.counts = self._subs.counts
         self.draws = self._subs.draws
         self._batches = batching(envs[0].action_space)
         self._attributes = Attributes(open_.name, allow)

@@ -64,6 +64,8 @@ class Pooling:
 
     def _run(self, session: Session, op: str, lanes: Indices, run: Indices, body: Frame, now: float) -> None:
         pool: HostedPool = session.held.pool
+        if pool.counts is not None:
+            pool.counts()
         try:
             given = pool.check(op, lanes, body)
         except MeshError as exc:
@@ -113,6 +115,8 @@ class Pooling:
             packed = pack({**named, **error_reply(MessageTooLarge(why, size_bytes=len(packed)))})
         for to in self._table.answered_together(session.lanes, lanes, packed):
             self._replies.send(to, packed, int(lanes[0]), int(seqs[0]))
+        if session.held.counts is not None:
+            asyncio.get_running_loop().call_soon(session.held.counts)
         if session.state is State.ENDING and not session.running:
             self._execution.dispose(session)
 

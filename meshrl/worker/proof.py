@@ -3,10 +3,15 @@
 That is the origins of those that a request has reset, as far as their journals can begin anew there, and, where
 observations are large, the digest of each, so that a replay can be compared with what was told. Of small ones the
 client keeps the answers and counts them itself when it has to: hardly ever.
+
+A digest is of all that was told before the answer that it goes with: a message of pictures is hashed when it has been
+given to the socket, and its client reads it meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +21,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from meshrl.errors import MalformedMessage
+from meshrl.errors import MalformedMessage, UnencodableValue
 from meshrl.protocol.digests import Digests
 from meshrl.protocol.seeding import Seeding
 from meshrl.protocol.seeds import check_seed
@@ -27,6 +32,8 @@ from meshrl.wire.messages import Open
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.origins import outliving
 from meshrl.worker.sealing import StateKey
+
+log = logging.getLogger("meshrl.worker")
 
 Flags = NDArray[np.bool_]
 
@@ -50,6 +57,7 @@ class Proof:
         state_key: with which a worker seals what only workers may have written.
 
     Attributes:
+        says: as given.
         called: whether a method was called. Then no journal begins anew at a reset without a seed any more, and so no
             digest may: who does it again, from farther back, could not know where.
     """
@@ -63,8 +71,10 @@ class Proof:
         says: bool,
         state_key: StateKey | None = None,
     ) -> None:
-        self._says = says
+        self.says = says
+        self._uncounted: list[tuple[Any, ...]] = []  # what was told and is in no digest yet: arguments of Digests.add
         self._digests = Digests(len(envs), batches)
+        self._batches = batches
         self._seeding = seeding
         kept = [outliving(env, state_key) for env in envs]
         if any(map(draws, envs)):
@@ -135,32 +145,68 @@ class Proof:
             numbers: by lane, of the episodes that have begun now.
         """
         self._steps += 1.0 if lanes is None else len(lanes) / len(self._kept)
-        if not self._began and not self._says:
+        if not self._began and not self.says:
             return
         taken = self._taken(lanes)
         if lanes is not None and numbers is not None:
             for row, origin in taken:
                 origin["number"] = int(numbers[lanes[row]])
-        if self._says:
+        if self.says:
             which = slice(None) if lanes is None else lanes
             columns = (frame["rewards"], frame["terminations"], frame["truncations"])
-            frame["digests"] = self._digests.add(which, frame["obs"], *columns, [row for row, _ in taken])
+            self.count()
+            frame["digests"] = self._digests.values[which].copy()
+            self._uncounted.append((which, frame["obs"], *columns, [row for row, _ in taken]))
         if taken:
             frame["origins"] = _flat(taken)
 
     def add_to_reset(self, frame: Frame, ids: Indices, obs: Any) -> None:
         """Add to the answer of a vector's reset: of ``ids`` were reset, and that is what they told."""
         taken = self._taken(None)
-        if self._says:
+        if self.says:
             anew = {i for i, _ in taken}
             nothing = np.zeros(len(ids))
             flags = nothing.astype(np.bool_)
             rows = [row for row, i in enumerate(ids.tolist()) if i in anew]
-            if len(ids):
-                self._digests.add(ids, obs, nothing, flags, flags, rows)
+            self.count()
             frame["digests"] = self._digests.values.copy()
+            if len(ids):
+                self._uncounted.append((ids, obs, nothing, flags, flags, rows))
         if taken:
             frame["origins"] = _flat(taken)
+
+    def count(self) -> None:
+        """Take in what was told: when it was given to the socket, and before more is asked of those who told it.
+
+        Their arrays may be the envs' own, which those go on writing to.
+        """
+        uncounted, self._uncounted = self._uncounted, []
+        try:
+            for told in uncounted:
+                try:
+                    self._digests.add(*told)
+                except UnencodableValue:
+                    self._count_alone(*told)
+        except Exception:
+            log.exception("observations cannot be hashed; from now on their client counts them itself, if it can")
+            self.says = False
+
+    def _count_alone(
+        self,
+        which: Indices | slice,
+        obs: Any,
+        rewards: NDArray[np.float64],
+        terminations: Flags,
+        truncations: Flags,
+        anew: Sequence[int],
+    ) -> None:
+        """Some of a batch cannot be packed: those were told nobody, and a pool's others each by itself."""
+        for k, i in enumerate(np.arange(len(self._kept))[which].tolist()):
+            row = slice(k, k + 1)
+            with contextlib.suppress(UnencodableValue):
+                own = self._batches.pick(obs, np.array([k]))
+                flags = terminations[row], truncations[row]
+                self._digests.add(np.array([i]), own, rewards[row], *flags, [0] if k in anew else [])
 
     def chain(self, i: int, obs: Any, rewards: NDArray[np.float64], flags: tuple[Flags, Flags], *, anew: bool) -> None:
         """Take in what one told alone, row after row."""

@@ -27,6 +27,7 @@ SERVED = {
             "Reused",
             "SlowReset",
             "Pictures",
+            "Mural",
         )
     },
 }

@@ -120,19 +120,50 @@ class Pictures(gymnasium.Env[Any, Any]):
     """Tells one picture an episode, with what its generator draws now; large enough to be counted by its worker."""
 
     metadata = {"outlives_reset": "generator"}
-    observation_space = spaces.Box(0, 255, (64, 64), np.uint8)
     action_space = spaces.Discrete(1000)
 
+    def __init__(self, size: int = 64) -> None:
+        self.observation_space = spaces.Box(0, 255, (size, size), np.uint8)
+        self._size = size
+
     def _drawn(self) -> Any:
-        self._obs[:] = self.np_random.integers(256, size=(64, 64))
+        self._obs[:] = self.np_random.integers(256, size=len(self._obs))
         return self._obs
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self._obs = np.zeros((64, 64), np.uint8)
+        self._obs = np.zeros((self._size, self._size), np.uint8)
         self._steps = 0
         return self._drawn(), {}
 
     def step(self, action: int) -> Step:
         self._steps += 1
         return self._drawn(), 1.0, self._steps == 9, False, {}
+
+
+class Mural(Pictures):
+    """A picture that can be so large that it is joined of several reads, and is told anew with each step."""
+
+    def __init__(self, size: int = 550) -> None:
+        super().__init__(size)
+
+    def _drawn(self) -> Any:
+        return self.np_random.integers(256, size=self._obs.shape, dtype=np.uint8)
+
+
+class Labelled(gymnasium.Env[Any, Any]):
+    """Large observations with a text; told to, one that is none."""
+
+    metadata = {"outlives_reset": "generator"}
+    observation_space = spaces.Dict({"picture": spaces.Box(0, 255, (64, 64), np.uint8), "label": spaces.Text(20)})
+    action_space = spaces.Discrete(2)
+
+    def _shown(self, label: Any) -> dict[str, Any]:
+        return {"picture": self.np_random.integers(256, size=(64, 64), dtype=np.uint8), "label": label}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._shown("begun"), {}
+
+    def step(self, action: int) -> Step:
+        return self._shown(object() if action else "going on"), 1.0, False, False, {}

@@ -233,13 +233,48 @@ def after(journal: Journals, do: Callable[[], object], look: Callable[[Journals]
 
 
 def test_a_worker_may_count_itself() -> None:
-    journal = two()
+    journal, of_1 = two(), np.array([1])
     origins = [(0, b"seed 1"), (1, b"seed 2")]
-    reset = answer(journal.asked("reset", b"r"), "reset", origins=origins)
-    journal.told(reset, origins=origins, digests=np.array([1, 2], np.uint64))
-    one = answer(journal.asked("step", b"s"), "step", np.array([1]), 1)
-    journal.told(one, digests=np.array([5], np.uint64))
-    assert journal.fields()["digests"].tolist() == [1, 5]
+    reset = answer(journal.asked("reset", b"r"), "reset", n=5, origins=origins)
+    journal.told(reset, origins=origins, digests=np.array([1, 2], np.uint64))  # of what was before: begun anew
+    began = digests((BOTH, 5, (0, 1)))
+    journal.told(answer(journal.asked("step", b"s"), "step", of_1, 1, n=6), digests=np.array(began[1:], np.uint64))
+    expected = digests((BOTH, 5, (0, 1)), (of_1, 6, ()))
+    assert journal.fields()["digests"].tolist() == expected
+    assert journal.fields()["digests"].tolist() == expected, "nothing is counted twice"
+    said = np.array(expected, np.uint64)
+    journal.told(answer(journal.asked("step", b"s"), "step", n=7), digests=said)
+    journal.told(answer(journal.asked("step", b"s"), "step", n=8), digests=(said := said * 3))  # whatever it says
+    journal.told(answer(journal.asked("step", b"s"), "step", of_1, 1, n=9), digests=said[1:])
+    made = Digests(2, batching(SPACE))
+    made.values[:] = said
+    nothing = np.zeros(1, np.bool_)
+    for lane, n in ((0, 8), (1, 9 + 1)):
+        made.add(np.array([lane]), np.array([n]), np.ones(1), nothing, nothing)
+    assert journal.fields()["digests"].tolist() == made.values.tolist()
+
+
+def test_of_two_workers_only_one_may_count() -> None:
+    journal = two()
+    asked(journal, "reset", b"r", (0, b"seed 1"), (1, b"seed 2"))
+    journal.told(answer(journal.asked("step", b"s"), "step", n=6))
+    said = np.array(journal.fields()["digests"])
+    journal.told(answer(journal.asked("step", b"s"), "step", n=7), digests=said)
+    journal.told(answer(journal.asked("step", b"s"), "step", n=8))
+    told = [(BOTH, 0, (0, 1)), (BOTH, 6, ()), (BOTH, 7, ()), (BOTH, 8, ())]
+    assert journal.fields()["digests"].tolist() == digests(*told)
+
+
+def test_of_answers_that_their_worker_counts_the_last_of_each_is_kept() -> None:
+    journal, said = two(), np.zeros(2, np.uint64)
+    origins = [(0, b"seed 1"), (1, b"seed 2")]
+    journal.told(answer(journal.asked("reset", b"r"), "reset", origins=origins), origins=origins, digests=said)
+    first = answer(journal.asked("step", b"s"), "step")
+    journal.told(first, digests=said)
+    for _ in range(2000):
+        journal.told(answer(journal.asked("step", b"s"), "step", np.array([1]), 1), digests=said[1:])
+    assert len(journal._told._uncounted) == len(journal._aside) == 0
+    assert journal._told._lasts[0].answer == first
 
 
 def test_how_long_calls_took_counts_for_a_replay() -> None:

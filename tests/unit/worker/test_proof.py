@@ -20,7 +20,7 @@ from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import HostedVector
 from meshrl.worker.proof import HASHED_BYTES, bytes_of
 from meshrl.worker.threads import Threads
-from tests.mesh.resumed_envs import Pictures, Unresumable
+from tests.mesh.resumed_envs import Labelled, Pictures, Unresumable
 
 THREADS = Threads("test")
 NAMES = ["CartPole-v1", "FrozenLake-v1", "Blackjack-v1", "Pendulum-v1"]
@@ -79,13 +79,17 @@ def test_of_a_vector(name: str, mode: str) -> None:
     client = ShardRecovery(None, "env", "x", None, {}, 1.0, resumes=True, journal=journal)  # type: ignore[arg-type]
 
     def ask(op: str, body: dict[str, Any]) -> dict[str, Any]:
+        before = journal.fields()["digests"].tolist() if len(journal) % 13 == 1 else None
         data, frame = arrived(worker.run(op, body))
+        assert worker.counts is not None
+        if len(journal) % 7:  # else the next request has it counted
+            worker.counts()
         says.note(op, pack(body), data, frame, 0.0)
         said = frame.pop("digests")
         client.note(op, pack(body), data, frame, 0.0)
-        assert aside.fields()["digests"].tolist() == said.tolist()
+        assert before is None or said.tolist() == before, "those of all before it"
         if len(journal) % 13 == 1 or "origins" in frame or op == "reset":
-            assert journal.fields()["digests"].tolist() == said.tolist()
+            assert aside.fields()["digests"].tolist() == journal.fields()["digests"].tolist()
         return frame
 
     ask("reset", {"seeds": [1, 2, 3]})
@@ -101,29 +105,55 @@ def test_of_a_vector(name: str, mode: str) -> None:
 def test_of_a_pool() -> None:
     envs = [gymnasium.make("CartPole-v1") for _ in range(4)]
     worker = HostedPool(envs, opened("pool", "all", 4), threads=THREADS)
-    journal = Journals(4, batching(envs[0].observation_space))
+    journal, says = (Journals(4, batching(envs[0].observation_space)) for _ in range(2))
     chance = np.random.default_rng(3)
-    said = np.zeros(4, np.uint64)
     for n in range(400):
         lanes = np.arange(4) if n == 0 else chance.permutation(4)[: chance.integers(1, 5)]
         op = "step" if n else "reset"
         body: dict[str, Any] = {"actions": chance.integers(2, size=len(lanes))} if n else {"seeds": [1, 2, 3, 4]}
         given = worker.check(op, lanes, body)
+        before = journal.fields()["digests"][lanes].tolist() if n % 7 == 0 else None
         data, frame = arrived({**worker.run(op, lanes, given)[0], "lanes": lanes, "seqs": lanes + 1})
-        said[lanes] = frame["digests"]
+        assert before is None or frame["digests"].tolist() == before, "those of all before it"
         origins = frame.get("origins", [])
         told = [(int(lanes[row]), origin) for row, origin in zip(origins[::2], origins[1::2], strict=True)]
         # A row that was heard before, or is none of this request's, is told to nobody.
         half = len(lanes) // 2 if n % 5 == 4 else 0
         parts = [np.arange(half), np.arange(half, len(lanes))] if half else [np.arange(len(lanes))]
-        at = journal.asked(op, pack(body))
+        at, says_at = journal.asked(op, pack(body)), says.asked(op, pack(body))
         for rows in parts:
             own = [(lane, origin) for lane, origin in told if lane in lanes[rows]]
             journal.told((at, data, op, lanes[rows], rows), own)
-        if n % 7 == 0:
-            assert journal.fields()["digests"].tolist() == said.tolist()
+            says.told((says_at, data, op, lanes[rows], rows), own, frame["digests"][rows])
+        if n % 5 == 0:
+            assert says.fields()["digests"].tolist() == journal.fields()["digests"].tolist()
     assert not journal.lacking
     assert len(journal) < 400
+
+
+def test_what_of_a_pools_batch_cannot_be_told_costs_the_others_no_digest() -> None:
+    envs = [Labelled() for _ in range(3)]
+    worker = HostedPool(envs, opened("pool", "large", 3), threads=THREADS)
+    journal, lanes = Journals(3, batching(envs[0].observation_space)), np.arange(3)
+
+    def ask(op: str, body: dict[str, Any], *heard: int) -> Any:
+        """Its digests; the client hears these alone, each by itself, or all of them."""
+        frame, alone = worker.run(op, lanes, worker.check(op, lanes, body))
+        assert worker.counts is not None
+        at = journal.asked(op, pack(body))
+        for own in [np.array([lane]) for lane in heard] or [lanes]:
+            data, told = arrived({**(alone(int(own[0])) if heard else frame), "lanes": own, "seqs": own})
+            origins = told.get("origins", [])
+            began = [(int(own[row]), origin) for row, origin in zip(origins[::2], origins[1::2], strict=True)]
+            journal.told((at, data, op, own, np.arange(len(own))), began, told["digests"])
+        worker.counts()
+        return frame["digests"]
+
+    ask("reset", {"seeds": [1, 2, 3]})
+    ask("step", {"actions": np.array([0, 0, 0])})
+    ask("step", {"actions": np.array([0, 1, 0])}, 0, 2)
+    counted = journal.fields()["digests"].tolist()
+    assert ask("step", {"actions": np.array([0, 0, 0])})[[0, 2]].tolist() == [counted[0], counted[2]]
 
 
 # --------------------------------------------------------------------------- who counts
@@ -157,4 +187,4 @@ def test_of_an_env_that_cannot_be_resumed_nothing_is_told(digests: str) -> None:
 )
 def test_how_large_an_observation_is(space: spaces.Space[Any], size: int) -> None:
     assert bytes_of(space) == size
-    assert bytes_of(Pictures.observation_space) >= HASHED_BYTES
+    assert bytes_of(Pictures().observation_space) >= HASHED_BYTES
