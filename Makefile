@@ -56,7 +56,7 @@ layers: $(VENV)/.dev ## import-linter: imports only point down
 bench: $(VENV)/.dev ## meshrl and every peer in one run, about half an hour; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --write-docs
 
-bench-losses: $(VENV)/.dev ## what resuming costs a step, and how long a killed worker is missed; about eight minutes
+bench-losses: $(VENV)/.dev ## what resuming costs a step, and how long a killed worker is missed; 14 minutes
 	$(BIN)/python benchmarks/losses.py
 
 schemas: $(VENV)/.dev ## write schemas/v1 anew from the code

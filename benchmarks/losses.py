@@ -1,7 +1,7 @@
 """What it costs that episodes outlive their workers, and how long one that is lost stays away.
 
-python benchmarks/losses.py                 both, about eight minutes; written to results/losses/latest.json
-python benchmarks/losses.py --pairs 40 --kills 100
+python benchmarks/losses.py                 both, about 14 minutes; written to results/losses/latest.json
+python benchmarks/losses.py --pairs 100 --kills 100
 
 Processor time is summed over client, worker and nats-server, and compared in pairs with ``on_loss="raise"``. Each pair
 has envs of its own, since where two of them lie in memory makes as much of a difference as what is compared, and that
@@ -217,7 +217,7 @@ async def measure(url: str, settings: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--turns", type=int, default=24, help="of each side of a pair")
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--json", type=Path, default=RESULTS)
