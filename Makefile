@@ -20,7 +20,7 @@ test: $(VENV)/.dev ## the suite, against a real nats-server; what needs torch or
 	$(BIN)/pytest -n $(JOBS) --dist worksteal --ignore tests/chaos/test_chaos.py $(PYTEST_ARGS)
 
 # Box2D is an extra of this package, here of the version that CI has; without it CartPole stands in for LunarLander.
-chaos: $(VENV)/.dev ## a thousand episodes by eight learners while workers, server and network fail, ten minutes; CHAOS_SEED=1
+chaos: $(VENV)/.dev ## a thousand episodes by ten learners while workers, server and network fail, ten minutes; CHAOS_SEED=1
 	$(PIP) box2d==2.3.10
 	MESHRL_CHAOS=long CHAOS_SEED=$(or $(CHAOS_SEED),1) $(BIN)/pytest tests/chaos/test_chaos.py -s $(PYTEST_ARGS)
 

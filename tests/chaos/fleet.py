@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
-from tests.chaos.policies import NAMES
+from tests.chaos import policies
 from tests.mesh.worker_process import WorkerProcess
 
 LEASE_S = 2.0
@@ -18,7 +18,7 @@ STEP_DEADLINE_S = 4.0
 SLOTS = 24
 DANGEROUS = "dangerous"
 ISOLATED = {"isolated": True}
-SERVED = {**{name: name for name in NAMES}, DANGEROUS: "tests.mesh.dangerous_envs:Dangerous"}
+SERVED = {**policies.SERVED, DANGEROUS: "tests.mesh.dangerous_envs:Dangerous"}
 # What a worker's sessions have to move, once it is told to leave.
 DRAIN_S = 6.0
 COMMON: dict[str, Any] = {"drain_s": DRAIN_S, "slots": SLOTS, "lease_s": LEASE_S, "step_deadline_s": STEP_DEADLINE_S}

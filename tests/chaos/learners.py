@@ -20,7 +20,7 @@ from meshrl import Mesh
 from meshrl.client.context import context_of
 from meshrl.client.flights import Flight
 from tests.chaos.model import Autoreset, Expected, Twin
-from tests.chaos.policies import CARTPOLE, FROZENLAKE, HAS_BOX2D, LUNARLANDER, Policy
+from tests.chaos.policies import CARTPOLE, FROZENLAKE, HAS_BOX2D, LUNARLANDER, POSTERS, Policy, make
 from tests.chaos.proxy import Proxy
 
 # A worker of which nothing at all is heard for this long is given up.
@@ -82,7 +82,7 @@ class Learner(ABC):
     _sessions: list[Any] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.expected = Expected(lambda: gymnasium.make(self.name), self.num_envs, self.autoreset, self.among)
+        self.expected = Expected(lambda: make(self.name), self.num_envs, self.autoreset, self.among)
         self.policies = [Policy(self.name, self.seed, i) for i in range(self.num_envs)]
         self._impatience = np.random.default_rng([self.seed, 1 << 20])
 
@@ -261,4 +261,6 @@ LEARNERS: tuple[tuple[str, type[Learner]], ...] = (
     (_THIRD, Single),
     (_THIRD, Vector),
     (_THIRD, Pool),
+    (POSTERS, Vector),
+    (POSTERS, Pool),
 )

@@ -1,4 +1,4 @@
-"""Eight learners on four workers, under a schedule of faults: each sees what it would see alone, to the bit.
+"""Ten learners on four workers, under a schedule of faults: each sees what it would see alone, to the bit.
 
 ``make chaos`` is the long form, some ten minutes; otherwise it is a short one. ``CHAOS_SEED`` is the schedule's seed.
 """

@@ -141,6 +141,13 @@ class Pictures(gymnasium.Env[Any, Any]):
         return self._drawn(), 1.0, self._steps == 9, False, {}
 
 
+class Posters(Pictures):
+    """Larger ones: a few of them are sent as they lie in memory, and read in several parts."""
+
+    def __init__(self) -> None:
+        super().__init__(200)
+
+
 class Mural(Pictures):
     """A picture that can be so large that it is joined of several reads, and is told anew with each step."""
 
