@@ -88,6 +88,10 @@ class Caller:
                 else:
                     self._held[form] = await self._opened(form)
             self.outcomes["taken"] += 1
+        except TimeoutError as exc:
+            held = self._held.get(form)
+            exc.add_note(f"{form}: {held!r} has waited for {CALL_S:g} s; {_at(held)}")
+            raise
         except Exception as exc:
             # Infos that do not go together are Gymnasium's own errors, as they are locally.
             if not isinstance(exc, MeshError) and traceback.extract_tb(exc.__traceback__)[-1].name != "_add_info":
@@ -135,6 +139,13 @@ class Caller:
             else:
                 await held.get_attr("metadata")
         return held
+
+
+def _at(held: Any) -> str:
+    """What it waits for, for whoever wonders why it hangs."""
+    sessions = [getattr(held, "_session", None), *getattr(held, "_sessions", ())]
+    under_way = getattr(held, "_under_way", None)
+    return f"sessions {sessions}, under way {vars(under_way) if under_way is not None else None}"
 
 
 @pytest.mark.timeout(120 + CALLS / 10)

@@ -176,6 +176,7 @@ NESTED = Spec(
 )
 
 
+@pytest.mark.timeout(300)  # it is shrunk where it fails, and is slow where much else runs
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases)
 @example(Case(NESTED, AutoresetMode.SAME_STEP, [1, 3, 2], 1))
