@@ -14,7 +14,7 @@ from meshrl.client.flights import Entry, Flight
 from meshrl.errors import MeshError, MeshFull, SessionLost, UnknownName, WorkerDraining, from_wire
 from meshrl.protocol.placement import Choice, Shard
 from meshrl.protocol.shares import Share, shares_in_words
-from meshrl.wire.grants import parse_answer
+from meshrl.wire.grants import check_grant, parse_answer
 from meshrl.wire.messages import Close, Full, Grant, Kind, Open, check
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ class Opening(Finding):
             if isinstance(body, dict) and "error" in body:
                 raise from_wire(body["error"])
             if not isinstance(body, dict) or "load" not in body or "worker" in body:
-                grant = check(Grant, body)
+                grant = check_grant(body, self._session, self._epoch, worker)
                 placement.granted(worker, now, grant.load, slots)
                 return grant
             full = check(Full, body)

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgpack
 
+from meshrl.errors import MalformedMessage
 from meshrl.wire.codec import unpack
-from meshrl.wire.messages import Description, parse
+from meshrl.wire.messages import Description, Grant, check, parse
 
 
 @lru_cache(maxsize=32)
@@ -35,6 +36,27 @@ def parse_answer(data: bytes) -> Any:
     if isinstance(body, dict):
         body["description"] = _description(raw)
     return body
+
+
+def check_grant(body: object, session: str, epoch: int, worker: str) -> Grant:
+    """The grant of what was asked for.
+
+    Args:
+        body: of :func:`parse_answer`.
+        session: that was asked for.
+        epoch: the same.
+        worker: who was asked.
+
+    Raises:
+        MalformedMessage: it is none, or of something else.
+    """
+    grant = check(Grant, body)
+    if (grant.session, grant.epoch, grant.worker) != (session, epoch, worker):
+        raise MalformedMessage(
+            f"worker {worker} was asked for session {session} in epoch {epoch}, and granted session {grant.session} in "
+            f"epoch {grant.epoch} at worker {grant.worker}"
+        )
+    return grant
 
 
 def _without_description(data: bytes) -> tuple[bytes, bytes] | None:

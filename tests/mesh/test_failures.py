@@ -19,6 +19,7 @@ from meshrl.errors import (
     InvalidAction,
     KwargsNotAllowed,
     LoginRefused,
+    MalformedMessage,
     MeshError,
     MeshUnreachable,
     MessageTooLarge,
@@ -366,3 +367,24 @@ def test_an_address_that_is_none_is_refused(bad: str) -> None:
 
     with pytest.raises(MeshError):
         asyncio.run(enter())
+
+
+@pytest.mark.parametrize("other", [{"session": "another"}, {"epoch": 2}, {"epoch": 1 << 40}, {"worker": "another"}])
+async def test_a_grant_of_something_else_than_was_asked_for_is_refused(
+    url: str, other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = Connection.publish
+
+    def published(self: Connection, subject: str, body: bytes, reply: str = "", **kwargs: Any) -> None:
+        if b"grant_s" in body:
+            body = pack({**unpack(body), **other})
+        publish(self, subject, body, reply, **kwargs)
+
+    async with EnvWorker({"granted": Counter}, url) as worker, Mesh(url) as m:
+        with monkeypatch.context() as patched:
+            patched.setattr(Connection, "publish", published)
+            with pytest.raises(MalformedMessage, match="was asked for session"):
+                await m.env("granted")
+        await until(lambda: worker.table.free == worker.table.slots, "its slot is free again")
+        async with await m.env("granted") as env:
+            assert (await env.reset(seed=1))[0] == 0
