@@ -53,7 +53,7 @@ types: $(VENV)/.dev ## mypy, strict
 layers: $(VENV)/.dev ## import-linter: imports only point down
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## meshrl and every peer in one run, about half an hour; writes docs/benchmarks.md
+bench: $(VENV)/.dev ## meshrl and every peer in one run, 25 to 45 minutes; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --write-docs
 
 bench-losses: $(VENV)/.dev ## what resuming costs a step, and how long a killed worker is missed; 14 minutes

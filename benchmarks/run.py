@@ -1,6 +1,6 @@
 """`make bench`: meshrl and every peer in one run, interleaved, each figure as a ratio to ours.
 
-python benchmarks/run.py                           all of it, about half an hour
+python benchmarks/run.py                           all of it, 25 to 45 minutes
 python benchmarks/run.py --quick                   a look, about three minutes; not for quoting
 python benchmarks/run.py --only single openenv     works and systems by name
 python benchmarks/run.py --write-docs              tables and plots of this run into the documentation
