@@ -13,6 +13,9 @@
     ├── TransportError        the network: NATS, or the way to it
     │   ├── MeshUnreachable (ConnectionError), LoginRefused (PermissionError), RequestTimeout (TimeoutError)
     │   ├── SubjectNotPermitted (PermissionError), BusClosed (ConnectionError)
+    │   ├── StreamMissing (LookupError), StorageRefused, WrongSequence
+    ├── RecordingError        what was recorded: it is not there, or not whole
+    │   ├── EpisodeUnknown (LookupError), EpisodeTorn, EpisodeDiverged
     └── WorkerError           the worker: it answered, with an error
         ├── UnknownName (LookupError), MeshFull (TimeoutError), WorkerDraining, WorkerCondemned
         ├── SessionUnknown (LookupError), SessionExpired, SessionLost, ReplayDiverged
@@ -280,6 +283,51 @@ class BusClosed(TransportError, ConnectionError):
     """The connection was closed while the request was under way, or before it."""
 
     code = "bus_closed"
+
+
+class StreamMissing(TransportError, LookupError):
+    """There is no such stream of JetStream, or the server has none: nothing is kept there."""
+
+    code = "stream_missing"
+
+
+class StorageRefused(TransportError):
+    """JetStream does not store a message: its disk is full, or a limit is reached; ``details`` have its own words."""
+
+    code = "storage_refused"
+
+
+class WrongSequence(StorageRefused):
+    """Somebody else has stored something on a subject since it was looked at."""
+
+    code = "wrong_sequence"
+
+
+# --------------------------------------------------------------------------- what was recorded
+
+
+class RecordingError(MeshError):
+    """A recording cannot be read."""
+
+    code = "recording"
+
+
+class EpisodeUnknown(RecordingError, LookupError):
+    """There is no such episode: it has not ended, was not recorded, or is kept no more."""
+
+    code = "episode_unknown"
+
+
+class EpisodeTorn(RecordingError):
+    """A part of the episode is kept no more, or cannot be read; ``details["episode_id"]`` says of which."""
+
+    code = "episode_torn"
+
+
+class EpisodeDiverged(RecordingError):
+    """The episode was run again, and did not go as it was recorded; ``details`` say from which step on, and in what."""
+
+    code = "episode_diverged"
 
 
 # --------------------------------------------------------------------------- the worker

@@ -57,6 +57,14 @@ CHANNELS: dict[str, Channel] = {
     "audit": Channel(
         "audit.{worker}", "A worker says which session was opened, refused or has ended; for who keeps it.", ["audited"]
     ),
+    "recording": Channel(
+        "rec.{name}.{session}",
+        "A worker records what a session did: of what it is, then chunks. JetStream keeps it; nobody answers but that.",
+        ["recorded", "chunk"],
+    ),
+    "episodes": Channel(
+        "episodes.{name}.{session}", "A worker says which episodes a recording has; as above.", ["entry"]
+    ),
     "ask": Channel("registry.ask", "Asks every worker for its descriptions; several answer.", ["ask"]),
     "open": Channel(_AT_WORKER % "open", "Asks one worker for a session.", ["open"]),
     "probe": Channel(_AT_WORKER % "probe", "Asks one worker what became of requests.", ["probe"]),
@@ -80,6 +88,8 @@ CHANNELS: dict[str, Channel] = {
 OPERATIONS: dict[str, Operation] = {
     "advertise": Operation("advertisement", "send", "Say what is served, and how busy the worker is.", []),
     "audit": Operation("audit", "send", "Say who opened what, with which kwargs, and how it ended.", []),
+    "record": Operation("recording", "send", "Record what sessions do, each message once, by one worker.", []),
+    "index": Operation("episodes", "send", "Say which episodes have ended, and where they stand.", []),
     "describe": Operation("ask", "receive", "Tell the descriptions that were asked for.", ["known", "error"]),
     "open": Operation(
         "open", "receive", "Grant a session, park the open, or say how full it is.", ["grant", "full", "error"]

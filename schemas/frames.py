@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from meshrl.errors import MeshError
 from meshrl.wire.infos import MAX_GROUPS
-from schemas.ops import BY_LANE, FORMS, MAX_INTEGER, OFFERED, VALUE, Schema
+from meshrl.wire.subjects import VERSION
+from schemas.ops import BY_LANE, COLUMN, FORMS, MAX_INTEGER, OFFERED, VALUE, Schema
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -22,6 +23,7 @@ DTYPE = (
 # Text scalars may be empty, and longer than the items of an array.
 SCALAR_DTYPE = DTYPE[:-2] + r"|\|S(0|[1-9][0-9]{0,8})|[<>]U(0|[1-9][0-9]{0,8}))$"
 
+_ARRAYS: Schema = {"$ref": "array.json#/$defs/array"}
 _EPOCH: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER, "description": "Of the grant."}
 _LANE_HEAD: Schema = {
     "epoch": _EPOCH,
@@ -70,6 +72,8 @@ def frames() -> dict[str, Schema]:
             ["obs"],
         ),
         "act_anywhere.reply.json": _object("Its answer.", {"action": VALUE}, ["action"]),
+        "chunk.json": _chunk(),
+        "entry.json": _entry(),
     }
     for form, table in FORMS.items():
         head, named = (_POOL_HEAD, _POOL_NAMED) if form == "pool_" else (_LANE_HEAD, _LANE_NAMED)
@@ -322,6 +326,65 @@ def _codes() -> dict[str, str]:
         found[cls.code] = (cls.__doc__ or "").strip().splitlines()[0]
         classes += cls.__subclasses__()
     return found
+
+
+def _chunk() -> Schema:
+    """After :mod:`meshrl.protocol.chunks`."""
+    row: Schema = {"type": "integer", "minimum": 0}
+    rows = ("lanes", "resets", "rewards", "terminations", "truncations", "digests", "at_us")
+    lanes = ("numbers", "steps", "returns", "over", "first")
+    properties: Schema = {
+        "v": {"type": "integer", "const": VERSION},
+        "n": {"type": "integer", "minimum": 1, "description": "Its number in the session."},
+        **{name: {**_ARRAYS, "description": "One a row: a reset or a step of one lane."} for name in rows},
+        **{name: {**_ARRAYS, "description": "One a lane: where it was before the first row."} for name in lanes},
+        "actions": {**COLUMN, "description": "One a step."},
+        "started": {
+            "type": "array",
+            "minItems": 4,
+            "maxItems": 4,
+            "description": "Of each reset: the episode's number, seed, state and options; nil for a column of nils.",
+        },
+        "observations": {**COLUMN, "description": "One a row, where they are recorded."},
+        "infos": {"type": "array", "items": {"type": "array", "prefixItems": [row, {"type": "object"}]}},
+        "changes": {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [row, row, {"enum": ["call", "set_attr"]}, {"type": "object"}],
+                "minItems": 4,
+                "maxItems": 4,
+            },
+            "description": "Before which row, of which lane, what else was asked that changes an env.",
+        },
+        "policies": {"type": "array", "items": {"type": "array", "prefixItems": [row, {"type": "integer"}]}},
+        "lost": {"type": "array", "items": row, "description": "Lanes of which something before this is missing."},
+        "end": {"type": "string", "description": "Why the session ended, where that ends its episodes."},
+    }
+    needed = ["n", *rows, *lanes, "actions", "started"]
+    return _object("What lanes of a session did, in a Zstandard frame that says its size.", properties, needed)
+
+
+def _entry() -> Schema:
+    """After :class:`meshrl.wire.recorded.Entry`."""
+    columns = ("lanes", "numbers", "steps", "returns", "reasons", "first")
+    natural: Schema = {"type": "integer", "minimum": 0}
+    properties: Schema = {
+        "v": {"type": "integer", "const": VERSION},
+        "session": {"type": "string", "description": "Whose."},
+        "chunk": {"type": "integer", "minimum": 1, "description": "The number of the chunk in its session."},
+        "described": {"type": "integer", "minimum": 1, "description": "Where the last Recorded stands in the stream."},
+        "after": {**natural, "description": "The last message of the recording before the chunk, by its number."},
+        "first_env_id": natural,
+        "user": {"type": "string"},
+        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+        "policy": {"type": ["string", "null"]},
+        "manifest": {"type": ["string", "null"]},
+        **{name: {**_ARRAYS, "description": "One an episode."} for name in columns},
+    }
+    return _object(
+        "The episodes that ended in one chunk.", properties, ["session", "chunk", "described", "after", *columns]
+    )
 
 
 def _part() -> Schema:

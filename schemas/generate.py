@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from meshrl.wire import audited, messages
+from meshrl.wire import audited, messages, record, recorded
 from meshrl.wire.subjects import VERSION
 from schemas.asyncapi import asyncapi
 from schemas.frames import DIALECT, frames
@@ -25,6 +25,8 @@ from schemas.ops import Schema
 
 V1 = Path(__file__).parent / "v1"
 
+# An entry holds arrays, of which pydantic knows nothing.
+_BY_HAND = frozenset({messages.Message, recorded.Entry})
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`")
 _ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", re.MULTILINE | re.DOTALL)
 
@@ -33,8 +35,8 @@ def models() -> dict[str, type[messages.Message]]:
     """Every control message, by the name of its schema: ``session_state`` for ``SessionState``."""
     return {
         re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): cls
-        for name, cls in (vars(messages) | vars(audited)).items()
-        if inspect.isclass(cls) and issubclass(cls, messages.Message) and cls is not messages.Message
+        for name, cls in (vars(messages) | vars(audited) | vars(recorded)).items()
+        if inspect.isclass(cls) and issubclass(cls, messages.Message) and cls not in _BY_HAND
     }
 
 
@@ -72,7 +74,8 @@ def _tidy(node: Any) -> Any:
     if isinstance(node, dict):
         node = {key: _tidy(value) for key, value in node.items() if key != "title"}
         if "$ref" in node:
-            cls = getattr(messages, str(node["$ref"]).rpartition("/")[2])
+            named = str(node["$ref"]).rpartition("/")[2]
+            cls = getattr(messages, named, None) or getattr(record, named)
             if not issubclass(cls, messages.Message):  # a part of a message, which has no file
                 return _described(cls)
             node["$ref"] = next(name for name, model in models().items() if model is cls) + ".json"

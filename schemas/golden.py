@@ -29,6 +29,8 @@ from meshrl.wire.frames import error_reply
 from meshrl.wire.infos import pack_infos
 from meshrl.wire.merged_infos import pack_merged
 from meshrl.wire.parts import split
+from meshrl.wire.record import Record
+from meshrl.wire.recorded import Recorded
 from schemas.notation import Notation, note
 
 GOLDEN = Path(__file__).parent / "v1" / "golden"
@@ -224,7 +226,11 @@ def control() -> Iterator[tuple[str, m.Message]]:
     yield "Probed", m.Probed(states=["running"])
     yield "Drain", m.Drain(seconds=60.0)
     yield "Drained", m.Drained(sessions=3)
+    yield "Recorded", Recorded(session="s1", worker="e1", user="ann", name="CartPole-v1", description=description)
     yield "Close", m.Close(epoch=1)
+    yield "Close of one that moved", m.Close(epoch=1, moved=True)
+    asked = Record(level="full", every=10, labels={"run": "a"}, policy="dqn")
+    yield "Open of a recorded session", m.Open(session="s1", name="CartPole-v1", record=asked)
     yield "Closed", m.Closed(existed=True)
     yield (
         "SessionState",

@@ -76,6 +76,19 @@ _STATE: Schema = {
     **VALUE,
     "description": "What outlives a reset of such an env, as it was right before one without a seed.",
 }
+_NTH: Schema = {
+    "type": "integer",
+    "minimum": 0,
+    "description": "Where it is recorded: the number of the episode, counted since the env was made.",
+}
+_VALUES: Schema = {"type": "array", "items": VALUE}
+COLUMN: Schema = {
+    "description": "Values of a space: as a batch of it, or one by one.",
+    "type": "array",
+    "prefixItems": [{"enum": ["batch", "items"]}, VALUE],
+    "minItems": 2,
+    "maxItems": 2,
+}
 _OUTCOME: Schema = {"reward": VALUE, "terminated": VALUE, "truncated": VALUE}
 
 SINGLE_OPS: dict[str, Op] = {
@@ -92,6 +105,7 @@ SINGLE_OPS: dict[str, Op] = {
                 "description": "Given or drawn, if any; of who asked for digests.",
             },
             "state": _STATE,
+            "nth": _NTH,
             "digest": _DIGEST,
         },
         [],
@@ -112,6 +126,34 @@ SINGLE_OPS: dict[str, Op] = {
         ["journal"],
         {},
         [],
+    ),
+    "rerun": Op(
+        "A part of a recorded episode once more: maybe a reset, and steps up to an end; several requests as one.",
+        {
+            "reset": {
+                "type": "object",
+                "properties": {
+                    "seed": _SEED,
+                    "options": _OPTIONS,
+                    "state": VALUE,
+                    "last_seed": {"type": "integer", "minimum": 0},
+                    "nth": _NTH,
+                },
+            },
+            "actions": COLUMN,
+        },
+        ["actions"],
+        {
+            "obs": _VALUES,
+            "rewards": _VALUES,
+            "terminated": _VALUES,
+            "truncated": _VALUES,
+            "infos": {"type": "array", "items": {"type": "object"}},
+            "digest": _DIGEST,
+            "seed": {"type": "integer", "minimum": 0},
+            "state": _STATE,
+        },
+        ["obs", "rewards", "terminated", "truncated", "infos"],
     ),
     "render": Op("A picture, in the render_mode that the open asked for.", {}, [], {"frame": VALUE}, ["frame"]),
     "state": Op("Where the session stands.", {}, [], {"state": {"$ref": "session_state.json"}}, ["state"]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import nats.errors
@@ -22,7 +22,7 @@ from meshrl.bus.login import Login
 from meshrl.bus.plain import PlainPath
 from meshrl.bus.polling import Polling, may_poll
 from meshrl.bus.splitting import Joining, Window, whole
-from meshrl.bus.thin import MAX_HELD_BYTES, ThinPath, thin_supported
+from meshrl.bus.thin import MAX_HELD_BYTES, RawHandler, ThinPath, thin_supported
 from meshrl.errors import (
     BusClosed,
     MeshError,
@@ -36,6 +36,9 @@ from meshrl.wire.kept import Reads
 
 # subject, reply subject, body
 Handler = Callable[[str, str, bytes], None]
+
+# Room for the headers of one message.
+HEADER_BYTES = 1024
 
 # A connection that is closed waits this long for the server to take what is left.
 CLOSE_S = 1.0
@@ -237,6 +240,9 @@ class Connection:
         with self._events.translated(), self._awaited.subscribing(subject) as refused:
             async with self._confirming():
                 raw = await self.path.subscribe(subject, queue, deliver)
+        return await self._subscribed(raw, refused)
+
+    async def _subscribed(self, raw: Any, refused: list[SubjectNotPermitted]) -> Subscription:
         if refused:
             await self.path.unsubscribe(raw)
             raise refused[0]
@@ -306,6 +312,44 @@ class Connection:
         if self._polling is not None:
             self._polling.asked(rid)
         return rid
+
+    def request_headed(
+        self, subject: str, headers: Mapping[str, str], body: bytes, on_reply: OnReply, *, on_fail: OnFail | None = None
+    ) -> int:
+        """The same with headers; the body is at most what one message may have.
+
+        Raises:
+            MessageTooLarge: it is larger.
+            BusClosed: the connection was closed.
+        """
+        if self.closed:
+            raise self._gone()
+        if len(body) + HEADER_BYTES > self.max_payload:
+            raise MessageTooLarge(
+                f"a message of {len(body)} bytes is over the server's limit of {self.max_payload} with its headers",
+                size_bytes=len(body),
+                limit_bytes=self.max_payload - HEADER_BYTES,
+            )
+        rid = self._awaited.add(subject, on_reply, on_fail)
+        self.path.publish_headed(subject, f"{self._awaited.inbox}.{rid}", headers, body)
+        return rid
+
+    def watch(self, subject: str, on_fail: OnFail) -> int:
+        """Be told if a message that is published on ``subject`` is not permitted, or the connection ends.
+
+        Returns:
+            what :meth:`forget` ends it with.
+        """
+        return self._awaited.add(subject, lambda _reply: None, on_fail)
+
+    async def subscribe_headed(self, subject: str, handler: RawHandler) -> Subscription:
+        """As :meth:`subscribe`, for whoever reads the headers of messages: those come as a block, empty without any."""
+        if self.closed:
+            raise self._gone()
+        with self._events.translated(), self._awaited.subscribing(subject) as refused:
+            async with self._confirming():
+                raw = await self.path.subscribe(subject, "", handler)
+        return await self._subscribed(raw, refused)
 
     def again(self, rid: int, subject: str, body: bytes, *, mark: tuple[int, int, int] | None = None) -> None:
         """Send the request ``rid`` once more; an answer to either sending will do."""

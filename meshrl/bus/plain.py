@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import nats.errors
 
 from meshrl.bus.client import Client
 from meshrl.bus.flushing import Flushes
+from meshrl.bus.headers import header_block
 from meshrl.bus.thin import MAX_HELD_BYTES, SUBSCRIBE_S, Large, RawHandler
 
 # What may wait for handlers before nats-py calls this connection a slow consumer.
@@ -30,7 +31,7 @@ class PlainPath:
         self.failed = failed
         self.dropped = 0
         self.large: Large | None = None  # there, large messages are joined before they come here
-        self._out: deque[tuple[str, str, bytes]] = deque()
+        self._out: deque[tuple[str, str, bytes, dict[str, str] | None]] = deque()
         self._out_bytes = 0
         self._writer: asyncio.Task[None] | None = None
         self._flushes = Flushes(self.client)
@@ -39,13 +40,12 @@ class PlainPath:
         """Subscribe; the server knows it when this returns, or else before whatever is published from now on."""
 
         async def deliver(message: Any) -> None:
-            status = (message.headers or {}).get("Status")
             try:
                 handler(
                     message.subject,
                     message.reply,
                     message.data,
-                    f"NATS/1.0 {status}".encode() if status else b"",
+                    header_block(message.headers) if message.headers else b"",
                 )
             except Exception as exc:  # noqa: BLE001  # nats-py would only log it
                 self.failed(exc)
@@ -63,7 +63,14 @@ class PlainPath:
 
     def publish(self, subject: str, reply: str, body: bytes) -> None:
         """Send soon, in order."""
-        self._out.append((subject, reply, body))
+        self._append(subject, reply, body, None)
+
+    def publish_headed(self, subject: str, reply: str, headers: Mapping[str, str], body: bytes) -> None:
+        """The same of a message with headers."""
+        self._append(subject, reply, body, dict(headers))
+
+    def _append(self, subject: str, reply: str, body: bytes, headers: dict[str, str] | None) -> None:
+        self._out.append((subject, reply, body, headers))
         self._out_bytes += len(body)
         self.write_out()
 
@@ -96,9 +103,9 @@ class PlainPath:
 
     async def _write(self) -> None:
         while self._out and self.client.is_connected:
-            subject, reply, body = self._out.popleft()
+            subject, reply, body, headers = self._out.popleft()
             self._out_bytes -= len(body)
             try:
-                await self.client.publish(subject, body, reply=reply)
+                await self.client.publish(subject, body, reply=reply, headers=headers)
             except nats.errors.Error as exc:
                 self.failed(exc)

@@ -21,7 +21,7 @@ import asyncio
 import os
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex, cast
 from urllib.parse import ParseResult
 
@@ -30,6 +30,7 @@ import nats.aio.transport
 import nats.errors
 
 from meshrl.bus.client import Client
+from meshrl.bus.headers import header_block
 
 # A body, and its parts, which nobody writes to.
 Large = tuple[bytes, tuple[bytes | memoryview, ...]]
@@ -314,6 +315,15 @@ class ThinPath:
             self._at_once = False
             self.write_out()
         else:
+            self._write_soon()
+
+    def publish_headed(self, subject: str, reply: str, headers: Mapping[str, str], body: bytes) -> None:
+        """Send a message with headers, at the end of this turn of the event loop."""
+        block = header_block(headers)
+        head = f"HPUB {subject} {reply} {len(block)} {len(block) + len(body)}\r\n"
+        self._out_bytes += len(body)
+        self._out += (head.encode() + block, body, _CRLF)
+        if not (self.reading or self._scheduled):
             self._write_soon()
 
     def read(self, served: int) -> None:

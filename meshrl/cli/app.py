@@ -21,6 +21,7 @@ from meshrl.cli.demo import demo
 from meshrl.cli.doctor import doctor
 from meshrl.cli.drain import drain
 from meshrl.cli.ls import ls
+from meshrl.cli.recordings import episodes, recordings, replay, verify
 from meshrl.cli.secure import app as secure
 from meshrl.cli.serve import serve
 from meshrl.cli.serve_agent import serve_agent
@@ -58,6 +59,10 @@ app.command("drain")(drain)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.command("audit")(audit)
+app.command("episodes")(episodes)
+app.command("replay")(replay)
+app.command("verify")(verify)
+app.command("recordings")(recordings)
 app.add_typer(secure, name="secure")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
+from meshrl.bus.storing import Reader
 from meshrl.client.flights import Flights
 from meshrl.client.hearing import Hearing
 from meshrl.client.leases import Leases
@@ -22,6 +23,7 @@ from meshrl.client.session import RemoteSession
 from meshrl.client.shielded import shielded
 from meshrl.errors import MeshError, SessionClosed
 from meshrl.protocol.doubt import FROZEN_S
+from meshrl.recording.library import Library
 from meshrl.wire.messages import Close, Grant, Kind
 from meshrl.wire.subjects import Subjects
 
@@ -34,6 +36,10 @@ S = TypeVar("S", bound=RemoteSession)
 def silence_s(timeout: float) -> float:
     """How long nothing at all may be heard of a request's worker, in seconds: see :class:`meshrl.Mesh`."""
     return min(timeout, max(FROZEN_S, timeout / 3))
+
+
+# The server has a message of a stream at hand within this, or says that it has none.
+READ_S = 10.0
 
 
 class Context:
@@ -65,6 +71,7 @@ class Context:
         self._sessions: dict[str, RemoteSession] = {}
         self._slots: dict[str, int] = {}  # of each session
         self.recovering: set[RemoteSession] = set()  # lost, and being opened again
+        self._library: Library | None = None
         self._ended = False
         self._why: MeshError | None = None  # the connection's end, where it was not this client's wish
         connection.on_close.append(self._connection_ended)
@@ -131,6 +138,18 @@ class Context:
             self._why = why
             self.hearing.end(why)
 
+    async def library(self) -> Library:
+        """Reads recordings over this client's connection, as long as that lasts.
+
+        Raises:
+            SubjectNotPermitted: the server does not allow this login its inbox.
+        """
+        if self._library is None:
+            reader = Reader(self.connection, min(self.timeout, READ_S))
+            await reader.__aenter__()
+            self._library = Library(reader, self.subjects)
+        return self._library
+
     # ---------------------------------------------------------------- sessions
 
     async def open(
@@ -172,7 +191,7 @@ class Context:
         self.registry.released(grant.worker, slots)
         if not self.connection.closed:
             subject = self.subjects.session(grant.worker, self.connection.user, grant.session, "close")
-            self.connection.publish(subject, Close(epoch=grant.epoch).to_wire())
+            self.connection.publish(subject, Close(epoch=grant.epoch, moved=True).to_wire())
 
     async def lease(self, opening: Opening, make: Callable[[Context, Grant], S]) -> S:
         """Carry an opening out, and renew from now on what it was granted; every session comes from here.

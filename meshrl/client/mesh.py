@@ -17,6 +17,7 @@ from meshrl.client.env import RemoteEnv
 from meshrl.client.evaluate import Report, evaluate
 from meshrl.client.opening import Opening
 from meshrl.client.pool import RemotePool
+from meshrl.client.recordings import Recordings, RecordWish, record_of
 from meshrl.client.recovery import ON_LOSS, OnLoss
 from meshrl.client.session import close_all
 from meshrl.client.shards import open_shards
@@ -28,7 +29,7 @@ from meshrl.wire.messages import Advertisement, Description, Seeding
 from meshrl.wire.subjects import Subjects
 
 
-class Mesh:
+class Mesh(Recordings):
     """A connection to a mesh, used as an async context manager.
 
     ::
@@ -152,6 +153,10 @@ class Mesh:
         wait: float = 30.0,
         check_actions: Literal["normal", "strict"] = "normal",
         on_loss: OnLoss = "resume",
+        record: RecordWish | None = None,
+        record_every: int = 1,
+        labels: Mapping[str, str] | None = None,
+        policy: str | None = None,
     ) -> RemoteEnv:
         """Lease an env by name; its slot is yours until ``close``, the end of the mesh, or your process's end.
 
@@ -166,6 +171,11 @@ class Mesh:
                 worker in the same state, or, where that cannot be, is truncated. ``truncate``: its next step gives the
                 last observation again, reward 0, ``truncated`` and ``info["session_lost"]``, and ``reset`` begins the
                 next elsewhere. ``raise``: ``SessionLost``.
+            record: how much of it is recorded: ``off``; ``actions``, from which all else can be made again; ``full``,
+                observations and infos too. None leaves it to the worker's operator.
+            record_every: record every so many episodes.
+            labels: what its episodes can be found by later, at most 32 texts by name.
+            policy: the name of whoever chooses the actions.
 
         Raises:
             UnknownName: nobody serves the name, or nobody with those capabilities; near matches are listed.
@@ -176,7 +186,10 @@ class Mesh:
         """
         remote_mode = "rgb_array" if render_mode == "human" else render_mode
         on_loss = _on_loss(on_loss)
-        session = await self._open().open("env", name, kwargs, where, wait, on_loss=on_loss, render_mode=remote_mode)
+        asked = record_of(record, record_every, labels, policy)
+        session = await self._open().open(
+            "env", name, kwargs, where, wait, on_loss=on_loss, render_mode=remote_mode, record=asked
+        )
         try:
             return RemoteEnv(session, render_mode=render_mode, check_actions=check_actions)
         except BaseException:
@@ -197,6 +210,10 @@ class Mesh:
         wait: float = 30.0,
         check_actions: Literal["normal", "strict"] = "normal",
         on_loss: OnLoss = "resume",
+        record: RecordWish | None = None,
+        record_every: int = 1,
+        labels: Mapping[str, str] | None = None,
+        policy: str | None = None,
     ) -> RemoteVectorEnv:
         """Lease ``num_envs`` envs that are stepped together, spread over workers.
 
@@ -216,6 +233,10 @@ class Mesh:
             on_loss: what becomes of the episodes whose worker or session is lost; see :meth:`env`. With ``resume`` it
                 costs one slow step; where that cannot be, and with ``truncate``, the episodes of that worker's
                 sub-environments end with ``infos["session_lost"]``.
+            record: how much of it is recorded, as for :meth:`env`.
+            record_every: of each sub-environment, record every so many episodes.
+            labels: as for :meth:`env`.
+            policy: as for :meth:`env`.
 
         Raises:
             UnknownName: nobody serves the name, or nobody with those capabilities.
@@ -243,6 +264,7 @@ class Mesh:
             autoreset_mode=mode.value,
             seeding=seeding,
             render_mode=render_mode,
+            record=record_of(record, record_every, labels, policy),
         )
         try:
             return RemoteVectorEnv(
@@ -265,6 +287,10 @@ class Mesh:
         wait: float = 30.0,
         check_actions: Literal["normal", "strict"] = "normal",
         on_loss: OnLoss = "resume",
+        record: RecordWish | None = None,
+        record_every: int = 1,
+        labels: Mapping[str, str] | None = None,
+        policy: str | None = None,
     ) -> RemotePool:
         """Lease ``num_envs`` envs that are each stepped as soon as they have an action; first ready, first served.
 
@@ -282,6 +308,10 @@ class Mesh:
             check_actions: ``strict`` refuses actions outside a Box's bounds too.
             on_loss: what becomes of the episodes whose worker or session is lost; see :meth:`vector`. What the other
                 workers have goes on meanwhile.
+            record: how much of it is recorded, as for :meth:`env`.
+            record_every: of each sub-environment, record every so many episodes.
+            labels: as for :meth:`env`.
+            policy: as for :meth:`env`.
 
         Raises:
             MeshError: as :meth:`vector`.
@@ -298,6 +328,7 @@ class Mesh:
             on_loss=_on_loss(on_loss),
             form="pool",
             seeding=seeding,
+            record=record_of(record, record_every, labels, policy),
         )
         try:
             return RemotePool(sessions, context.flights, seeding=seeding, fair=fair, check_actions=check_actions)

@@ -102,11 +102,12 @@ class Recovery:
         if not self.resumes and op != "set_attr":
             return
         seeded = op == "reset" and (frame.get("seed") is not None or "state" in frame)
+        told = {"nth": frame["nth"]} if "nth" in frame else {}
         if seeded and "state" in frame:
-            body = pack({**unpack(body), "state": frame["state"], "last_seed": self.seed})
+            body = pack({**unpack(body), "state": frame["state"], "last_seed": self.seed, **told})
         elif seeded:  # the seed may be one that the worker drew
             self.seed = frame["seed"]
-            body = pack({**unpack(body), "seed": self.seed})
+            body = pack({**unpack(body), "seed": self.seed, **told})
         self.journal.note(op, body, answer, seconds, seeded=seeded, digest=frame.get("digest"))
 
     def begins_anew(self, body: bytes) -> bool:

@@ -283,7 +283,7 @@ class ResumableSession(MovableSession):
     async def _back_out(self) -> None:
         """What was granted is of no use."""
         self._release()
-        await self._say_close()
+        await self._say_close(moved=True)
 
     def _give_up(self, lost: SessionLost, why: str, detail: str = "") -> MeshError:
         self._lost = self._recovery.give_up(lost, why, detail)

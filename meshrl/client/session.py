@@ -338,8 +338,8 @@ class RemoteSession:
         if held and not self._connection.closed:
             await self._say_close()
 
-    async def _say_close(self) -> None:
-        body = Close(epoch=self.grant.epoch).to_wire()
+    async def _say_close(self, *, moved: bool = False) -> None:
+        body = Close(epoch=self.grant.epoch, moved=moved).to_wire()
         try:
             await self._connection.ask(self._subject + "close", body, 2.0)
         except TransportError:

@@ -34,6 +34,7 @@ _WORD = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 _STEP = np.uint64(0x94D049BB133111EB)
+_INVERSE = np.uint64(pow(int(_STEP), -1, 1 << 64))
 # Reward, terminated and truncated take two words behind the observation's.
 _BEHIND = 2
 
@@ -123,6 +124,47 @@ class Digests:
         self.values[i] = value
 
 
+def hashes_of(
+    leaves: Sequence[Any],
+    rewards: NDArray[np.float64],
+    terminations: NDArray[np.bool_],
+    truncations: NDArray[np.bool_],
+    anew: Sequence[int] | NDArray[np.int64] = (),
+) -> Words:
+    """``h`` of each row of a batch, those of ``anew`` without reward and flags; ``leaves`` are those of a batching."""
+    return _Table(len(rewards), leaves).hashes(leaves, rewards, terminations, truncations, anew)
+
+
+def chained(hashes: Words, begins: NDArray[np.int64], before: Words) -> Words:
+    """The digest at each row, where rows of one sub-environment stand together: many runs of them at once.
+
+    Within a run ``d[p] = d[p - 1] * K + h[p]``. K is odd, so it can be divided by (mod 2**64), and a run is a running
+    sum of ``h[p] / K**p`` times ``K**p``: some numpy calls, however many rows there are.
+
+    Args:
+        hashes: of the rows.
+        begins: the position at which each run begins, ascending; the first is 0.
+        before: of each run, its digest before; 0 where it begins anew.
+    """
+    count = len(hashes)
+    if not count:
+        return hashes
+    powers = _powers(_STEP, count)
+    inverse = _powers(_INVERSE, count)
+    sums = np.cumsum(hashes * inverse, dtype=np.uint64)
+    left = np.where(begins > 0, sums[begins - 1], np.uint64(0))
+    offsets = before * _STEP * inverse[begins] - left
+    after: Words = powers * (sums + np.repeat(offsets, np.diff(begins, append=count)))
+    return after
+
+
+def _powers(base: np.uint64, count: int) -> Words:
+    """Its powers from 0 on."""
+    powers = np.full(count, base, np.uint64)
+    powers[0] = 1
+    return np.cumprod(powers, dtype=np.uint64)
+
+
 class _Table:
     """Room for the words of a batch's rows, side by side, with a view for whatever is put there.
 
@@ -159,7 +201,7 @@ class _Table:
         rewards: NDArray[np.float64],
         terminations: NDArray[np.bool_],
         truncations: NDArray[np.bool_],
-        anew: Sequence[int],
+        anew: Sequence[int] | NDArray[np.int64],
     ) -> Words:
         """Of the rows of a batch."""
         n = len(rewards)
@@ -172,8 +214,8 @@ class _Table:
         self._rewards[:n] = rewards
         self._terminations[:n] = terminations
         self._truncations[:n] = truncations
-        for row in anew:
-            self._behind[row] = 0
+        if len(anew):
+            self._behind[np.asarray(anew)] = 0
         hashes: Words = self._words[:n].astype(np.uint64) @ self._weights
         return hashes
 

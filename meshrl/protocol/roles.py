@@ -41,6 +41,10 @@ _STREAMS = (
 )
 
 
+# Reading by number, of streams that allow it: those of recordings, and not the audit.
+_RECORDINGS = ("$JS.API.DIRECT.GET.*",)
+
+
 @dataclass(frozen=True)
 class Permissions:
     """Subjects, with NATS's wildcards; everything else is refused.
@@ -69,13 +73,16 @@ def permissions(role: Role, user: str) -> Permissions:
     looks = (f"{_PREFIX}registry.ask",)
     if role == "observer":
         # A probe of nothing says in which namespace a worker is.
-        return Permissions((*looks, f"{_PREFIX}worker.*.probe.{user}", *_WHO_IS_THERE), (*hears, f"{_PREFIX}tap.>"))
-    asks = (
+        watches = (*looks, f"{_PREFIX}worker.*.probe.{user}", *_WHO_IS_THERE, *_RECORDINGS)
+        return Permissions(watches, (*hears, f"{_PREFIX}tap.>"))
+    asks: tuple[str, ...] = (
         *looks,
         *(f"{_PREFIX}worker.*.{op}.{user}" for op in _OPS),
         f"{_PREFIX}session.*.{user}.*.*",
         f"{_PREFIX}env.*.open.{user}",
         f"{_PREFIX}agent.*.act.{user}",
+        *_RECORDINGS,
+        f"{_PREFIX}position.{user}.*.*",
     )
     if role == "learner":
         return Permissions(asks, hears)
@@ -92,8 +99,7 @@ def _worker(kind: str, shared: str, user: str) -> Permissions:
             f"{_PREFIX}registry.{kind}.*.*",
             "_INBOX.>",
             f"{_PREFIX}audit.*",
-            f"{_PREFIX}rec.>",
-            f"{_PREFIX}tap.>",
+            *((f"{_PREFIX}rec.>", f"{_PREFIX}episodes.>", f"{_PREFIX}tap.>", *_RECORDINGS) if kind == "env" else ()),
         ),
         (
             f"{_PREFIX}registry.ask",

@@ -281,7 +281,7 @@ class SessionTable:
         if session.state is State.ENDING:
             return False
         session.state = State.ENDING
-        final = session.confirmed or reason == "closed"
+        final = session.confirmed or reason in {"closed", "moved"}
         self._remember(session.key, Gone(reason, session.epoch, final), last)
         if self.on_ending is not None:
             self.on_ending(session, reason, last)

@@ -7,6 +7,7 @@ A request is ``{"epoch", "lane", "seq", ...}`` with the fields of its op beside 
     reset     seed?, options?             obs, info, seed?, state?, digest?
     step      action                      obs, reward, terminated, truncated, info, digest?
     replay    journal, digest?
+    rerun     reset?, actions           obs, rewards, terminated, truncated, infos
     render                                frame
     state                                 state
     call      name, args, kwargs          value
@@ -41,7 +42,20 @@ from numpy.typing import NDArray
 from meshrl.errors import MalformedMessage, MeshError, from_wire
 
 OPS = frozenset(
-    {"reset", "step", "render", "state", "call", "get_attr", "set_attr", "is_wrapped", "act", "observe", "replay"}
+    {
+        "reset",
+        "step",
+        "render",
+        "state",
+        "call",
+        "get_attr",
+        "set_attr",
+        "is_wrapped",
+        "act",
+        "observe",
+        "replay",
+        "rerun",
+    }
 )
 
 Frame = dict[str, Any]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StringConstr
 
 from meshrl.errors import MalformedMessage, UnsupportedVersion
 from meshrl.wire.codec import pack, unpack
+from meshrl.wire.record import Record
 from meshrl.wire.subjects import MAX_NAME_CHARS, VERSION
 
 Kind = Literal["env", "agent"]
@@ -255,6 +256,7 @@ class Open(Message):
         digests: what goes with answers so that it can be resumed (R8): nothing; or what outlives resets, and the
             running digest of what was told (of vectors and pools: before), with ``all`` answers or those of ``large``
             observations only.
+        record: what is to be recorded of it; None as the worker's operator has it.
     """
 
     session: Id
@@ -273,6 +275,7 @@ class Open(Message):
     park_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 0.0
     ticket: Annotated[str, StringConstraints(max_length=64)] | None = None
     digests: Digests = "none"
+    record: Record | None = None
 
 
 class Grant(Message):
@@ -379,9 +382,14 @@ class Drained(Message):
 
 
 class Close(Message):
-    """Ends a session, or the wish for one, of just this epoch."""
+    """Ends a session, or the wish for one, of just this epoch.
+
+    Attributes:
+        moved: it goes on elsewhere, in another epoch; so do its episodes.
+    """
 
     epoch: int
+    moved: bool = False
 
 
 class Closed(Message):

@@ -114,3 +114,17 @@ class Subjects:
     def sessions(self, worker: str) -> str:
         """Every request of every session of a worker: one subscription, so that wire order is arrival order."""
         return f"{self.prefix}session.{worker}.*.*.*"
+
+    # recordings
+
+    def recording(self, name: str, session: str) -> str:
+        """Where a session of an env is recorded; ``*`` for all of that env."""
+        return f"{self.prefix}rec.{token(name)}.{session}"
+
+    def position(self, user: str, name: str, consumer: str) -> str:
+        """Where a user's consumer of the experience of an env says how far it has come."""
+        return f"{self.prefix}position.{user}.{token(name)}.{token(consumer)}"
+
+    def episodes(self, name: str, session: str) -> str:
+        """Where it is said which episodes a recording has; ``*`` for all of that env."""
+        return f"{self.prefix}episodes.{'*' if name == '*' else token(name)}.{session}"

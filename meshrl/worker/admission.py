@@ -70,6 +70,7 @@ class Admission:
         self.served: Mapping[str, Description] = {}
         self.draining_until: float | None = None
         self.idle = asyncio.Event()
+        self.on_constructed: Callable[[Session, Open, Description], None] = _nobody
         self.execution: Execution  # given by the service: the two know each other
         self._worker = worker
         self._kind = kind
@@ -240,6 +241,7 @@ class Admission:
         if session.state is State.ENDING:
             self.execution.dispose(session)
             return
+        self.on_constructed(session, open_, description)
         grant = Grant(
             session=session.id,
             epoch=session.epoch,
@@ -386,3 +388,7 @@ class Admission:
 
     def _draining(self) -> WorkerDraining:
         return WorkerDraining(f"worker {self._worker} is going away and takes no new sessions", worker=self._worker)
+
+
+def _nobody(_session: Session, _open: Open, _description: Description) -> None:
+    return None

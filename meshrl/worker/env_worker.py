@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import platform
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
@@ -18,15 +19,21 @@ from meshrl.bus.connection import Connection, Subscription
 from meshrl.bus.login import Credentials
 from meshrl.errors import EnvError, MeshError, UnknownName, UsageError
 from meshrl.protocol.names import near
+from meshrl.protocol.session import Last, Session
+from meshrl.recording.recorder import Recorder
+from meshrl.recording.streams import Retention
+from meshrl.recording.writing import Counts
 from meshrl.wire import spaces
 from meshrl.wire.messages import Description, Open, Vectors
+from meshrl.wire.record import RECORD_LEVELS, Record, RecordLevel
+from meshrl.wire.recorded import Recorded
 from meshrl.worker.children import Children
 from meshrl.worker.constructing import construct_all
 from meshrl.worker.describe import describe_env, encodable
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.enforcing import Enforcing
 from meshrl.worker.factories import EnvSource, Factory, as_factory, registered
-from meshrl.worker.hold import CLOSE_S, Held
+from meshrl.worker.hold import CLOSE_S, Held, Hold
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import HostedVector
@@ -36,6 +43,7 @@ from meshrl.worker.process_env import ProcessEnv, picklable
 from meshrl.worker.proof import says_digests
 from meshrl.worker.pulse import SWEEP_S
 from meshrl.worker.raised import EndsSession, described
+from meshrl.worker.recording import Recording
 from meshrl.worker.sealing import StateKey
 from meshrl.worker.service import Service, valid_names
 from meshrl.worker.vector_implementations import HostedImplementation, describe_implementation, make_implementation
@@ -84,6 +92,9 @@ class EnvWorker(Service):
             can do less (see :mod:`~meshrl.worker.vector_implementations`). Single envs are not concerned.
         state_key: what workers share that seal envs' states for one another, as a file or the key itself; without one
             no state of ALE's envs is told to clients (see :mod:`~meshrl.worker.sealing`).
+        record: how much of a session is recorded whose client does not say: ``off``; ``actions``, which is what it
+            takes to run an episode again; or ``full``, observations and infos too.
+        retention: of the streams of recordings that this worker makes; one that is there is left as it is.
         last_resort: ends this process; to be given where somebody then starts another one. With it, a worker that holds
             env code which it cannot end (a thread that hangs) condemns itself: it takes no new sessions, and
             ``serve_forever`` raises :class:`~meshrl.errors.WorkerCondemned`. It is called, on a thread, if the process
@@ -115,6 +126,8 @@ class EnvWorker(Service):
         lease_s: float = 15.0,
         vectors: str | Mapping[str, str] = "meshrl",
         state_key: str | Path | StateKey | None = None,
+        record: RecordLevel = "off",
+        retention: Retention | None = None,
         last_resort: Callable[[], None] | None = None,
     ) -> None:
         if not on_demand:
@@ -157,6 +170,13 @@ class EnvWorker(Service):
                 end_late=lambda *late: self._threads.back(self._execution.end_late, *late),
                 condemn=None if last_resort is None else self.condemn,
             )
+        if record not in RECORD_LEVELS:
+            raise UsageError(f"record is one of {', '.join(RECORD_LEVELS)}, not {record!r}")
+        self._record = record
+        self._retention = retention or Retention()
+        self._recorder: Recorder | None = None
+        self._admission.on_constructed = self._begin_recording
+        self.table.on_ending = self._session_ends
         self._inline = isolation == "inline"
         self._vectors = vectors
         self._making: dict[str, threading.Lock] = {}  # by name: one that takes its time holds no other up
@@ -175,6 +195,8 @@ class EnvWorker(Service):
         return [] if self._enforcing is None else self._enforcing.look(now)
 
     def _let_all_go(self) -> None:
+        if self._recorder is not None:
+            self._recorder.stop()
         if self._children is not None:
             self._children.stop()
 
@@ -340,6 +362,53 @@ class EnvWorker(Service):
             resumable=open_.digests != "none",
             state_key=self._state_key,
         )
+
+    # ---------------------------------------------------------------- recordings
+
+    @property
+    def recorded(self) -> Counts:
+        """What became of what its sessions did, as far as it was to be recorded."""
+        return Counts() if self._recorder is None else self._recorder.counts
+
+    def _begin_recording(self, session: Session, open_: Open, description: Description) -> None:
+        wanted = open_.record or Record()
+        level = wanted.level or self._record
+        hold: Hold = session.held
+        if level == "off" or not hold.envs:
+            return
+        if self._recorder is None:
+            self._recorder = Recorder(self.id, self._address, self.subjects, self._credentials, self._retention)
+        recording = Recording(hold.envs, level, self._state_key)
+        hold.record(recording)
+        recorded = Recorded(
+            session=session.id,
+            worker=self.id,
+            user=session.user,
+            name=open_.name,
+            form=open_.form,
+            num_envs=open_.num_envs,
+            first_env_id=open_.first_env_id,
+            autoreset_mode="SameStep" if open_.form == "pool" else open_.autoreset_mode,
+            seeding=open_.seeding,
+            kwargs=open_.kwargs,
+            render_mode=open_.render_mode,
+            level=level,
+            every=wanted.every,
+            labels=wanted.labels,
+            policy=wanted.policy,
+            manifest=wanted.manifest,
+            forgets=recording.forgets,
+            platform=platform.platform()[:256],
+            description=description,
+        )
+        self._recorder.begin(recording.transcript, recorded, open_.epoch)
+
+    def _session_ends(self, session: Session, reason: str, last: Last | None) -> None:
+        self.audit.ended(session, reason, last)
+        hold: Hold | None = session.held
+        if self._recorder is not None and hold is not None and hold.recording is not None:
+            hold.recording.transcript.settle()
+            self._recorder.end(hold.recording.transcript, reason)
 
     def _construct_implementation(
         self, open_: Open, description: Description, factory: Factory, implementation: str

@@ -262,7 +262,7 @@ class Execution:
         session = self._table.get(key)
         if session is not None and session.epoch == close.epoch:
             existed = session.state is not State.ENDING
-            self.end(session, "closed")
+            self.end(session, "moved" if close.moved else "closed")
         else:
             existed = self._take_back(key, close.epoch)
         self._replies.send(reply, Closed(existed=existed).to_wire())

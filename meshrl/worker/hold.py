@@ -13,6 +13,7 @@ from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import HostedVector
 from meshrl.worker.process_env import ProcessEnv
+from meshrl.worker.recording import Recording
 from meshrl.worker.vector_implementations import HostedImplementation
 
 # What a coroutine that closes an env may take; one that takes longer is left behind, and the slot is free. An env in a
@@ -55,6 +56,7 @@ class Hold:
     """What the worker keeps with a session: the env, how its client wants arrays, and the coroutine it runs.
 
     Attributes:
+        envs: of it, one by one; none of an agent, or where a vector implementation has them.
         held: what has one lane; None in a pool.
         pool: what has many; None in any other session.
         op: what it was last asked.
@@ -65,9 +67,10 @@ class Hold:
         paces: by op: what may run on the event loop, once it has shown itself fast there.
         counts: takes what it told into its digests; to be called when that was given to the socket, and before more is
             asked of it. None where there is nothing to do.
+        recording: of the session; None where it is not recorded.
     """
 
-    __slots__ = ("counts", "held", "op", "paces", "pack", "pool", "processes", "task", "vector")
+    __slots__ = ("counts", "envs", "held", "op", "paces", "pack", "pool", "processes", "recording", "task", "vector")
 
     def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
         self.held = None if isinstance(held, HostedPool) else held
@@ -79,12 +82,29 @@ class Hold:
         self.paces: dict[str, Pace | BatchPace] = {"step": held.pace, "reset": Pace()}
         if self.vector is not None:
             self.paces["reset"] = self.vector.reset_pace
-        self.processes = [env for env in _envs_of(held) if isinstance(env, ProcessEnv)]
+        self.envs = _envs_of(held)
+        self.processes = [env for env in self.envs if isinstance(env, ProcessEnv)]
         if held.draws or self.processes:
             self.paces = {}
         self.counts = held.counts if isinstance(held, HostedPool | HostedVector) else None
+        self.recording: Recording | None = None
         self.task: asyncio.Task[None] | None = None
         self.op = ""
+
+    def record(self, recording: Recording) -> None:
+        """Record what is done from now on."""
+        hosted = self.pool or self.held
+        assert isinstance(hosted, HostedPool | HostedVector | HostedEnv), "an env is recorded, and one by one"
+        hosted.record(recording)
+        self.recording = recording
+        counts, settle = self.counts, recording.transcript.settle
+
+        def both() -> None:
+            assert counts is not None
+            counts()
+            settle()
+
+        self.counts = settle if counts is None else both
 
     def cancel(self) -> None:
         """Cancel the coroutines of an env whose session is over, and what of it has not begun on any thread."""

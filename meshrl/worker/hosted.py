@@ -20,7 +20,9 @@ from meshrl.worker.drawing import alone, draws
 from meshrl.worker.episode import Episode
 from meshrl.worker.origins import outliving
 from meshrl.worker.origins import resumable as may_be_resumed
+from meshrl.worker.recording import Recording
 from meshrl.worker.redoing import read_entry
+from meshrl.worker.rerun import Rerun
 from meshrl.worker.sealing import StateKey
 from meshrl.worker.threads import Threads
 
@@ -80,6 +82,9 @@ class HostedEnv:
         self._outlived: Any = None  # the last reset, where that is known and it had no seed
         self._redoing = False
         self._over = False
+        self._recording: Recording | None = None
+        self._acted: Any = None  # what was asked for last, where it is recorded
+        self._number = 0  # of its episode in the recording
         self._ops: dict[str, Callable[[Frame], Frame]] = {
             "reset": self._op_reset,
             "step": self._op_step,
@@ -93,6 +98,7 @@ class HostedEnv:
             self._step = alone(self._step)
             self._ops = {op: alone(call) for op, call in self._ops.items()}
         self._ops["replay"] = self._op_replay
+        self._ops["rerun"] = self._op_rerun
 
     def run(self, op: str, body: Frame) -> Frame:
         """Carry out one op; gives the reply's own fields.
@@ -118,7 +124,7 @@ class HostedEnv:
             return self._was_reset(await self._calls(reset, seed=seed, options=options), seed)
         if op == "step":
             self._need_reset("step")
-            return self._stepped(await self._calls(self._step, _action(body)))
+            return self._stepped(await self._calls(self._step, self._action(body)))
         if op == "state":
             return self._op_state(body)
         if op == "replay":
@@ -127,12 +133,22 @@ class HostedEnv:
                     await self.run_async(entry_op, entry)
                 await asyncio.sleep(0)  # others of this worker have their turns
             return self._replayed(body)
+        if op == "rerun":
+            rerun = Rerun(body, self.env.action_space)
+            for entry_op, entry in self._deeds(rerun):
+                rerun.took(entry_op, await self.run_async(entry_op, entry))
+                await asyncio.sleep(0)
+            return rerun.frame
         frame = await self._calls(self.run, op, body)
         counted = not any(map(inspect.isawaitable, frame.values()))
         told = {key: await value if inspect.isawaitable(value) else value for key, value in frame.items()}
         if op == "call" and not counted:
             self._count(told)
         return told
+
+    def record(self, recording: Recording) -> None:
+        """Tell it whatever is done from now on."""
+        self._recording = recording
 
     def cancel(self) -> None:
         """The session is over: a replay does not go on."""
@@ -171,23 +187,30 @@ class HostedEnv:
     def _about_to_reset(self, body: Frame, seed: int | None) -> None:
         """Keep what outlives the reset, or put it there where that is done again."""
         self._outlived = None
-        if seed is not None or self._outliving is None:
-            return
-        if self._redoing and "state" in body:
-            if type(body["state"]) is not bytes:
-                raise MalformedMessage("what outlives a reset is packed")
-            self._outliving.put(body["state"])
-        self._outlived = self._outliving.get()
+        if seed is None and self._outliving is not None:
+            if self._redoing and "state" in body:
+                if type(body["state"]) is not bytes:
+                    raise MalformedMessage("what outlives a reset is packed")
+                self._outliving.put(body["state"])
+            self._outlived = self._outliving.get()
+        if self._recording is not None:
+            if self._redoing:
+                self._recording.begins_from(0, body)
+            self._number = self._recording.began(0, seed, body.get("options"))
 
     def _was_reset(self, outcome: Any, seed: int | None) -> Frame:
         obs, info = outcome
         self._episode.began()
         frame: Frame = {"obs": obs, "info": info}
+        if self._recording is not None:
+            self._tell(None, frame, reset=True)
         if self._resumable:
             if seed is not None:
                 frame["seed"] = seed  # it may have been drawn
             elif self._outlived is not None:
                 frame["state"] = self._outlived
+            if len(frame) > 2 and self._recording is not None:
+                frame["nth"] = self._number
             if self._digest is not None and len(frame) > 2:
                 self._digest = Digest()  # as the client's journal begins here
             self._count(frame)
@@ -195,7 +218,15 @@ class HostedEnv:
 
     def _op_step(self, body: Frame) -> Frame:
         self._need_reset("step")
-        return self._stepped(self._step(_action(body)))
+        return self._stepped(self._step(self._action(body)))
+
+    def _action(self, body: Frame) -> Any:
+        if "action" not in body:
+            raise MalformedMessage("a step needs an action")
+        action = body["action"]
+        if self._recording is not None:
+            self._acted = self._recording.own(action)
+        return action
 
     def _stepped(self, outcome: Any) -> Frame:
         obs, reward, terminated, truncated, info = outcome
@@ -206,7 +237,16 @@ class HostedEnv:
         frame = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "info": info}
         if self._digest is not None:
             self._count(frame)
+        if self._recording is not None:
+            self._tell(self._acted, frame, reset=False)
         return frame
+
+    def _tell(self, action: Any, frame: Frame, *, reset: bool) -> None:
+        assert self._recording is not None
+        self._recording.told_one(action, frame, reset=reset)
+        if self._redoing:  # and goes on at once
+            self._recording.transcript.redone = True
+            self._recording.transcript.settle()
 
     def _count(self, frame: Frame) -> None:
         """Count an answer, and say what all of them have come to, if that is wanted."""
@@ -223,7 +263,14 @@ class HostedEnv:
         return {"state": self._episode.state(session=self.session, worker=self.worker, name=self.name)}
 
     def _op_call(self, body: Frame) -> Frame:
-        return {"value": self._attributes.call(self.env, body)}
+        value = self._attributes.call(self.env, body)
+        self._asked("call", body)
+        return {"value": value}
+
+    def _asked(self, op: str, body: Frame) -> None:
+        if self._recording is not None:
+            given: Frame = {name: body[name] for name in ("name", "args", "kwargs", "value") if name in body}
+            self._recording.asked((0,), op, (given,))
 
     def _op_get_attr(self, body: Frame) -> Frame:
         return {"value": self._attributes.get(self.env, self._attributes.public(body))}
@@ -234,6 +281,7 @@ class HostedEnv:
         if "value" not in body:
             raise MalformedMessage("set_attr needs a value")
         self._attributes.set(self.env, name, body["value"])
+        self._asked("set_attr", body)
         return {}
 
     # ---------------------------------------------------------------- replay
@@ -285,17 +333,28 @@ class HostedEnv:
             )
         return {}
 
+    def _op_rerun(self, body: Frame) -> Frame:
+        """A part of a recorded episode once more: several requests as one, and what each told."""
+        rerun = Rerun(body, self.env.action_space)
+        for op, entry in self._deeds(rerun):
+            rerun.took(op, self.run(op, entry))
+        return rerun.frame
+
+    def _deeds(self, rerun: Rerun) -> Iterator[tuple[str, Frame]]:
+        self._redoing = True
+        try:
+            for deed in rerun.deeds():
+                if self._over:
+                    raise SessionUnknown(f"session {self.session} ended during a rerun", reason="closed")
+                yield deed
+        finally:
+            self._redoing = False
+
     # ---------------------------------------------------------------- checks
 
     def _need_reset(self, op: str) -> None:
         if self._episode.phase == "new":
             raise ResetNeeded(f"{self.name}: {op} before the first reset; call reset once", session=self.session)
-
-
-def _action(body: Frame) -> Any:
-    if "action" not in body:
-        raise MalformedMessage("a step needs an action")
-    return body["action"]
 
 
 @contextmanager

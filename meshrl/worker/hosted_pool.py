@@ -18,6 +18,7 @@ from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
 from meshrl.worker.calls import Calls
 from meshrl.worker.hosted_vector import close_all, has_coroutines
+from meshrl.worker.recording import Recording
 from meshrl.worker.redoing import Deed, Done, Redoing, Replay
 from meshrl.worker.sealing import StateKey
 from meshrl.worker.spread import Finished, Spread
@@ -73,10 +74,15 @@ class HostedPool:
         self._spreads: dict[int, Spread] = {}  # under way, by a number of their own
         self._spread_number = 0
         self._over = False
+        self._acted: dict[int, Any] = {}  # by lane, what was asked for last, where it is recorded
         self._redoing = Redoing(self._subs, _changes_nothing, lambda: not self._over)
 
     def __repr__(self) -> str:
         return f"<HostedPool of {len(self._subs)} {self.name}>"
+
+    def record(self, recording: Recording) -> None:
+        """Tell it whatever is done from now on."""
+        self._subs.recording = recording
 
     def check(self, op: str, lanes: Indices, body: Frame) -> list[Any]:
         """What each lane of a request is given: its action, its seed and the options, or the replay.
@@ -93,6 +99,9 @@ class HostedPool:
             self._subs.check_step(lanes.tolist())
             actions = body.get("actions")
             self._batches.check(actions, len(lanes), "actions", exact=False)
+            if self._subs.recording is not None:
+                kept = self._batches.rows(self._subs.recording.own(actions), len(lanes))
+                self._acted.update(zip(lanes.tolist(), kept, strict=True))
             return list(self._batches.rows(actions, len(lanes)))
         if op == "reset":
             seeds, options = body.get("seeds"), body.get("options")
@@ -276,6 +285,9 @@ class HostedPool:
         }
         if out.infos:
             frame["infos"] = pack_infos(out.infos, len(lanes))
+        if self._subs.recording is not None:
+            actions = [self._acted[lane] for lane in lanes.tolist()] if op == "step" else None
+            self._subs.recording.told(lanes, actions, frame, out.infos)
         ended = lanes[terminations | truncations]
         if len(ended):  # they were reset at once
             self.episodes[ended] += 1

@@ -22,6 +22,7 @@ from meshrl.worker.attributes import Attributes, is_wrapped
 from meshrl.worker.calls import Calls, is_coroutine
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.process_env import ProcessEnv
+from meshrl.worker.recording import Recording
 from meshrl.worker.redoing import Deed, Done, Redoing, Replay
 from meshrl.worker.sealing import StateKey
 from meshrl.worker.spread import Finished, Spread
@@ -82,6 +83,7 @@ class HostedVector:
         self._threads = threads
         self._calls = Calls(threads)
         self._obs: list[Any] = []  # the last of each sub-environment
+        self._acted: Any = None  # what was asked for last, where it is recorded
         self._gathered: Gathered | None = None  # the last on threads
         self._over = False
         self._redoing = Redoing(self._subs, self._change, lambda: not self._over)
@@ -97,6 +99,10 @@ class HostedVector:
 
     def __repr__(self) -> str:
         return f"<HostedVector of {len(self._subs)} {self.name}>"
+
+    def record(self, recording: Recording) -> None:
+        """Tell it whatever is done from now on."""
+        self._subs.recording = recording
 
     # ---------------------------------------------------------------- how it runs
 
@@ -206,6 +212,8 @@ class HostedVector:
         self._subs.check_step(range(count))
         actions = body.get("actions")
         self._batches.check(actions, count, "actions", exact=False)
+        if self._subs.recording is not None:
+            self._acted = self._subs.recording.own(actions)
         return list(self._batches.rows(actions, count))
 
     def _stepped(self, out: Outcomes) -> Frame:
@@ -218,6 +226,8 @@ class HostedVector:
         }
         if out.infos:
             frame["infos"] = pack_infos(out.infos, len(out.obs))
+        if self._subs.recording is not None:
+            self._subs.recording.told(None, self._acted, frame, out.infos)
         if self._subs.proof is not None:
             self._subs.proof.add(frame)
         return frame
@@ -250,9 +260,12 @@ class HostedVector:
         frame: Frame = {"obs": self._subs.rows_or_stack(obs)}
         if out.infos:
             frame["infos"] = pack_infos([(ids[k], info) for k, info in out.infos], len(obs))
-        if self._subs.proof is not None:
+        if self._subs.proof is not None or self._subs.recording is not None:
             own = self._subs.stack(out.obs) if 0 < len(ids) < len(obs) else frame["obs"]
-            self._subs.proof.add_to_reset(frame, np.array(ids, np.int64), own)
+            if self._subs.proof is not None:
+                self._subs.proof.add_to_reset(frame, np.array(ids, np.int64), own)
+            if self._subs.recording is not None and ids:
+                self._subs.recording.was_reset(np.array(ids, np.int64), own, out.infos)
         return frame
 
     def _replay(self, body: Frame) -> Replay:
@@ -291,6 +304,8 @@ class HostedVector:
         chosen = self._chosen(body)
         values = [self._subs.asked(i, self._attributes.call_or_get, body) for i in chosen]
         self._called()  # one that was refused is in no journal
+        if self._subs.recording is not None:
+            self._subs.recording.asked(chosen, "call", [_asked(body)] * len(chosen))
         return {"values": values}
 
     def _op_get_attr(self, body: Frame) -> Frame:
@@ -307,6 +322,8 @@ class HostedVector:
         put = setattr if body.get("outermost") is True else self._attributes.set
         for i, value in zip(chosen, values, strict=True):
             self._subs.asked(i, put, name, value)
+        if self._subs.recording is not None:
+            self._subs.recording.asked(chosen, "set_attr", [{**_asked(body), "value": value} for value in values])
         return {}
 
     def _op_is_wrapped(self, body: Frame) -> Frame:
@@ -370,6 +387,11 @@ class Gathered:
         except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
             frame = exc
         self._told(frame)
+
+
+def _asked(body: Frame) -> Frame:
+    """What a request asks of one sub-environment, without what makes it a request."""
+    return {name: body[name] for name in ("name", "args", "kwargs", "outermost") if name in body}
 
 
 async def _together(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:

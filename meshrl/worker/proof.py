@@ -99,6 +99,12 @@ class Proof:
         self._since[i] = self._steps
         self._began[i] = {**origin, **self._seeding.place(i)}
 
+    def numbered(self, i: int, number: int) -> None:
+        """The episode that is about to begin has that number in the recording of its session."""
+        origin = self._began.get(i)
+        if origin is not None:
+            origin["nth"] = number
+
     def begins_from(self, i: int, origin: Frame) -> int | None:
         """It is about to be reset as it was when that was told; gives the seed.
 

@@ -311,6 +311,8 @@ class _Told:
 
     def took(self, deed: Deed, outcome: Outcome | None) -> None:
         """That deed came to it."""
+        if outcome is not None and self._subs.recording is not None:
+            self._subs.recording.redone(self._i, deed.given if deed.op == "step" else None, outcome)
         if outcome is None or self._proof is None:
             return
         self._last = outcome

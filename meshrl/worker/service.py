@@ -105,6 +105,7 @@ class Service(ABC):
         )
         self._admission.execution = self._execution
         self._pulse: Pulse | None = None
+        self._address = ""  # of the server, with its password
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
         self._last_resort = last_resort
@@ -166,6 +167,7 @@ class Service(ABC):
         return self
 
     async def _begin(self, url: str) -> Connection:
+        self._address = url
         connection = await dial(
             url, name=f"{self.kind} worker {self.id}", credentials=self._credentials, on_error=self._bus_error
         )

@@ -23,6 +23,7 @@ from meshrl.wire.messages import AutoresetName, Open
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.origins import resumable
 from meshrl.worker.proof import Proof, says_digests
+from meshrl.worker.recording import Recording
 from meshrl.worker.sealing import StateKey
 
 # A drawn seed has the bits of a derived one (R7), so that either can be given back to reset.
@@ -101,6 +102,7 @@ class SubEnvs:
         first: the global index of the first.
         proof: what goes with their answers where the client keeps journals of them; None where it does not, or an env
             says that it cannot be resumed.
+        recording: of the session; None where it is not recorded.
     """
 
     def __init__(self, envs: Sequence[Any], open_: Open, state_key: StateKey | None = None) -> None:
@@ -121,6 +123,7 @@ class SubEnvs:
         if self.draws:
             self._steps, self._resets = [*map(alone, self._steps)], [*map(alone, self._resets)]
         self._was_reset = [False] * len(self.envs)
+        self.recording: Recording | None = None
         self.proof: Proof | None = None
         if open_.digests != "none" and all(map(resumable, self.envs)):
             says = says_digests(open_, self.batches.space)
@@ -216,13 +219,13 @@ class SubEnvs:
 
     def reset_one(self, i: int, seed: int | None, options: Info | None, episodes: int | None = None) -> Outcome:
         """An explicit reset; ``episodes`` says how many a root has had, where it is not a new one."""
-        seed = self._begins(i, self._seeding.reset(i, seed, episodes or 0))
+        seed = self._begins(i, self._seeding.reset(i, seed, episodes or 0), options)
         obs, info = self._guarded(i, self._resets[i], seed=seed, options=options)
         return self._was_reset_now(i, obs, info)
 
     def reset_from(self, i: int, origin: Info, options: Info | None) -> Outcome:
         """The reset of a fresh env that is to be where another one was after a reset with that origin."""
-        obs, info = self._guarded(i, self._resets[i], seed=self._begins_from(i, origin), options=options)
+        obs, info = self._guarded(i, self._resets[i], seed=self._begins_from(i, origin, options), options=options)
         return self._was_reset_now(i, obs, info)
 
     def step_one(self, i: int, action: Any) -> Outcome:
@@ -239,13 +242,14 @@ class SubEnvs:
         self, i: int, seed: int | None, options: Info | None, episodes: int | None = None
     ) -> Outcome:
         """The same of an env whose methods are coroutine functions."""
-        seed = self._begins(i, self._seeding.reset(i, seed, episodes or 0))
+        seed = self._begins(i, self._seeding.reset(i, seed, episodes or 0), options)
         obs, info = await self.awaited(i, self._resets[i], seed=seed, options=options)
         return self._was_reset_now(i, obs, info)
 
     async def reset_from_async(self, i: int, origin: Info, options: Info | None) -> Outcome:
         """The same of an env whose methods are coroutine functions."""
-        obs, info = await self.awaited(i, self._resets[i], seed=self._begins_from(i, origin), options=options)
+        seed = self._begins_from(i, origin, options)
+        obs, info = await self.awaited(i, self._resets[i], seed=seed, options=options)
         return self._was_reset_now(i, obs, info)
 
     async def step_one_async(self, i: int, action: Any) -> Outcome:
@@ -266,15 +270,23 @@ class SubEnvs:
         seed = self._begins(i, self._seeding.next(i))
         return {} if seed is None else {"seed": seed}
 
-    def _begins(self, i: int, seed: int | None) -> int | None:
+    def _begins(self, i: int, seed: int | None, options: Info | None = None) -> int | None:
         """A reset is about to begin, with that seed."""
         if self.proof is not None:
             self._guarded(i, self.proof.begins, i, seed)
+        if self.recording is not None:
+            number = self._guarded(i, self.recording.began, i, seed, options)
+            if self.proof is not None:
+                self.proof.numbered(i, number)
         return seed
 
-    def _begins_from(self, i: int, origin: Info) -> int | None:
+    def _begins_from(self, i: int, origin: Info, options: Info | None) -> int | None:
         assert self.proof is not None, "only what was proved is done again"
-        return self.proof.begins_from(i, origin)
+        seed = self.proof.begins_from(i, origin)
+        if self.recording is not None:
+            self.recording.begins_from(i, origin)
+            self._guarded(i, self.recording.began, i, seed, options)
+        return seed
 
     def _was_reset_now(self, i: int, obs: Any, info: Info) -> Outcome:
         self.ended[i] = False

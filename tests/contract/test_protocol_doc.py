@@ -40,6 +40,9 @@ def test_the_subjects_are_those_that_the_code_builds() -> None:
         at.advertisement("KIND", "NAME", "WORKER"),
         at.ask,
         at.audit("WORKER"),
+        at.recording("NAME", "SESSION").replace("NAME", "ENV"),
+        at.episodes("NAME", "SESSION").replace("NAME", "ENV"),
+        at.position("USER", "ENV", "CONSUMER"),
         *(at.worker("WORKER", op, "USER") for op in ("open", "renew", "probe", "drain", "act")),
         at.any_open("NAME", "USER"),
         at.any_act("NAME", "USER"),
@@ -206,6 +209,7 @@ BLAME = {
     "peer": errors.ProtocolError,
     "network": errors.TransportError,
     "worker": errors.WorkerError,
+    "recording": errors.RecordingError,
 }
 
 

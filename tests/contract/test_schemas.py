@@ -273,6 +273,8 @@ PLACES = {
 BUILT: dict[str, str] = {
     "advertisement": SUBJECTS.advertisement("env", NAME, "e1"),
     "audit": SUBJECTS.audit("e1"),
+    "recording": SUBJECTS.recording(NAME, "s1"),
+    "episodes": SUBJECTS.episodes(NAME, "s1"),
     "ask": SUBJECTS.ask,
     "open": SUBJECTS.worker("e1", "open", "anon"),
     "probe": SUBJECTS.worker("e1", "probe", "anon"),
@@ -313,6 +315,7 @@ def test_no_builder_of_subjects_is_forgotten_here() -> None:
     assert public == {
         *("namespace", "prefix", "advertisement", "advertisements", "ask", "audit", "worker", "at_worker"),
         *("any_open", "any_act", "session", "session_prefix", "sessions"),
+        *("recording", "episodes", "position"),
     }
 
 
@@ -355,4 +358,6 @@ def test_every_channel_has_an_operation_and_every_request_a_reply() -> None:
     operations = asyncapi()["operations"]
     used = {operation["channel"]["$ref"].rpartition("/")[2] for operation in operations.values()}
     assert used == set(asyncapi()["channels"]) - {"replies"}
-    assert {name for name, operation in operations.items() if "reply" not in operation} == {"advertise", "audit"}
+    assert {name for name, operation in operations.items() if "reply" not in operation} == {
+        *("advertise", "audit", "record", "index"),
+    }

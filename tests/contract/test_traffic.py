@@ -16,6 +16,7 @@ from meshrl.client.mesh import Mesh
 from meshrl.errors import MeshError
 from meshrl.wire import messages
 from meshrl.wire.codec import pack, unpack
+from meshrl.wire.compressed import decompress
 from meshrl.wire.parts import Assembler, is_part
 from meshrl.wire.subjects import Subjects
 from meshrl.worker.agent_worker import AgentWorker
@@ -24,6 +25,8 @@ from meshrl.worker.policies import random_policy
 from schemas.ops import FORMS
 from tests.contract.asking import answer, answers_of_lanes, code_of
 from tests.contract.reading import asyncapi, fault
+from tests.mesh.conftest import until
+from tests.mesh.recordings import listed
 
 # No client of this package sends these: act_at_worker is for observations over the payload limit, the other for clients
 # without a directory. probe needs a request that is quiet for long.
@@ -77,12 +80,28 @@ async def _use_everything(server: EmbeddedServer) -> None:
         with pytest.raises(MeshError):
             await mesh.agent("remembering", stateful=True, wait=0.3)
         await env.close()
+        await _use_recordings(mesh, envs)
         await _use_a_session_that_is_lost(mesh, envs)
         await _use_vectors(mesh)
         await _use_pools(mesh)
         await _use_shards_that_are_lost(mesh, envs)
         await _break_rules(server, envs)
         assert await ask(context_of(mesh), envs.id, 1.0) == 0
+
+
+async def _use_recordings(mesh: Mesh, worker: EnvWorker) -> None:
+    """An episode that is recorded with all there is, and run again."""
+    async with await mesh.env("cartpole", record="full", labels={"run": "a"}, policy="random") as env:
+        await env.reset(seed=1, options={"low": -0.01, "high": 0.01})
+        for _ in range(5):
+            await env.step(1)
+        await env.set_attr("gravity", 9.0)
+        await env.reset()
+        await env.step(1)
+    # Who hears everything here keeps the server from saying that nobody listens: the streams have to be there.
+    await until(lambda: worker.recorded.recorded == 8, "what it did is stored")
+    (first, _) = await listed(mesh, "cartpole", 2)
+    assert await mesh.verify(first.episode_id)
 
 
 async def _use_a_session_that_is_lost(mesh: Mesh, worker: EnvWorker) -> None:
@@ -208,15 +227,19 @@ async def test_everything_that_the_code_sends_is_on_a_channel_and_valid(server: 
             assert isinstance(opened, dict)
             forms[opened["session"]] = {"single": ""}.get(opened.get("form", "single"), f"{opened.get('form')}_")
         form = forms[subject.split(".")[6]] if channel.startswith("session_") else ""
-        (message,) = _of_form(list(document["channels"][channel]["messages"]), form)
+        names = _of_form(list(document["channels"][channel]["messages"]), form)
+        if channel == "recording":
+            body = decompress(body, 1 << 24)
+            names = ["chunk" if "n" in unpack(body) else "recorded"]
+        (message,) = names
         assert fault(message, body) == "", f"{subject}: {fault(message, body)}"
         seen[f"{form}{channel}"] += 1
-        if reply:
+        if reply and "reply" in operations[channel][1]:
             asked[reply] = channel, form
     told = {f"{form}session_{op}" for form, table in FORMS.items() for op in table}
     channels = {name for name in patterns if not name.startswith("session_")} | {"session_close"} | told
     channels -= ELSEWHERE
-    answered = {f"answer to {name}" for name in channels - {"advertisement", "audit"}}
+    answered = {f"answer to {name}" for name in channels - {"advertisement", "audit", "recording", "episodes"}}
     assert set(seen) >= channels | answered, (channels | answered) - set(seen)
 
 

@@ -97,8 +97,11 @@ MATRIX: list[tuple[str, str, Subject, set[Any]]] = [
     ("hear opens that others take", "subscribe", lambda _: AT.any_open("counter", "*"), set()),
     ("hear acts that others take", "subscribe", lambda _: AT.any_act("random", "*"), set()),
     # recordings and live views; the audit
-    ("record", "publish", lambda _: f"{AT.prefix}rec.counter.s", WORKERS),
-    ("show a live view", "publish", lambda _: f"{AT.prefix}tap.counter.s", WORKERS),
+    ("record", "publish", lambda _: AT.recording("counter", "s"), {E}),
+    ("say which episodes there are", "publish", lambda _: AT.episodes("counter", "s"), {E}),
+    ("read recordings", "publish", lambda _: "$JS.API.DIRECT.GET.MESHRL_EPISODES", {E, L, B, O}),
+    ("hear a recording as it is made", "subscribe", lambda _: AT.recording("counter", "s"), set()),
+    ("show a live view", "publish", lambda _: f"{AT.prefix}tap.counter.s", {E}),
     ("see a live view", "subscribe", lambda _: f"{AT.prefix}tap.counter.s", {B, O}),
     ("say what was done", "publish", lambda _: f"{AT.prefix}audit.e1", WORKERS),
     ("hear what was done", "subscribe", lambda _: f"{AT.prefix}audit.*", {O}),

@@ -16,6 +16,7 @@ from meshrl.errors import (
     MalformedMessage,
     MeshError,
     ProtocolError,
+    RecordingError,
     TransportError,
     UsageError,
     WorkerError,
@@ -43,6 +44,8 @@ STANDARD: dict[str, tuple[type[Exception], ...]] = {
     "SubjectNotPermitted": (PermissionError,),
     "RequestTimeout": (TimeoutError,),
     "BusClosed": (ConnectionError,),
+    "StreamMissing": (LookupError,),
+    "EpisodeUnknown": (LookupError,),
     "UnknownName": (LookupError,),
     "MeshFull": (TimeoutError,),
     "SessionUnknown": (LookupError,),
@@ -69,13 +72,20 @@ def test_every_class_has_a_code_of_its_own() -> None:
 @pytest.mark.parametrize("cls", TRAVELLING)
 def test_a_code_is_the_name_of_its_class_in_snake_case(cls: type[MeshError]) -> None:
     name = "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("_")
-    families = {UsageError: "usage", ProtocolError: "protocol", TransportError: "transport", WorkerError: "worker"}
+    families = {
+        UsageError: "usage",
+        ProtocolError: "protocol",
+        TransportError: "transport",
+        WorkerError: "worker",
+        RecordingError: "recording",
+    }
     assert cls.code == families.get(cls, name)
 
 
 @pytest.mark.parametrize("cls", TRAVELLING)
-def test_every_error_has_one_of_four_to_blame(cls: type[MeshError]) -> None:
-    blamed = [family for family in (UsageError, ProtocolError, TransportError, WorkerError) if issubclass(cls, family)]
+def test_every_error_has_one_of_five_to_blame(cls: type[MeshError]) -> None:
+    families = (UsageError, ProtocolError, TransportError, WorkerError, RecordingError)
+    blamed = [family for family in families if issubclass(cls, family)]
     assert len(blamed) == 1
     assert cls.__name__ in str(errors.__doc__)
 

@@ -123,7 +123,7 @@ def test_an_error_reply_raises_the_same_error_at_the_client(exc: MeshError, seq:
 
 def test_the_ops_are_those_of_the_design() -> None:
     of_envs = {"reset", "step", "render", "state", "call", "get_attr", "set_attr", "is_wrapped", "replay"}
-    assert of_envs | {"act", "observe"} == OPS
+    assert of_envs | {"rerun", "act", "observe"} == OPS
 
 
 def of(*values: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -1,0 +1,294 @@
+"""``meshrl episodes``, ``replay``, ``verify``: what was recorded, read and run again; ``recordings`` makes streams."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from meshrl.bus.connect import connect
+from meshrl.bus.locate import locate
+from meshrl.cli.options import CredentialsFile, Json, Namespace, Url, bytes_in
+from meshrl.client.episode import Transition
+from meshrl.client.mesh import Mesh
+from meshrl.client.verifying import Verdict
+from meshrl.errors import EpisodeTorn, UsageError
+from meshrl.recording.episodes import EpisodeSummary
+from meshrl.recording.streams import MAX_BYTES, Retention, make_streams, stream_of
+from meshrl.wire.subjects import Subjects
+from meshrl.worker.running import run
+
+EpisodeArgument = Annotated[str, typer.Argument(help="Its id, as meshrl episodes shows it.", metavar="EPISODE")]
+Env = Annotated[
+    str | None, typer.Argument(help="Of one env alone, by its served name.", metavar="[ENV]", show_default=False)
+]
+Label = Annotated[list[str] | None, typer.Option(help="KEY=VALUE of their sessions; repeatable.", metavar="KEY=VALUE")]
+Last = Annotated[int, typer.Option(help="The newest N; 0 for all.", min=0, metavar="N")]
+WaitForWorker = Annotated[float, typer.Option(help="Seconds to wait for a worker, to run it again.", metavar="S")]
+STYLES = {"exact": "green", "close": "yellow", "unverifiable": "yellow", "diverged": "red", "torn": "red"}
+
+
+@asynccontextmanager
+async def _mesh(url: str | None, namespace: str, credentials: Path | None) -> AsyncIterator[Mesh]:
+    address = await locate(url, credentials=credentials, namespace=namespace, start=False)
+    async with Mesh(address, namespace=namespace, credentials=credentials) as mesh:
+        yield mesh
+
+
+def episodes(
+    env: Env = None,
+    last: Last = 50,
+    since: Annotated[
+        str | None, typer.Option(help="Those that ended since 2026-01-31, 2026-01-31T12:00 or 90m, 12h, 7d ago.")
+    ] = None,
+    min_return: Annotated[float | None, typer.Option(help="Those with at least that return.", metavar="R")] = None,
+    label: Label = None,
+    policy: Annotated[str | None, typer.Option(help="Those of that policy.", metavar="NAME")] = None,
+    as_json: Json = False,
+    url: Url = None,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """List recorded episodes, the newest last."""
+
+    async def look() -> list[EpisodeSummary]:
+        async with _mesh(url, namespace, credentials) as mesh:
+            found = [
+                one
+                async for one in mesh.episodes(
+                    env, since=_since(since), min_return=min_return, labels=_labels(label), policy=policy
+                )
+            ]
+            return found[-last:] if last else found
+
+    found = run(look())
+    if as_json:
+        for one in found:
+            print(json.dumps(_plain(one)))
+        return
+    console = Console(highlight=False)
+    if not found:
+        console.print("no episodes; they are listed once they have ended, and a second later")
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("episode", "env", "steps", "return", "end", "when", "user", "labels"):
+        table.add_column(column, justify="right" if column in {"steps", "return"} else "left")
+    for one in found:
+        labels = " ".join(f"{key}={value}" for key, value in one.labels.items())
+        labels = f"{labels} policy={one.policy}".strip() if one.policy else labels
+        when = f"{one.ended_at.astimezone():%Y-%m-%d %H:%M:%S}"
+        table.add_row(
+            one.episode_id, one.env, str(one.steps), f"{one.episode_return:g}", one.reason, when, one.user, labels
+        )
+    console.print(table)
+
+
+def replay(
+    episode: EpisodeArgument,
+    start: Annotated[int, typer.Option(help="The first step.", min=0, metavar="N")] = 0,
+    speed: Annotated[
+        float | None, typer.Option(help="How many times as fast as it went; at once when left out.", metavar="X")
+    ] = None,
+    wait: WaitForWorker = 30.0,
+    as_json: Json = False,
+    url: Url = None,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """Show a recorded episode step by step."""
+
+    async def show() -> None:
+        async with _mesh(url, namespace, credentials) as mesh:
+            async for one in mesh.replay(episode, start, speed, wait=wait):
+                print(json.dumps(_step(one)) if as_json else _line(one), flush=speed is not None)
+
+    run(show())
+
+
+def verify(
+    episode: Annotated[
+        str | None, typer.Argument(help="Its id, as meshrl episodes shows it.", metavar="[EPISODE]", show_default=False)
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All episodes that there are.")] = False,
+    env: Annotated[
+        str | None, typer.Option(help="With --all, those of one env.", metavar="ENV", show_default=False)
+    ] = None,
+    wait: WaitForWorker = 30.0,
+    as_json: Json = False,
+    url: Url = None,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """Run recorded episodes again, and say whether they go as they did. Exit code 1 where one diverged."""
+    if (episode is None) == (not all_):
+        raise UsageError("name an episode, or give --all; meshrl episodes lists them")
+    console = Console(highlight=False, soft_wrap=True)
+
+    async def judge() -> Counter[str]:
+        counts: Counter[str] = Counter()
+        async with _mesh(url, namespace, credentials) as mesh:
+            wanted = [episode] if episode is not None else [one.episode_id async for one in mesh.episodes(env)]
+            for n, id_ in enumerate(wanted, 1):
+                try:
+                    told = _verdict(await mesh.verify(id_, wait=wait))
+                except EpisodeTorn as exc:
+                    if episode is not None:
+                        raise
+                    told = {"episode_id": id_, "status": "torn", "why": exc.message}
+                counts[told["status"]] += 1
+                if as_json:
+                    print(json.dumps(told), flush=True)
+                elif told["status"] != "exact" or episode is not None:
+                    console.print(_told(told))
+                elif sys.stderr.isatty():
+                    print(f"\r{n} of {len(wanted)}", end="", file=sys.stderr, flush=True)
+        return counts
+
+    counts = run(judge())
+    if all_ and not as_json:
+        console.print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "no episodes")
+    if counts["diverged"] or counts["torn"]:
+        raise typer.Exit(1)
+
+
+def recordings(
+    env: Annotated[list[str], typer.Argument(help="Served names.", metavar="ENV...")],
+    max_bytes: Annotated[
+        str, typer.Option(help="How much is kept of each; the oldest goes first. 0 for no limit.", metavar="SIZE")
+    ] = f"{MAX_BYTES >> 30}G",
+    max_age: Annotated[
+        str | None, typer.Option(help="How long it is kept: 90m, 12h, 7d; for ever when left out.", metavar="TIME")
+    ] = None,
+    url: Url = None,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """Make the streams in which recordings of envs are kept, for workers that may not. What is there stays as it is."""
+    size = bytes_in(max_bytes, "--max-bytes")
+    retention = Retention(size or None, None if max_age is None else _ago(max_age, "--max-age").total_seconds())
+
+    async def make() -> None:
+        address = await locate(url, credentials=credentials, namespace=namespace, start=False)
+        async with connect(address, name="meshrl recordings", credentials=credentials) as connection:
+            subjects = Subjects(namespace)
+            for name in env:
+                new = await make_streams(connection, subjects, name, retention)
+                where = stream_of(subjects, name)
+                print(f"recordings of {name} are kept in {where}{'' if new else ', which is there already'}")
+
+    run(make())
+
+
+# --------------------------------------------------------------------------- texts
+
+
+def _line(one: Transition) -> str:
+    end = " terminated" if one.terminated else " truncated" if one.truncated else ""
+    return f"{one.step:5d}  {_short(one.observation)}  action {_short(one.action)}  reward {one.reward:g}{end}"
+
+
+def _short(value: Any) -> str:
+    text = np.array2string(value, precision=3, threshold=8) if isinstance(value, np.ndarray) else str(value)
+    return " ".join(text.split())[:100]
+
+
+def _step(one: Transition) -> dict[str, Any]:
+    return {
+        "step": one.step,
+        "observation": plain(one.observation),
+        "action": plain(one.action),
+        "reward": one.reward,
+        "terminated": one.terminated,
+        "truncated": one.truncated,
+        "next_observation": plain(one.next_observation),
+        "info": plain(one.info),
+        "policy_version": one.policy_version,
+    }
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    told: dict[str, Any] = {"episode_id": verdict.episode_id, "status": verdict.status}
+    for name in ("step", "field", "largest"):
+        if getattr(verdict, name) is not None:
+            told[name] = getattr(verdict, name)
+    if verdict.reasons:
+        told |= {"reasons": list(verdict.reasons), "details": plain(dict(verdict.details or {}))}
+    return told
+
+
+def _told(told: Mapping[str, Any]) -> str:
+    text = f"{told['episode_id']}  [{STYLES[told['status']]}]{told['status']}[/]"
+    if "step" in told:
+        text += f" at step {told['step']}: {told['field']}"
+    if "largest" in told:
+        text += f", by {told['largest']:.2g} at most"
+    if "reasons" in told:
+        text += f" ({', '.join(told['reasons'])})"
+    return text + (f": {told['why']}" if "why" in told else "")
+
+
+def _plain(one: EpisodeSummary) -> dict[str, Any]:
+    return {
+        "episode_id": one.episode_id,
+        "env": one.env,
+        "env_id": one.env_id,
+        "steps": one.steps,
+        "episode_return": plain(one.episode_return),
+        "reason": one.reason,
+        "ended_at": one.ended_at.isoformat(),
+        "user": one.user,
+        "labels": dict(one.labels),
+        "policy": one.policy,
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it; NaN and infinities as texts."""
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+def _labels(pairs: list[str] | None) -> dict[str, str]:
+    labels = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--label is KEY=VALUE, not {pair!r}")
+        labels[key] = value
+    return labels
+
+
+def _since(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError:
+        return datetime.now().astimezone() - _ago(text, "--since")
+
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def _ago(text: str, option: str) -> timedelta:
+    number, unit = text[:-1], text[-1:]
+    try:
+        return timedelta(**{_UNITS[unit]: float(number)})
+    except (KeyError, ValueError, OverflowError):
+        raise UsageError(f"{option} is a time such as 90m, 12h or 7d, not {text!r}") from None

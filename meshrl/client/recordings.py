@@ -1,0 +1,229 @@
+"""What a mesh has recorded, for its users: episodes, listed and read.
+
+Nothing here is on the step path: workers write recordings, and whoever reads them reads streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from meshrl.client.env import RemoteEnv
+from meshrl.client.episode import Episode, Transition, episode_of
+from meshrl.client.experience import ExperienceFeed
+from meshrl.client.recorded_forks import fork_of
+from meshrl.client.recovery import OnLoss
+from meshrl.client.rerunning import rerun
+from meshrl.client.verifying import Verdict, diverged, judge
+from meshrl.errors import UsageError
+from meshrl.recording.episodes import EpisodeSummary
+from meshrl.wire.record import RECORD_LEVELS, Record
+
+if TYPE_CHECKING:
+    from meshrl.client.context import Context
+
+RecordWish = Literal["off", "actions", "full"]
+
+
+def record_of(
+    level: RecordWish | None, every: int = 1, labels: Mapping[str, str] | None = None, policy: str | None = None
+) -> Record | None:
+    """What an open says of its recording; None where its user said nothing.
+
+    Raises:
+        UsageError: there is no such level, or a label that is too long or no text.
+    """
+    if level is not None and level not in RECORD_LEVELS:
+        raise UsageError(f"record is one of {', '.join(RECORD_LEVELS)}, not {level!r}")
+    if level is None and every == 1 and not labels and policy is None:
+        return None
+    try:
+        return Record(level=level, every=every, labels=dict(labels or {}), policy=policy)
+    except ValueError as exc:
+        raise UsageError(
+            "record_every is a number from 1, labels are at most 32 short texts by name, and policy is a short text"
+        ) from exc
+
+
+class Recordings(ABC):
+    """The part of a mesh that reads what was recorded."""
+
+    @abstractmethod
+    def _open(self) -> Context:
+        """The context of the mesh, which is open."""
+
+    async def episodes(
+        self,
+        env: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        min_return: float | None = None,
+        labels: Mapping[str, str] | None = None,
+        policy: str | None = None,
+    ) -> AsyncIterator[EpisodeSummary]:
+        """The recorded episodes that have ended, the oldest first.
+
+        Args:
+            env: the name under which it was served, exactly; None for all.
+            since: those that ended from then on, on the server's clock; naive times are local ones.
+            until: those that ended up to then.
+            min_return: those whose rewards add up to as much.
+            labels: those of sessions with all of these.
+            policy: those with actions of that policy.
+
+        Raises:
+            MeshUnreachable, RequestTimeout: the server is away, or does not answer.
+            SubjectNotPermitted: the login may not read recordings.
+        """
+        context = self._open()
+        library = await context.library()
+        wanted = dict(labels or {}).items()
+        async for summary, _, _ in library.located(env, since=since, until=until):
+            if (
+                (min_return is None or summary.episode_return >= min_return)
+                and wanted <= summary.labels.items()
+                and policy in {None, summary.policy}
+            ):
+                yield summary
+
+    async def episode(self, episode_id: str, *, wait: float = 30.0) -> Episode:
+        """A recorded episode, whole.
+
+        Where only actions were recorded, it is run again in an env of the mesh, which gives observations and infos;
+        everything that was recorded has to come out equal.
+
+        Args:
+            episode_id: of :meth:`episodes`.
+            wait: seconds to wait for a worker and a slot, if it is run again.
+
+        Raises:
+            InvalidName: it is no id.
+            EpisodeUnknown: it has not ended, was not recorded, or is kept no more.
+            EpisodeTorn: a part of it is kept no more, or cannot be read.
+            EpisodeDiverged: it was run again and went another way.
+            MeshError: as of :meth:`meshrl.Mesh.env`, where it is run again.
+        """
+        context = self._open()
+        read = await (await context.library()).episode(episode_id)
+        if read.observations is not None:
+            return episode_of(read, None)
+        again = await rerun(context, read, wait=wait)
+        verdict = judge(read, again)
+        if not verdict:
+            raise diverged(verdict)
+        return episode_of(read, again)
+
+    async def replay(
+        self, episode_id: str, start: int = 0, speed: float | None = None, *, wait: float = 30.0
+    ) -> AsyncIterator[Transition]:
+        """A recorded episode, step by step; made of the same as :meth:`episode`, and raises the same.
+
+        Args:
+            episode_id: of :meth:`episodes`.
+            start: the first step, counted from 0.
+            speed: how many times as fast as it went; None for as fast as it is read.
+            wait: seconds to wait for a worker and a slot, if it is run again.
+        """
+        if start < 0 or (speed is not None and not speed > 0):
+            raise UsageError("start is a step, counted from 0, and speed a number above 0, or None")
+        episode = await self.episode(episode_id, wait=wait)
+        began, at = time.monotonic(), None
+        for transition in episode.transitions(start):
+            if speed is not None:
+                told = float(episode.at_s[transition.step])
+                at = told if at is None else at
+                await asyncio.sleep(max(0.0, began + (told - at) / speed - time.monotonic()))
+            yield transition
+
+    async def verify(self, episode_id: str, *, wait: float = 30.0, where: Mapping[str, Any] | None = None) -> Verdict:
+        """Run a recorded episode again in a fresh env of the mesh, and say whether it is the same.
+
+        Args:
+            episode_id: of :meth:`episodes`.
+            wait: seconds to wait for a worker and a slot.
+            where: capabilities that the worker must have.
+
+        Raises:
+            InvalidName, EpisodeUnknown, EpisodeTorn: as of :meth:`episode`.
+            MeshError: as of :meth:`meshrl.Mesh.env`.
+        """
+        context = self._open()
+        read = await (await context.library()).episode(episode_id)
+        return judge(read, await rerun(context, read, wait=wait, where=where))
+
+    async def fork(
+        self,
+        episode_id: str,
+        step: int | None = None,
+        *,
+        wait: float = 30.0,
+        where: Mapping[str, Any] | None = None,
+        on_loss: OnLoss = "resume",
+    ) -> RemoteEnv:
+        """A live env in the state in which a recorded episode was after so many steps.
+
+        Args:
+            episode_id: of :meth:`episodes`.
+            step: after how many steps; 0 is right after the reset, None the end.
+            wait: seconds to wait for a worker and a slot.
+            where: capabilities that the worker must have.
+            on_loss: as of :meth:`meshrl.Mesh.env`.
+
+        Raises:
+            UsageError: the episode has fewer steps.
+            InvalidName, EpisodeUnknown, EpisodeTorn, EpisodeDiverged: as of :meth:`episode`.
+            MeshError: as of :meth:`meshrl.Mesh.env`.
+        """
+        context = self._open()
+        read = await (await context.library()).episode(episode_id)
+        return await fork_of(context, read, step, wait=wait, where=where, on_loss=on_loss)
+
+    def experience(
+        self,
+        env: str,
+        *,
+        name: str | None = None,
+        from_: datetime | None = None,
+        batch_size: int = 1024,
+        follow: bool = True,
+        labels: Mapping[str, str] | None = None,
+        policy: str | None = None,
+        min_return: float | None = None,
+        wait: float = 30.0,
+    ) -> ExperienceFeed:
+        """The transitions of recorded episodes, in batches, for off-policy learners and long-term stores.
+
+        Episodes come when they have ended, the oldest first. Where observations were not recorded, they are made by
+        running the episode again, as :meth:`episode` does.
+
+        Args:
+            env: the name under which it was served, exactly.
+            name: makes the feed durable: who asks for the same name again goes on behind what was taken.
+            from_: those that ended from then on, on the server's clock; None for all. A durable feed goes by it once.
+            batch_size: transitions a batch; fewer where there are no more at the moment.
+            follow: wait for more, for ever; else the feed ends with what there is.
+            labels: those of sessions with all of these.
+            policy: those with actions of that policy.
+            min_return: those whose rewards add up to as much.
+            wait: seconds to wait for a worker and a slot, where an episode is run again.
+
+        Raises:
+            UsageError: ``batch_size`` is no number from 1.
+        """
+        return ExperienceFeed(
+            self._open(),
+            env,
+            name=name,
+            since=from_,
+            batch_size=batch_size,
+            follow=follow,
+            labels=labels or {},
+            policy=policy,
+            min_return=min_return,
+            wait=wait,
+        )

@@ -1,0 +1,156 @@
+"""Running a recorded episode again: in a fresh env of the mesh, from its reset, with the same actions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from meshrl.client.session import RemoteSession
+from meshrl.client.shielded import shielded
+from meshrl.errors import MalformedMessage
+from meshrl.protocol.chunks import Column
+from meshrl.recording.episodes import RecordedEpisode
+from meshrl.wire.frames import Frame
+from meshrl.wire.messages import Description
+from meshrl.wire.record import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from meshrl.client.context import Context
+
+# A request has so many steps at first; then about as many as take this long, and no more than that.
+FIRST_STEPS = 32
+REQUEST_S = 0.25
+MAX_STEPS = 4096
+
+
+@dataclass(slots=True)
+class Rerun:
+    """What an env told when an episode was run again, by its own values.
+
+    Attributes:
+        description: of the env that it was run in.
+        obs: of the reset and of each step.
+        infos: the same.
+        rewards: of each step.
+        terminated: the same.
+        truncated: the same.
+    """
+
+    description: Description
+    obs: list[Any]
+    infos: list[dict[str, Any]]
+    rewards: list[Any]
+    terminated: list[Any]
+    truncated: list[Any]
+
+    def add(self, frame: Frame) -> None:
+        """It told that, too."""
+        self.obs += frame["obs"]
+        self.infos += frame["infos"]
+        self.rewards += frame["rewards"]
+        self.terminated += frame["terminated"]
+        self.truncated += frame["truncated"]
+
+
+async def rerun(
+    context: Context, episode: RecordedEpisode, *, wait: float, where: Mapping[str, Any] | None = None
+) -> Rerun:
+    """Run it again, whole, in an env that is opened for it.
+
+    Raises:
+        MeshError: as of :meth:`meshrl.Mesh.env`, or what the env's code raised.
+    """
+    chain = await (await context.library()).chain(episode)
+    session = await opened(context, episode, wait=wait, where=where)
+    try:
+        for one in chain:
+            told = Rerun(session.grant.description, [], [], [], [], [])
+            async for frame in frames(session, one):
+                told.add(frame)
+        return told
+    finally:
+        await shielded(session.close())
+
+
+async def opened(
+    context: Context, episode: RecordedEpisode, *, wait: float, where: Mapping[str, Any] | None
+) -> RemoteSession:
+    """A session of the same env, which is not recorded."""
+    recorded = episode.recorded
+    return await context.open(
+        "env",
+        recorded.name,
+        recorded.kwargs,
+        where,
+        wait,
+        render_mode=recorded.render_mode,
+        digests="large",  # so that what outlived a reset can be put there
+        record=Record(level="off"),
+    )
+
+
+async def frames(session: RemoteSession, episode: RecordedEpisode) -> AsyncIterator[Frame]:
+    """What a fresh env tells of the episode, some steps at a time; ends with it.
+
+    Raises:
+        MalformedMessage: its worker's answer is none.
+        MeshError: the session's.
+    """
+    begin: Frame | None = reset_of(episode)
+    batches = episode.described.actions
+    left, count = episode.actions, FIRST_STEPS
+    size = len(episode.rewards)
+    at = 0
+    while begin is not None or at < size:
+        until = min(size, at + count)
+        part = _cut(batches, left, at, until)
+        began = time.monotonic()
+        frame = await session.request(
+            "rerun", {"actions": [part.form, part.values], **({} if begin is None else {"reset": begin})}
+        )
+        _check(frame, until - at, reset=begin is not None)
+        yield frame
+        if len(frame["rewards"]) < until - at:
+            return
+        took = max(1e-4, time.monotonic() - began)
+        count = max(1, min(MAX_STEPS, 2 * count, int(count * REQUEST_S / took)))
+        begin, at = None, until
+
+
+def actions_of(episode: RecordedEpisode, start: int, stop: int) -> list[Any]:
+    """Some of its actions, one by one."""
+    batches = episode.described.actions
+    part = _cut(batches, episode.actions, start, stop)
+    return part.values if part.form == "items" else list(batches.rows(part.values, stop - start))
+
+
+def reset_of(episode: RecordedEpisode) -> Frame:
+    """The request with which the episode begins."""
+    fields: Frame = {}
+    if episode.seed is not None:
+        fields["seed"] = episode.seed
+    elif episode.state is not None:
+        fields |= {"state": episode.state, "last_seed": 0}
+    if episode.options is not None:
+        fields["options"] = episode.options
+    return fields
+
+
+def _cut(batches: Any, column: Column, start: int, stop: int) -> Column:
+    if column.form == "items" or start == stop:
+        return Column("items", list(column.values[start:stop]) if column.form == "items" else [])
+    return Column("batch", batches.cut(column.values, start, stop))
+
+
+def _check(frame: Frame, steps: int, *, reset: bool) -> None:
+    names = ("rewards", "terminated", "truncated")
+    lists = [frame.get(name) for name in ("obs", "infos", *names)]
+    if not all(type(one) is list for one in lists):
+        raise MalformedMessage("the answer to a rerun has lists of what was told")
+    told = len(frame["rewards"])
+    if told > steps or [len(one) for one in lists if one is not None] != [told + reset, told + reset, told, told, told]:
+        raise MalformedMessage("the answer to a rerun has as many values as steps")

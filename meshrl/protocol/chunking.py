@@ -1,0 +1,421 @@
+"""Chunking: the chunks of one session's recording, one after another, and the episodes that end in each.
+
+What is done for each row numpy does for all at once; what is done for each *run*, the rows of one episode of one lane
+that stand in a chunk, is a turn of a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.protocol.chunks import Change, Chunk, Column, Resets
+from meshrl.protocol.digests import chained
+from meshrl.protocol.joined import Told, joined, picked
+from meshrl.protocol.transcript import Asked, Began, Note, One, Transcript
+from meshrl.wire.codec import unpack
+
+# Why an episode ended: it terminated, was truncated, was reset before that, its session was closed, its env raised, or
+# its worker was lost with it and nobody could go on.
+REASONS = ("terminated", "truncated", "reset", "closed", "crashed", "lost")
+TERMINATED, TRUNCATED, RESET, CLOSED, CRASHED, LOST = range(len(REASONS))
+# By why a session ended. Of any other nobody knows whether it does not go on elsewhere.
+ENDS = {"closed": CLOSED, "ended": CRASHED}
+
+
+class Ended(NamedTuple):
+    """An episode that ended, and has steps.
+
+    Attributes:
+        lane: whose.
+        number: counted from 0 since its env was made.
+        steps: of it.
+        episode_return: the sum of its rewards.
+        reason: the position in :data:`REASONS`.
+        first: the number of the chunk in which it began.
+    """
+
+    lane: int
+    number: int
+    steps: int
+    episode_return: float
+    reason: int
+    first: int
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Where a lane stands behind the last chunk."""
+
+    number: int = -1
+    steps: int = 0
+    episode_return: float = 0.0
+    first: int = 0
+    over: bool = True  # its episode has ended, or it has none
+    torn: bool = False  # a part of its episode is missing
+
+
+class Chunker:
+    """Makes the chunks of one session.
+
+    Args:
+        transcript: of the session.
+        every: of each lane every so many episodes are recorded, the first among them.
+
+    Attributes:
+        n: the number of the last chunk.
+    """
+
+    def __init__(self, transcript: Transcript, every: int = 1) -> None:
+        self.n = 0
+        self._transcript = transcript
+        self._every = every
+        self._lanes = [_Lane() for _ in range(transcript.count)]
+        self._digests = np.zeros(transcript.count, np.uint64)
+        self._lost: set[int] = set()
+        self._policy: int | None = None
+        self._stored: dict[int, _Stored] = {}  # by lane, what of a replay is stored already
+        self._offsets: NDArray[np.int64] | None = None  # of episodes' numbers, where they are counted anew
+
+    def go_on(self, last: Chunk, *, redone: bool) -> list[Ended]:
+        """Go on with a recording that somebody else began; gives the episodes that nobody goes on with.
+
+        Args:
+            last: the last chunk of it that is stored.
+            redone: whether the session was brought back by a replay, so that what is noted begins with what is stored,
+                or some of it. Else its envs are new.
+        """
+        self.n = last.n
+        for i, lane in enumerate(self._lanes):
+            lane.number, lane.steps = int(last.numbers[i]), int(last.steps[i])
+            lane.episode_return, lane.over = float(last.returns[i]), bool(last.over[i])
+            lane.torn = i in last.lost
+        if last.policies:
+            self._policy = last.policies[-1][1]
+        numbers = iter(last.started.numbers.tolist())
+        began = {int(row): Began(next(numbers), None, None, None) for row in np.flatnonzero(last.resets)}
+        for run in _Runs(last).all(began):
+            self._take(run, [])
+        for lane in self._lanes:
+            lane.first = 0  # before this writer's own
+        self._digests[last.lanes] = last.digests
+        if redone:
+            self._stored = {
+                i: _Stored(lane.number, lane.steps + 1) for i, lane in enumerate(self._lanes) if lane.number >= 0
+            }
+            return []
+        ended: list[Ended] = []
+        self._offsets = np.array([lane.number + 1 for lane in self._lanes], np.int64)
+        for i in range(len(self._lanes)):
+            self._leave(i, LOST, ended)
+        return ended
+
+    @property
+    def oldest(self) -> int:
+        """The number of the chunk in which the oldest episode that goes on began."""
+        return min((lane.first for lane in self._lanes if not lane.over), default=self.n)
+
+    def lose(self, lanes: set[int]) -> None:
+        """Something of these is missing from now on, until they are reset."""
+        self._lost |= lanes
+
+    def chunk(self, noted: Sequence[Note | One | Asked], end: str = "") -> tuple[Chunk, list[Ended]] | None:
+        """What was noted as the next chunk, with the episodes that ended in it; None if there is nothing to keep.
+
+        Args:
+            noted: of :meth:`~meshrl.protocol.transcript.Transcript.taken`.
+            end: why the session ended, if it did.
+        """
+        lost, self._lost = sorted(self._lost), set()
+        for lane in lost:
+            self._lanes[lane].torn = True
+        told = joined(self._transcript, noted)
+        if self._offsets is not None:
+            for row, began in told.begun.items():
+                began.number += int(self._offsets[told.lanes[row]])
+        before = {name: [getattr(lane, name) for lane in self._lanes] for name in _CARRIED}
+        ended: list[Ended] = []
+        self.n += 1
+        rows = _Rows(told)
+        if self._stored:
+            rows.keep(self._not_stored(rows), self._transcript)
+        runs = _Runs(rows)
+        kept = [self._take(run, ended) for run in runs.all(rows.began())]
+        if end in ENDS:
+            for i in range(len(self._lanes)):
+                self._leave(i, ENDS[end], ended)
+        rows.keep(runs.spread(kept), self._transcript)
+        if not (len(rows.source) or told.asked or lost or end):
+            self.n -= 1
+            return None
+        full = self._transcript.level == "full"
+        policy, self._policy = self._policy, told.policies[-1][1] if told.policies else self._policy
+        chunk = Chunk(
+            n=self.n,
+            lanes=rows.lanes,
+            resets=rows.resets,
+            rewards=rows.rewards,
+            terminations=rows.terminations,
+            truncations=rows.truncations,
+            digests=self._digested(rows),
+            at_us=rows.at_us(),
+            actions=rows.actions,
+            started=rows.started(),
+            numbers=np.array(before["number"], np.int64),
+            steps=np.array(before["steps"], np.int64),
+            returns=np.array(before["episode_return"], np.float64),
+            over=np.array(before["over"], np.bool_),
+            first=np.array(before["first"], np.int64),
+            observations=rows.observations(self._transcript) if full else None,
+            infos=rows.infos() if full else None,
+            changes=tuple(Change(rows.position(row), one.lane, one.op, one.given) for row, one in told.asked),
+            policies=rows.policies(policy),
+            lost=tuple(lost),
+            end=end,
+        )
+        return chunk, ended
+
+    def _not_stored(self, rows: _Rows) -> NDArray[np.bool_]:
+        """Of rows that are done again, which of them are not stored."""
+        runs = _Runs(rows)
+        seen = [self._seen(run, length) for run, length in zip(runs.all(rows.began()), runs.lengths, strict=True)]
+        return runs.spread_from(seen)
+
+    def _seen(self, run: _Run, length: int) -> int:
+        """How many rows of a run are stored already."""
+        stored = self._stored.get(run.lane)
+        if stored is None:
+            return 0
+        if run.began is not None:
+            stored.at = run.began.number
+        if stored.at < stored.number:
+            return length
+        lane = self._lanes[run.lane]
+        if stored.at > stored.number:
+            # Where the replay begins behind what is stored, the end of what is stored there is missing.
+            if stored.left and not lane.over:
+                lane.over = lane.torn = True
+            del self._stored[run.lane]
+            return 0
+        seen = min(length, stored.left)
+        stored.left -= seen
+        return seen
+
+    def _take(self, run: _Run, ended: list[Ended]) -> bool:
+        """Take in a run; gives whether its rows are recorded."""
+        lane = self._lanes[run.lane]
+        if run.began is not None:
+            self._leave(run.lane, RESET, ended)
+            lane.number, lane.first, lane.steps, lane.episode_return = run.began.number, self.n, 0, 0.0
+            lane.over = lane.torn = False
+        if not lane.over:  # an env that nobody resets may be stepped behind its end
+            lane.steps += run.steps
+            lane.episode_return += run.rewards
+            if run.reason is not None:
+                self._leave(run.lane, run.reason, ended)
+        return self._records(lane)
+
+    def _leave(self, i: int, reason: int, ended: list[Ended]) -> None:
+        """The episode of a lane is over, if it has one."""
+        lane = self._lanes[i]
+        if not lane.over and lane.steps and self._records(lane):
+            ended.append(Ended(i, lane.number, lane.steps, lane.episode_return, reason, lane.first))
+        lane.over = True
+
+    def _records(self, lane: _Lane) -> bool:
+        return lane.number >= 0 and lane.number % self._every == 0 and not lane.torn
+
+    def _digested(self, rows: _Rows) -> NDArray[np.uint64]:
+        """The digest at each row."""
+        order = np.argsort(rows.lanes, kind="stable")
+        lanes, resets = rows.lanes[order], rows.resets[order]
+        begins = np.flatnonzero(_firsts(lanes) | resets)
+        before = np.where(resets[begins], np.uint64(0), self._digests[lanes[begins]])
+        digests = np.zeros(len(order), np.uint64)
+        digests[order] = chained(rows.told.hashes[rows.shown][order], begins, before)
+        self._digests[rows.lanes] = digests  # of several rows of a lane, the last counts
+        return digests
+
+
+@dataclass(slots=True)
+class _Stored:
+    """What of a lane's replay is stored.
+
+    Attributes:
+        number: of the last episode of which something is.
+        left: rows of that which were not seen yet.
+        at: the number of the episode at which the replay is.
+    """
+
+    number: int
+    left: int
+    at: int = 0
+
+
+# What each chunk says of where its lanes were before it.
+_CARRIED = ("number", "steps", "episode_return", "over", "first")
+
+
+class _Run(NamedTuple):
+    """The rows of one episode of one lane.
+
+    Attributes:
+        lane: whose.
+        began: what the reset was given that is the first of them; None where the episode goes on.
+        steps: up to its end.
+        rewards: their sum up to there.
+        reason: why it ended; None if it did not.
+    """
+
+    lane: int
+    began: Began | None
+    steps: int
+    rewards: float
+    reason: int | None
+
+
+class _Rows:
+    """The rows of a chunk: those that were told, and of each final two, the step and the reset.
+
+    Attributes:
+        source: of each row, which of those that were told it is; ascending.
+        again: whether it is the second of that.
+        shown: where its hash and its observation stand.
+    """
+
+    def __init__(self, told: Told) -> None:
+        self.told = told
+        count = len(told.lanes)
+        twice = np.ones(count, np.int64)
+        twice[told.finals] = 2
+        self.source = np.repeat(np.arange(count), twice)
+        self.again = ~_firsts(self.source)
+        self.shown = self.source.copy()
+        first = np.flatnonzero(self.again) - 1
+        self.shown[first] = count + np.arange(len(first))
+        self.lanes = told.lanes[self.source].astype(np.int32)
+        self.resets = told.resets[self.source] | self.again
+        self.rewards = np.where(self.resets, 0.0, told.rewards[self.source])
+        self.terminations = told.terminations[self.source] & ~self.resets
+        self.truncations = told.truncations[self.source] & ~self.resets
+        self.actions = told.actions
+
+    def keep(self, kept: NDArray[np.bool_], transcript: Transcript) -> None:
+        """Leave out all others."""
+        if kept.all():
+            return
+        self.actions = picked(transcript.actions, self.actions, np.flatnonzero(kept[~self.resets]))
+        for name in ("source", "again", "shown", "lanes", "resets", "rewards", "terminations", "truncations"):
+            setattr(self, name, getattr(self, name)[kept])
+
+    def began(self) -> dict[int, Began]:
+        """What each reset was given, by row."""
+        return {row: self.told.begun[int(self.source[row])] for row in np.flatnonzero(self.resets).tolist()}
+
+    def started(self) -> Resets:
+        """The same in columns."""
+        began = list(self.began().values())
+        numbers = np.array([one.number for one in began], np.int64)
+        return Resets(
+            numbers, [one.seed for one in began], [one.state for one in began], [one.options for one in began]
+        )
+
+    def position(self, told: int) -> int:
+        """The first row that is not before one that was told."""
+        return int(np.searchsorted(self.source, told))
+
+    def policies(self, before: int | None) -> tuple[tuple[int, int], ...]:
+        """The version with which the chunk begins, and each that follows, by its first row."""
+        versions = {} if before is None else {0: before}
+        versions |= {self.position(row): version for row, version in self.told.policies}
+        return tuple((row, version) for row, version in sorted(versions.items()) if row < len(self.source))
+
+    def at_us(self) -> NDArray[np.uint32]:
+        """When each was told, in microseconds since the first."""
+        at = self.told.at[self.source]
+        since = (at - at[0]) * 1e6 if len(at) else at
+        return since.clip(0, 0xFFFF_FFFF).astype(np.uint32)
+
+    def observations(self, transcript: Transcript) -> Column:
+        """Of each row."""
+        kept = self.told.observations
+        return Column("items", []) if kept is None else picked(transcript.observations, kept, self.shown)
+
+    def infos(self) -> list[tuple[int, dict[str, Any]]]:
+        """Those that are not empty, by row."""
+        finals = set(self.told.finals.tolist())
+        keys = 2 * self.source + self.again
+        wanted = [(2 * row + (row in finals), info) for row, info in self.told.infos]
+        wanted += [(2 * row, info) for row, info in self.told.final_infos]
+        infos = []
+        for key, info in sorted(wanted, key=itemgetter(0)):
+            row = int(np.searchsorted(keys, key))
+            if row < len(keys) and keys[row] == key:
+                infos.append((row, unpack(info)))
+        return infos
+
+
+class _Runs:
+    """The rows in the order of their lanes, cut where an episode begins.
+
+    Attributes:
+        lengths: of each run, in rows.
+    """
+
+    def __init__(self, rows: _Rows | Chunk) -> None:
+        self._order = order = np.argsort(rows.lanes, kind="stable")
+        self._resets = resets = rows.resets[order]
+        self._lanes = rows.lanes[order]
+        self._begins = begins = np.flatnonzero(_firsts(self._lanes) | resets)
+        stops = np.append(begins[1:], len(order))
+        self.lengths: list[int] = (stops - begins).tolist()
+        # An episode ends with the first step that says so; what is behind it counts nothing.
+        terminated = rows.terminations[order]
+        flagged = np.append(np.flatnonzero(terminated | rows.truncations[order]), len(order))
+        ends = flagged[np.searchsorted(flagged, begins)]
+        self._finished = ends < stops
+        last = np.minimum(ends, stops - 1)
+        self._terminated = terminated[last]
+        steps = np.append(0, np.cumsum(~resets))
+        self._steps = steps[last + 1] - steps[begins]
+        counts = np.arange(len(order)) <= np.repeat(last, stops - begins)
+        rewards = np.where(counts, rows.rewards[order], 0.0)
+        self._rewards = np.add.reduceat(rewards, begins) if len(begins) else np.zeros(0)
+
+    def all(self, began: Mapping[int, Began]) -> Iterator[_Run]:
+        """Each run; those of a lane in order.
+
+        Args:
+            began: what each reset was given, by row.
+        """
+        for k, begin in enumerate(self._begins.tolist()):
+            reason = None
+            if self._finished[k]:
+                reason = TERMINATED if self._terminated[k] else TRUNCATED
+            first = began[int(self._order[begin])] if self._resets[begin] else None
+            yield _Run(int(self._lanes[begin]), first, int(self._steps[k]), float(self._rewards[k]), reason)
+
+    def spread(self, values: Sequence[bool]) -> NDArray[np.bool_]:
+        """What is said of each run, of each row."""
+        spread = np.zeros(len(self._order), np.bool_)
+        spread[self._order] = np.repeat(np.array(values, np.bool_), self.lengths)
+        return spread
+
+    def spread_from(self, starts: Sequence[int]) -> NDArray[np.bool_]:
+        """Of each run, the rows from that one on."""
+        spread = np.zeros(len(self._order), np.bool_)
+        since = np.arange(len(self._order)) - np.repeat(self._begins, self.lengths)
+        spread[self._order] = since >= np.repeat(np.array(starts, np.int64), self.lengths)
+        return spread
+
+
+def _firsts(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each differs from the one before it."""
+    firsts = np.ones(len(values), np.bool_)
+    firsts[1:] = values[1:] != values[:-1]
+    return firsts

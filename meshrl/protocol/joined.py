@@ -1,0 +1,229 @@
+"""Joined: what was noted of a session's lanes as columns, a row an answer to a lane.
+
+Where a step ended an episode and its lane was reset with it (SAME_STEP, and pools), one row shows the reset; the last
+observation of the step, its hash and its info stand apart, as a *final*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.errors import MalformedMessage
+from meshrl.protocol.chunks import Column
+from meshrl.protocol.digests import Words, hashes_of
+from meshrl.protocol.transcript import (
+    Asked,
+    Began,
+    Indices,
+    Note,
+    One,
+    Transcript,
+    flags_of,
+    hashes_of_values,
+    rewards_of,
+)
+from meshrl.wire.batches import Batching
+
+_NOTHING = Column("items", [])
+
+
+@dataclass(slots=True)
+class Told:
+    """Rows, in the order in which they were noted.
+
+    Attributes:
+        lanes: int64.
+        rewards: float64.
+        terminations: bool.
+        truncations: bool.
+        at: float64, when each was told, in monotonic seconds.
+        resets: bool, of rows that are a reset and no step.
+        begun: what each reset was given, by the row that shows its observation.
+        finals: int64, the rows of steps that were followed by a reset at once.
+        hashes: uint64, of the rows and, behind them, of the finals.
+        actions: of the rows that are no resets.
+        observations: in the order of ``hashes``, where they are kept.
+        infos: packed, by row.
+        final_infos: the same of the finals.
+        policies: the first row of each version.
+        asked: what else was asked, by the row that came next.
+    """
+
+    lanes: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    rewards: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    terminations: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    truncations: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    at: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    resets: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    begun: dict[int, Began] = field(default_factory=dict)
+    finals: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    hashes: Words = field(default_factory=lambda: np.zeros(0, np.uint64))
+    actions: Column = _NOTHING
+    observations: Column | None = None
+    infos: list[tuple[int, bytes]] = field(default_factory=list)
+    final_infos: list[tuple[int, bytes]] = field(default_factory=list)
+    policies: list[tuple[int, int]] = field(default_factory=list)
+    asked: list[tuple[int, Asked]] = field(default_factory=list)
+
+
+def joined(transcript: Transcript, noted: Sequence[Note | One | Asked]) -> Told:
+    """What was noted in ``transcript``, the oldest first, as columns."""
+    notes = [one for one in noted if isinstance(one, Note)]
+    ones = [one for one in noted if isinstance(one, One)]
+    told = _of_ones(transcript, ones) if ones else _of_notes(transcript, notes) if notes else Told()
+    if transcript.level != "full":
+        told.observations = None
+    row, policy = 0, None
+    for one in noted:
+        if isinstance(one, Asked):
+            told.asked.append((row, one))
+            continue
+        if one.policy is not None and one.policy != policy:
+            told.policies.append((row, one.policy))
+            policy = one.policy
+        row += 1 if isinstance(one, One) else len(one.rewards)
+    return told
+
+
+def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
+    begun = {row: one.begun for row, one in enumerate(ones) if one.begun is not None}
+    values = [[getattr(one, name) for one in ones] for name in ("reward", "terminated", "truncated")]
+    observations = None
+    if ones[0].hash is not None:
+        hashes = np.array([one.hash for one in ones], np.uint64)
+    else:
+        obs = [one.obs for one in ones]
+        hashes = hashes_of_values(transcript.observations, obs, values[0], values[1], values[2], list(begun))
+        observations = column_of(transcript.observations, obs)
+    return Told(
+        lanes=np.zeros(len(ones), np.int64),
+        rewards=rewards_of(values[0]),
+        terminations=flags_of(values[1]),
+        truncations=flags_of(values[2]),
+        at=np.array([one.at for one in ones]),
+        resets=np.array([one.begun is not None for one in ones]),
+        begun=begun,
+        hashes=hashes,
+        actions=column_of(transcript.actions, [one.action for one in ones if one.begun is None]),
+        observations=observations,
+        infos=[(row, one.info) for row, one in enumerate(ones) if one.info is not None],
+    )
+
+
+def _of_notes(transcript: Transcript, notes: Sequence[Note]) -> Told:
+    told, sizes = Told(), [len(note.rewards) for note in notes]
+    starts = (np.cumsum(sizes) - sizes).tolist()
+    count = sum(sizes)
+    every = np.arange(transcript.count)
+    told.lanes = np.concatenate([every if note.lanes is None else note.lanes for note in notes])
+    told.rewards = np.concatenate([note.rewards for note in notes])
+    told.terminations = np.concatenate([note.terminations for note in notes])
+    told.truncations = np.concatenate([note.truncations for note in notes])
+    told.at = np.repeat([note.at for note in notes], sizes)
+    told.resets = np.zeros(count, np.bool_)
+    finals: list[tuple[int, Any]] = []
+    for start, size, note in zip(starts, sizes, notes, strict=True):
+        if note.actions is None:
+            told.resets[start : start + size] = True
+        if not (note.begun or note.infos):
+            continue
+        ended = {row for row, _ in note.finals}
+        for row, began in note.begun.items():
+            told.begun[start + row] = began
+            told.resets[start + row] = row not in ended
+        finals += [(start + row, obs) for row, obs in note.finals]
+        told.infos += [(start + row, info) for row, info in note.infos]
+        told.final_infos += [(start + row, info) for row, info in note.final_infos]
+    told.finals = np.array([row for row, _ in finals], np.int64)
+    if notes[0].hashes is not None:
+        hashes = [note.hashes for note in notes if note.hashes is not None]
+        own = [one[:size] for one, size in zip(hashes, sizes, strict=True)]
+        behind = [one[size:] for one, size in zip(hashes, sizes, strict=True)]
+        told.hashes = np.concatenate([*own, *behind])
+    else:
+        batches = transcript.observations
+        parts, lengths = [note.obs for note in notes], list(sizes)
+        if finals:
+            parts.append(batches.stack([obs for _, obs in finals]))
+            lengths.append(len(finals))
+        batch = batches.joined(parts, lengths)
+        rows = np.concatenate([np.arange(count), told.finals])
+        leaves = list(batches.leaves(batch, len(rows)))
+        rewards, terminations, truncations = told.rewards[rows], told.terminations[rows], told.truncations[rows]
+        told.hashes = hashes_of(leaves, rewards, terminations, truncations, list(told.begun))
+        told.observations = Column("batch", batch)
+    told.actions = _actions(transcript.actions, notes, told.resets)
+    return told
+
+
+def _actions(batches: Batching, notes: Sequence[Note], resets: NDArray[np.bool_]) -> Column:
+    """Of the rows that are no resets: an autoreset was asked for by a step, whose action counts nothing."""
+    steps = [(note.actions, len(note.rewards)) for note in notes if note.actions is not None]
+    if not steps:
+        return _NOTHING
+    explicit = np.repeat([note.actions is None for note in notes], [len(note.rewards) for note in notes])
+    column = Column("batch", batches.joined([one for one, _ in steps], [size for _, size in steps]))
+    acted = ~resets[~explicit]
+    return column if acted.all() else picked(batches, column, np.flatnonzero(acted))
+
+
+def column_of(batches: Batching, values: list[Any]) -> Column:
+    """One env's own values: as a batch, where that keeps each of them to the bit, else as they are."""
+    space: Any = batches.space
+    kinds = set(map(type, values))
+    if kinds == {np.ndarray}:
+        if all(one.dtype == space.dtype and one.shape == space.shape for one in values):
+            return Column("batch", np.stack(values))
+    elif kinds and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds) and space.shape == ():
+        batch = np.array(values)
+        if batch.dtype.kind in "iu" and (batch.astype(space.dtype) == batch).all():
+            return Column("batch", batch.astype(space.dtype))
+    return Column("items", values)
+
+
+def picked(batches: Batching, column: Column, rows: Indices) -> Column:
+    """Some rows of a column."""
+    if not len(rows):
+        return _NOTHING
+    if column.form == "items":
+        return Column("items", [column.values[row] for row in rows.tolist()])
+    return Column("batch", batches.pick(column.values, rows))
+
+
+def joined_columns(batches: Batching, columns: Sequence[Column]) -> Column:
+    """Columns that were checked as one, in order; single values where one of them holds those."""
+    sizes = [size_of(batches, column) for column in columns]
+    filled = [(column, size) for column, size in zip(columns, sizes, strict=True) if size]
+    if not filled:
+        return _NOTHING
+    if all(column.form == "batch" for column, _ in filled):
+        return Column("batch", batches.joined([column.values for column, _ in filled], [size for _, size in filled]))
+    values: list[Any] = []
+    for column, size in filled:
+        values += column.values if column.form == "items" else list(batches.rows(column.values, size))
+    return Column("items", values)
+
+
+def size_of(batches: Batching, column: Column) -> int:
+    """How many values a column has."""
+    if column.form == "items":
+        return len(column.values)
+    leaf = next(iter(batches.leaves(column.values, 0)), ())
+    return len(leaf)
+
+
+def checked(batches: Batching, column: Column, count: int, what: str) -> None:
+    """Whether a column that was read is one of its space, with so many values.
+
+    Raises:
+        MalformedMessage: it is not.
+    """
+    if column.form == "batch":
+        batches.check(column.values, count, what, exact=False)
+    elif len(column.values) != count:
+        raise MalformedMessage(f"a chunk has {len(column.values)} {what}, not {count}", field=what)

@@ -1,0 +1,402 @@
+"""A transcript: what a session's lanes were asked and told since the last chunk of its recording.
+
+On the step path it only puts aside what an answer was made of. Everything else is done for some thousand rows at once
+when a chunk is taken, on whichever thread has time for it (:mod:`~meshrl.protocol.chunking`).
+
+    began    a lane is about to be reset            any thread, one at a time for each lane
+    note     a step or reset was answered           the worker's event loop
+    settle   the answer has left: what the envs may write to again is taken in now     the same
+    take     what was noted becomes a chunk         one thread at a time
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.protocol.digests import Words, hashes_of
+from meshrl.wire.batches import Batching
+from meshrl.wire.codec import pack
+from meshrl.wire.large import Rows
+
+Level = Literal["actions", "full"]
+Indices = NDArray[np.int64]
+Info = dict[str, Any]
+
+# Of one env, before it is taken in.
+_Untold = tuple[float, Any, Any, Any, Any, Any, Any, "Began | None"]
+
+# What a row takes of a chunk beside its action and observation.
+ROW_BYTES = 32
+
+
+@dataclass(slots=True)
+class Began:
+    """A reset.
+
+    Attributes:
+        number: of the episode that begins.
+        seed: that it was given.
+        state: what outlived a reset without one, if that is known.
+        options: that it was given.
+    """
+
+    number: int
+    seed: int | None
+    state: bytes | None
+    options: Info | None
+
+
+@dataclass(slots=True)
+class Note:
+    """An answer to some lanes.
+
+    Attributes:
+        at: when, in monotonic seconds.
+        lanes: of each row; None where each lane has one.
+        actions: a batch, one a row; None of an explicit reset.
+        obs: a batch of what was told; None once it is hashed and not kept.
+        rewards: as told.
+        terminations: as told.
+        truncations: as told.
+        begun: the rows that show an observation of a reset.
+        finals: the rows that show a reset where a step has ended, with that step's observation.
+        infos: of rows, packed; those of ``finals`` by themselves.
+        final_infos: the same of the steps that ended.
+        policy: the version of whoever chose the actions, where that is said.
+        nbytes: about what it takes of a chunk.
+        hashes: of the rows and of the finals behind them, where observations are too large to be kept.
+    """
+
+    at: float
+    lanes: Indices | None
+    actions: Any
+    obs: Any
+    rewards: NDArray[np.float64]
+    terminations: NDArray[np.bool_]
+    truncations: NDArray[np.bool_]
+    begun: dict[int, Began]
+    finals: list[tuple[int, Any]]
+    infos: list[tuple[int, Any]]  # or as they were told, before they are packed
+    final_infos: list[tuple[int, Any]]
+    policy: int | None
+    nbytes: int
+    hashes: Words | None = None
+
+
+class One(NamedTuple):
+    """An answer to the only lane of a session of one env: its own values, a row of a :class:`Note`."""
+
+    at: float
+    action: Any
+    obs: Any
+    reward: Any
+    terminated: Any
+    truncated: Any
+    info: bytes | None
+    begun: Began | None
+    policy: int | None
+    nbytes: int
+    hash: int | None
+
+
+@dataclass(slots=True)
+class Asked:
+    """Something else that was asked of a lane and changes its env: ``call`` or ``set_attr``."""
+
+    lane: int
+    op: str
+    given: Info
+    nbytes: int = ROW_BYTES
+
+
+@dataclass(slots=True)
+class Transcript:
+    """What the lanes of one session did, until it is taken.
+
+    Args:
+        count: of lanes.
+        observations: the space of each.
+        actions: the same.
+        level: ``full`` keeps observations and infos too.
+        hashes_at_once: whether observations are too large to be kept until a chunk is taken.
+        row_bytes: about what a row takes of a chunk.
+
+    Attributes:
+        policy: the version of whoever chooses the actions from now on, where that is said.
+        redone: whether its session was brought back by a replay.
+    """
+
+    count: int
+    observations: Batching
+    actions: Batching
+    level: Level
+    hashes_at_once: bool
+    row_bytes: int
+    policy: int | None = None
+    redone: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _noted_bytes: int = 0
+    _taken_bytes: int = 0
+    _began: dict[int, Began] = field(default_factory=dict)
+    _numbers: list[int] = field(default_factory=list)
+    _noted: deque[Note | One | Asked] = field(default_factory=deque)
+    _unsettled: list[Note] = field(default_factory=list)
+    _unsettled_ones: list[_Untold] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._numbers = [0] * self.count
+
+    @property
+    def nbytes(self) -> int:
+        """About what was noted and not taken, in bytes of a chunk."""
+        return self._noted_bytes - self._taken_bytes
+
+    def began(self, lane: int, seed: int | None, state: bytes | None, options: Info | None) -> int:
+        """A lane is about to be reset; the next answer to it shows what that gave. Returns the episode's number."""
+        number = self._numbers[lane]
+        self._numbers[lane] = number + 1
+        self._began[lane] = Began(number, seed, state, options)
+        return number
+
+    def numbered(self, lane: int, number: int) -> None:
+        """The next episode of a lane has that number: it is done again."""
+        self._numbers[lane] = number
+
+    def note(
+        self,
+        at: float,
+        lanes: Indices | None,
+        actions: Any,
+        obs: Any,
+        rewards: NDArray[np.float64],
+        terminations: NDArray[np.bool_],
+        truncations: NDArray[np.bool_],
+        infos: Sequence[tuple[int, Info]],
+    ) -> None:
+        """A step, or an explicit reset (``actions`` None), is about to be answered; nothing is copied yet.
+
+        Args:
+            at: now, in monotonic seconds.
+            lanes: of each row; None for all of them in order.
+            actions: a batch of one a row.
+            obs: the same of what is told.
+            rewards: one a row.
+            terminations: one a row.
+            truncations: one a row.
+            infos: pairs (row, info), those of a step that ended before that of the reset that followed it.
+        """
+        begun: dict[int, Began] = {}
+        if self._began:
+            began = self._began
+            if lanes is None:
+                begun = {lane: began.pop(lane) for lane in list(began)}
+            else:
+                begun = {row: began.pop(lane) for row, lane in enumerate(lanes.tolist()) if lane in began}
+        finals: list[tuple[int, Any]] = []
+        own: Sequence[tuple[int, Info]] = infos
+        final_infos: list[tuple[int, Any]] = []
+        if begun and actions is not None and infos:
+            ended = {row for row in begun if terminations[row] or truncations[row]}
+            if ended:
+                last = [(row, info) for row, info in infos if row in ended and "final_obs" in info]
+                finals = [(row, info["final_obs"]) for row, info in last]
+                final_infos = [(row, info["final_info"]) for row, info in last if info.get("final_info")]
+                own = [one for one in infos if not (one[0] in ended and "final_obs" in one[1])]
+        nbytes = (len(rewards) + len(finals)) * self.row_bytes
+        note = Note(
+            at, lanes, actions, obs, rewards, terminations, truncations, begun, finals,
+            list(own), final_infos, self.policy, nbytes,
+        )  # fmt: skip
+        if self.level == "full" or self.hashes_at_once or finals or type(obs) is Rows:
+            self._unsettled.append(note)
+        else:
+            note.infos = []
+            self._keep(note)
+
+    def note_one(
+        self, at: float, action: Any, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any, *, reset: bool
+    ) -> None:
+        """The same of a session of one env, with its own values; an explicit reset has no action."""
+        begun = self._began.pop(0, None) if reset else None
+        self._unsettled_ones.append((at, action, obs, reward, terminated, truncated, info, begun))
+
+    def asked(self, lane: int, op: str, given: Info) -> None:
+        """A method of a lane's env was called, or an attribute set."""
+        self.settle()
+        self._keep(Asked(lane, op, given))
+
+    def note_redone(
+        self, at: float, lane: int, action: Any, obs: Any, reward: Any, ended: tuple[Any, Any], infos: Sequence[Info]
+    ) -> None:
+        """What one of several lanes told as it was done again; on any thread, and taken in at once."""
+        begun = self._began.pop(lane, None)
+        last = next((info for info in infos if "final_obs" in info), None)
+        rest = [info for info in infos if info is not last]
+        note = Note(
+            at,
+            np.array([lane], np.int64),
+            None if action is None else [own(action)],
+            self.observations.stack([obs]),
+            rewards_of([reward]),
+            flags_of([ended[0]]),
+            flags_of([ended[1]]),
+            {} if begun is None else {0: begun},
+            [] if last is None else [(0, own(last["final_obs"]))],
+            [(0, pack(info)) for info in rest if info] if self.level == "full" else [],
+            [(0, pack(last["final_info"]))] if self.level == "full" and last and last.get("final_info") else [],
+            self.policy,
+            (1 + (last is not None)) * self.row_bytes,
+        )
+        if self.level != "full" and self.hashes_at_once:
+            note.hashes = self._hashed(note)
+            note.obs, note.finals = None, [(row, None) for row, _ in note.finals]
+        with self._lock:
+            self._keep(note)
+
+    def settle(self) -> None:
+        """Take in what envs may write to again, when the answer has left and before more is asked of them."""
+        unsettled, self._unsettled = self._unsettled, []
+        for note in unsettled:
+            note.finals = [(row, own(obs)) for row, obs in note.finals]
+            if self.level == "full":
+                note.infos = [(row, pack(info)) for row, info in note.infos if info]
+                note.final_infos = [(row, pack(info)) for row, info in note.final_infos]
+                note.nbytes += sum([len(info) for _, info in (*note.infos, *note.final_infos)])
+            else:
+                note.infos = note.final_infos = []
+            if self.level != "full" and self.hashes_at_once:
+                note.hashes = self._hashed(note)
+                note.obs, note.finals = None, [(row, None) for row, _ in note.finals]
+            elif type(note.obs) is Rows:
+                note.obs = note.obs.stacked()
+            self._keep(note)
+        ones, self._unsettled_ones = self._unsettled_ones, []
+        for one in ones:
+            self._settle_one(*one)
+
+    def _settle_one(
+        self,
+        at: float,
+        action: Any,
+        obs: Any,
+        reward: Any,
+        terminated: Any,
+        truncated: Any,
+        info: Any,
+        begun: Began | None,
+    ) -> None:
+        packed, hash_, nbytes = None, None, self.row_bytes
+        if self.level == "full":
+            packed = pack(info) if info else None
+            nbytes += len(packed or b"")
+        if self.level != "full" and self.hashes_at_once:
+            hash_, obs = (
+                int(
+                    hashes_of_values(
+                        self.observations, [obs], [reward], [terminated], [truncated], [0] if begun else []
+                    )[0]
+                ),
+                None,
+            )
+        else:
+            obs = own(obs)
+        self._keep(One(at, own(action), obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_))
+
+    def _keep(self, note: Note | One | Asked) -> None:
+        self._noted.append(note)
+        self._noted_bytes += note.nbytes
+
+    def _hashed(self, note: Note) -> Words:
+        """Of the rows, and of the finals behind them."""
+        batches = self.observations
+        count = len(note.rewards)
+        flags = note.terminations, note.truncations
+        hashes = hashes_of(list(batches.leaves(note.obs, count)), note.rewards, *flags, list(note.begun))
+        if not note.finals:
+            return hashes
+        rows = [row for row, _ in note.finals]
+        ended = batches.stack([obs for _, obs in note.finals])
+        told = (note.rewards[rows], note.terminations[rows], note.truncations[rows])
+        return np.concatenate([hashes, hashes_of(list(batches.leaves(ended, len(rows))), *told)])
+
+    def taken(self, limit_bytes: int) -> list[Note | One | Asked]:
+        """What was noted, the oldest first, at most about so much of it; at least one note if there is any."""
+        taken: list[Note | One | Asked] = []
+        size = 0
+        for _ in range(len(self._noted)):
+            if taken and size + self._noted[0].nbytes > limit_bytes:
+                break
+            one = self._noted.popleft()
+            size += one.nbytes
+            taken.append(one)
+        self._taken_bytes += size
+        return taken
+
+    def dropped(self) -> tuple[set[int], int]:
+        """Forget what was noted, where nobody could keep it; gives the lanes that miss something now, and the rows."""
+        lanes: set[int] = set()
+        rows = 0
+        for one in self.taken(1 << 62):
+            if isinstance(one, Asked):
+                lanes.add(one.lane)
+                continue
+            rows += 1 if isinstance(one, One) else len(one.rewards)
+            if isinstance(one, One):
+                lanes.add(0)
+            else:
+                lanes.update(range(self.count) if one.lanes is None else one.lanes.tolist())
+        return lanes, rows
+
+
+def hashes_of_values(
+    batches: Batching,
+    obs: list[Any],
+    rewards: list[Any],
+    terminated: list[Any],
+    truncated: list[Any],
+    anew: Sequence[int],
+) -> Words:
+    """Of what one env told, by its own values: as those of a batch, where they can be one."""
+    told = rewards_of(rewards), flags_of(terminated), flags_of(truncated)
+    try:
+        leaves = list(batches.leaves(batches.stack(obs), len(obs)))
+    except Exception:  # noqa: BLE001  # an env need not keep to its space
+        leaves = [obs]
+    return hashes_of(leaves, *told, anew)
+
+
+def rewards_of(values: list[Any]) -> NDArray[np.float64]:
+    """Rewards of one env as numbers; NaN for what is none."""
+    try:
+        column = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        column = np.empty(0)
+    return column if column.shape == (len(values),) else np.fromiter(map(_number, values), np.float64)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(np.asarray(value, np.float64).item())
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def flags_of(values: list[Any]) -> NDArray[np.bool_]:
+    """Flags of one env, by their truth."""
+    return np.fromiter(map(bool, values), np.bool_, len(values))
+
+
+def own(value: Any) -> Any:
+    """A value with arrays that nobody else writes to."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, dict):
+        return {key: own(part) for key, part in value.items()}
+    return type(value)(map(own, value)) if type(value) in (tuple, list) else value

@@ -1,0 +1,1 @@
+"""Recordings: episodes in JetStream, written by workers and read by anyone."""

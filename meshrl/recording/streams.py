@@ -1,0 +1,74 @@
+"""The streams of recordings: one for each env, which can be kept as long as is wanted of it, and an index of episodes.
+
+    MESHRL_REC_<namespace>_<env>   meshrl.v1.<namespace>.rec.<env>.<session>     a description, then chunks of steps
+    MESHRL_EPISODES                meshrl.v1.*.episodes.<env>.<session>          which episodes there are, and where
+    MESHRL_POSITIONS               meshrl.v1.*.position.<user>.<env>.<consumer>  how far consumers have come
+
+Nobody may purge or delete in them; what is too old, or too much, goes by itself, the oldest first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from meshrl.bus.connection import Connection
+from meshrl.bus.streams import make_stream
+from meshrl.wire.subjects import ROOT, VERSION, Subjects, token
+
+EPISODES = "MESHRL_EPISODES"
+POSITIONS = "MESHRL_POSITIONS"
+# A hundred million steps of CartPole. A server sets them aside, so that there cannot be too many of them.
+MAX_BYTES = 1 << 30
+MAX_INDEX_BYTES = 1 << 30
+_NANOSECONDS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How much of the recordings of an env is kept.
+
+    Attributes:
+        max_bytes: at most; None for all.
+        max_age_s: in seconds, no older than that; None for all.
+    """
+
+    max_bytes: int | None = MAX_BYTES
+    max_age_s: float | None = None
+
+
+def stream_of(subjects: Subjects, name: str) -> str:
+    """The name of the stream with the recordings of an env."""
+    return f"MESHRL_REC_{token(subjects.namespace)}_{token(name)}".replace("/", "%2F")
+
+
+async def make_streams(connection: Connection, subjects: Subjects, name: str, retention: Retention) -> bool:
+    """Make the streams in which recordings of an env are kept; gives whether its own is new.
+
+    Raises:
+        UsageError: the server has no JetStream, or refuses them.
+        SubjectNotPermitted: the login may not.
+    """
+    index = {"subjects": [f"{ROOT}.v{VERSION}.*.episodes.*.*"], **_CONFIG, "max_bytes": MAX_INDEX_BYTES}
+    await make_stream(connection, EPISODES, index)
+    positions = {"subjects": [f"{ROOT}.v{VERSION}.*.position.*.*.*"], **_CONFIG, "max_msgs_per_subject": 1}
+    await make_stream(connection, POSITIONS, positions)
+    own = {"subjects": [subjects.recording(name, "*")], **_CONFIG, **_kept(retention)}
+    return await make_stream(connection, stream_of(subjects, name), own)
+
+
+def _kept(retention: Retention) -> dict[str, Any]:
+    kept: dict[str, Any] = {"max_bytes": -1 if retention.max_bytes is None else retention.max_bytes}
+    if retention.max_age_s is not None:
+        kept["max_age"] = int(retention.max_age_s * _NANOSECONDS)
+    return kept
+
+
+_CONFIG: dict[str, Any] = {
+    "retention": "limits",
+    "storage": "file",
+    "discard": "old",
+    "allow_direct": True,
+    "deny_delete": True,
+    "deny_purge": True,
+}

@@ -1,0 +1,97 @@
+"""What a hosted session tells its recording: each reset as it begins, and each answer as it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from meshrl.protocol.transcript import ROW_BYTES, Info, Level, Transcript, own
+from meshrl.wire.batches import batching
+from meshrl.wire.frames import Frame, Indices
+from meshrl.worker.drawing import alone, draws
+from meshrl.worker.origins import outliving
+from meshrl.worker.proof import HASHED_BYTES, bytes_of
+from meshrl.worker.sealing import StateKey
+
+
+class Recording:
+    """The recording of one session, as those who host it see it.
+
+    Args:
+        envs: its sub-environments.
+        level: how much of each step is recorded.
+        state_key: with which the worker seals what only workers may have written.
+
+    Attributes:
+        transcript: what was noted so far.
+        forgets: whether all that outlives resets of its envs is known.
+    """
+
+    def __init__(self, envs: Sequence[Any], level: Level, state_key: StateKey | None = None) -> None:
+        observations, actions = batching(envs[0].observation_space), batching(envs[0].action_space)
+        shown = bytes_of(observations.space)
+        row_bytes = ROW_BYTES + bytes_of(actions.space) + (shown if level == "full" else 0)
+        self.transcript = Transcript(len(envs), observations, actions, level, shown >= HASHED_BYTES, row_bytes)
+        self._states: list[Callable[[], bytes] | None] = []
+        for env in envs:
+            kept = outliving(env, state_key)
+            get = None if kept is None else kept.get
+            self._states.append(alone(get) if get is not None and draws(env) else get)
+        self.forgets = None not in self._states
+
+    def began(self, i: int, seed: int | None, options: Info | None) -> int:
+        """Sub-environment ``i`` is about to be reset, on the thread that resets it; gives its episode's number."""
+        state = self._states[i] if seed is None else None
+        return self.transcript.began(i, seed, None if state is None else state(), options)
+
+    def begins_from(self, i: int, origin: Info) -> None:
+        """The next reset of sub-environment ``i`` is that with which a journal begins."""
+        number = origin.get("nth")
+        if type(number) is int and 0 <= number < 1 << 62:
+            self.transcript.numbered(i, number)
+
+    def redone(self, i: int, action: Any, outcome: tuple[Any, Any, Any, Any, Sequence[Info]]) -> None:
+        """What one told as it was done again; on any thread."""
+        self.transcript.redone = True
+        obs, reward, terminated, truncated, infos = outcome
+        self.transcript.note_redone(time.monotonic(), i, action, obs, reward, (terminated, truncated), infos)
+
+    def told(self, lanes: Indices | None, actions: Any, frame: Frame, infos: Sequence[tuple[int, Info]]) -> None:
+        """A step of sub-environments is about to be answered; ``actions`` are None of an explicit reset."""
+        self.transcript.note(
+            time.monotonic(),
+            lanes,
+            actions,
+            frame["obs"],
+            frame["rewards"],
+            frame["terminations"],
+            frame["truncations"],
+            infos,
+        )
+
+    def was_reset(self, lanes: Indices, obs: Any, infos: Sequence[tuple[int, Info]]) -> None:
+        """An explicit reset of some of a vector is about to be answered."""
+        zeros = np.zeros(len(lanes))
+        flags = zeros.astype(np.bool_)
+        self.transcript.note(time.monotonic(), lanes, None, obs, zeros, flags, flags, infos)
+
+    def told_one(self, action: Any, frame: Frame, *, reset: bool) -> None:
+        """The only env of a session has answered."""
+        reward = 0.0 if reset else frame["reward"]
+        terminated, truncated = (False, False) if reset else (frame["terminated"], frame["truncated"])
+        self.transcript.note_one(
+            time.monotonic(), action, frame["obs"], reward, terminated, truncated, frame["info"], reset=reset
+        )
+
+    def asked(self, lanes: Sequence[int], op: str, given: Sequence[Info]) -> None:
+        """Something else was asked of some, which changes them."""
+        for lane, one in zip(lanes, given, strict=True):
+            self.transcript.asked(lane, op, one)
+
+    @staticmethod
+    def own(actions: Any) -> Any:
+        """Actions to be kept, whatever envs do with those that they are given."""
+        return own(actions)
