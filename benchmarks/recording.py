@@ -43,7 +43,7 @@ from meshrl.bus.embedded import EmbeddedServer
 from meshrl.protocol.chunking import Chunker
 from meshrl.protocol.chunks import pack_chunk
 from meshrl.protocol.transcript import Transcript
-from meshrl.recording.writing import CHUNK_BYTES
+from meshrl.recording.writing import Size
 from meshrl.wire.batches import batching
 
 RESULTS = Path(__file__).resolve().parent / "results" / "recording" / "latest.json"
@@ -159,26 +159,29 @@ def recorder(rounds: int) -> dict[str, Any]:
         transcript = Transcript(
             1, batching(space), batching(spaces.Discrete(4)), "full", hashes_at_once=True, row_bytes=28_300
         )
-        chunker = Chunker(transcript)
+        chunker, chunks = Chunker(transcript), Size()
         transcript.began(0, 1, None, None)
         transcript.note_one(0.0, None, shown[0], 0.0, False, False, {}, reset=True)
         began, size = time.perf_counter(), 0
         for n, obs in enumerate(shown):
             transcript.note_one(n / 60, n & 3, obs, 0.0, False, False, {}, reset=False)
             transcript.settle()
-            if transcript.nbytes > CHUNK_BYTES:
-                size += drained(transcript, chunker)
-        size += drained(transcript, chunker)
+            if transcript.nbytes > chunks.limit:
+                size += drained(transcript, chunker, chunks)
+        size += drained(transcript, chunker, chunks)
         rates.append(len(shown) / (time.perf_counter() - began))
         sizes.append(size / len(shown))
     return {"steps_per_s": rates, "median": statistics.median(rates), "bytes_a_step": statistics.median(sizes)}
 
 
-def drained(transcript: Transcript, chunker: Chunker) -> int:
+def drained(transcript: Transcript, chunker: Chunker, chunks: Size) -> int:
     size = 0
-    while noted := transcript.taken(CHUNK_BYTES):
+    while noted := transcript.taken(chunks.limit):
         made = chunker.chunk(noted)
-        size += 0 if made is None else len(pack_chunk(made[0]))
+        assert made is not None
+        stored = len(pack_chunk(made[0]))
+        chunks.seen(sum(one.nbytes for one in noted), stored)
+        size += stored
     return size
 
 

@@ -345,7 +345,10 @@ def _chunk() -> Schema:
             "maxItems": 4,
             "description": "Of each reset: the episode's number, seed, state and options; nil for a column of nils.",
         },
-        "observations": {**COLUMN, "description": "One a row, where they are recorded."},
+        "observations": {
+            "anyOf": [_ARRAYS, COLUMN],
+            "description": "One a row, where they are recorded; a batch that is one array stands there as it is.",
+        },
         "infos": {"type": "array", "items": {"type": "array", "prefixItems": [row, {"type": "object"}]}},
         "changes": {
             "type": "array",

@@ -81,7 +81,11 @@ _NTH: Schema = {
     "minimum": 0,
     "description": "Where it is recorded: the number of the episode, counted since the env was made.",
 }
-_VALUES: Schema = {"type": "array", "items": VALUE}
+_POLICY: Schema = {
+    "type": "integer",
+    "description": "The version of whoever chooses the actions from now on, where it is recorded.",
+}
+_LISTED: Schema = {"type": "array", "items": VALUE}
 COLUMN: Schema = {
     "description": "Values of a space: as a batch of it, or one by one.",
     "type": "array",
@@ -112,7 +116,7 @@ SINGLE_OPS: dict[str, Op] = {
     ),
     "step": Op(
         "One step of the env.",
-        {"action": VALUE},
+        {"action": VALUE, "policy": _POLICY},
         ["action"],
         {"obs": VALUE, **_OUTCOME, "info": VALUE, "digest": _DIGEST},
         ["obs", "reward", "terminated", "truncated", "info"],
@@ -144,10 +148,10 @@ SINGLE_OPS: dict[str, Op] = {
         },
         ["actions"],
         {
-            "obs": _VALUES,
-            "rewards": _VALUES,
-            "terminated": _VALUES,
-            "truncated": _VALUES,
+            "obs": _LISTED,
+            "rewards": _LISTED,
+            "terminated": _LISTED,
+            "truncated": _LISTED,
             "infos": {"type": "array", "items": {"type": "object"}},
             "digest": _DIGEST,
             "seed": {"type": "integer", "minimum": 0},
@@ -248,7 +252,7 @@ VECTOR_OPS: dict[str, Op] = {
     ),
     "step": Op(
         "One step of each sub-environment.",
-        {"actions": _BATCH},
+        {"actions": _BATCH, "policy": _POLICY},
         ["actions"],
         {**_BATCHED_OUTCOME, "infos": _INFOS, **_PROOF},
         list(_BATCHED_OUTCOME),
@@ -304,7 +308,7 @@ POOL_OPS: dict[str, Op] = {
     ),
     "step": Op(
         "One step on each lane that is named.",
-        {"actions": _BATCH},
+        {"actions": _BATCH, "policy": _POLICY},
         ["actions"],
         {**_POOL_OUTCOME, "infos": _INFOS, **_PROOF},
         list(_POOL_OUTCOME),

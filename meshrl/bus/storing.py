@@ -161,7 +161,14 @@ class Reader:
         return None
 
     async def get(
-        self, stream: str, subject: str, first: int = 1, *, since: datetime | None = None, limit: int | None = None
+        self,
+        stream: str,
+        subject: str,
+        first: int = 1,
+        *,
+        since: datetime | None = None,
+        limit: int | None = None,
+        batch: int = BATCH,
     ) -> AsyncIterator[Stored]:
         """The messages on a subject, in order, up to the last that there is now.
 
@@ -171,6 +178,7 @@ class Reader:
             first: the number from which they are wanted.
             since: the time from which they are wanted, in place of that.
             limit: no more than this.
+            batch: how many are asked for at once.
 
         Raises:
             StreamMissing: there is no such stream, or it does not allow to be read so.
@@ -180,8 +188,8 @@ class Reader:
         """
         left = limit
         while left is None or left > 0:
-            batch = BATCH if left is None else min(BATCH, left)
-            query: dict[str, Any] = {"batch": batch, "max_bytes": BATCH_BYTES, "next_by_subj": subject}
+            count = batch if left is None else min(batch, left)
+            query: dict[str, Any] = {"batch": count, "max_bytes": BATCH_BYTES, "next_by_subj": subject}
             if since is None:
                 query["seq"] = first
             else:

@@ -141,8 +141,8 @@ class RemoteEnv(Leased):
             raise ResetNeeded(f"{self.name}: its episode was cut short by the loss of its session; reset it")
         try:
             if self._unshown is None and self._window is None:
-                return _step_of(await self._session.request("step", {"action": action}))
-            result = _step_of(await self._request("step", {"action": action}))
+                return _step_of(await self._session.request("step", self._said({"action": action})))
+            result = _step_of(await self._request("step", self._said({"action": action})))
         except SessionLost as exc:
             return self._cut_short(exc)
         await self._show_after("step", result)

@@ -142,7 +142,7 @@ def episode_of(read: RecordedEpisode, again: Rerun | None) -> Episode:
         rewards=read.rewards,
         terminations=read.terminations,
         truncations=read.truncations,
-        infos=read.infos if again is None else again.infos,
+        infos=[dict(info) for info in (read.infos if again is None else again.infos)],
         seed=read.seed,
         options=read.options,
         reason=read.summary.reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Self
 from gymnasium.envs.registration import EnvSpec
 
 from meshrl.client.session import RemoteSession, close_all
+from meshrl.wire.frames import Frame
 from meshrl.wire.messages import Description
 
 
@@ -19,6 +21,10 @@ class Leased:
     Args:
         description: of the env, as served.
         sessions: of all that is leased.
+
+    Attributes:
+        policy_version: of whoever chooses the actions from now on; it goes with each step, to be recorded. None where
+            nobody says.
     """
 
     # What frees the slots of one that nobody closed.
@@ -27,6 +33,7 @@ class Leased:
     def __init__(self, description: Description, sessions: Sequence[RemoteSession]) -> None:
         self._description = description
         self._sessions = sessions
+        self.policy_version: int | None = None
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
         left = [session for session in getattr(self, "_sessions", ()) if session.abandoned]
@@ -54,6 +61,12 @@ class Leased:
     def versions(self) -> dict[str, str]:
         """Versions of what it runs on."""
         return dict(self._description.versions)
+
+    def _said(self, fields: Frame) -> Frame:
+        """The fields of a step, with the version of the policy where there is one."""
+        if self.policy_version is not None:
+            fields["policy"] = operator.index(self.policy_version)
+        return fields
 
     async def close(self) -> None:
         """Close all that is leased and free its slots. Safe to call twice; cancelled, it does so all the same."""

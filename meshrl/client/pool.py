@@ -149,7 +149,7 @@ class RemotePool(LeasedEnvs):
         pick = self._action_batches.pick
 
         def fields_of(rows: Indices, _: Indices) -> Frame:
-            return {"actions": actions if len(rows) == len(ids) else pick(actions, rows)}
+            return self._said({"actions": actions if len(rows) == len(ids) else pick(actions, rows)})
 
         self._under_way.launch(self._under_way.flights_of("step", ids, fields_of))
 

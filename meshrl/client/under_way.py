@@ -233,7 +233,8 @@ class UnderWay:
     def _some_of(self, op: str, frame: Frame, rows: Indices) -> Frame:
         """A request's own fields for some of its lanes, out of the request itself."""
         if op == "step":
-            return {"actions": self._actions.pick(frame["actions"], rows)}
+            said = {"policy": frame["policy"]} if "policy" in frame else {}
+            return {"actions": self._actions.pick(frame["actions"], rows), **said}
         some: Frame = {name: frame[name] for name in ("seeds", "episodes", "options") if name in frame}
         return {
             name: [value[row] for row in rows.tolist()] if name != "options" and value is not None else value

@@ -167,9 +167,9 @@ class RemoteVectorEnv(LeasedEnvs):
                 env_ids=ended,
             )
         if len(self._sessions) == 1:
-            fields = [{"actions": actions}]
+            fields = [self._said({"actions": actions})]
         else:
-            fields = [{"actions": self._action_batches.cut(actions, *at)} for at in self._bounds]
+            fields = [self._said({"actions": self._action_batches.cut(actions, *at)}) for at in self._bounds]
         return self._stepped(await self._lockstep.call("step", fields))
 
     @property

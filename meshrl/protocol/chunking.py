@@ -344,7 +344,11 @@ class _Rows:
     def observations(self, transcript: Transcript) -> Column:
         """Of each row."""
         kept = self.told.observations
-        return Column("items", []) if kept is None else picked(transcript.observations, kept, self.shown)
+        if kept is None:
+            return Column("items", [])
+        if len(self.shown) == len(self.told.hashes) and (self.shown == np.arange(len(self.shown))).all():
+            return kept
+        return picked(transcript.observations, kept, self.shown)
 
     def infos(self) -> list[tuple[int, dict[str, Any]]]:
         """Those that are not empty, by row."""

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage
 from meshrl.protocol.seeds import is_seed
-from meshrl.wire.codec import pack, unpack
-from meshrl.wire.compressed import compress, decompress
+from meshrl.wire.codec import pack, pack_in_parts, unpack
+from meshrl.wire.compressed import compress, compress_parts, decompress
+from meshrl.wire.large import Rows
 from meshrl.wire.messages import check_version
 from meshrl.wire.subjects import VERSION
 
@@ -167,8 +168,8 @@ def pack_chunk(chunk: Chunk) -> bytes:
     body["actions"] = _column(chunk.actions)
     started = chunk.started
     body["started"] = [started.numbers, *(_sparse(each) for each in (started.seeds, started.states, started.options))]
-    if chunk.observations is not None:
-        body["observations"] = _column(chunk.observations)
+    shown = chunk.observations
+    if shown is not None:
         body["infos"] = [list(one) for one in chunk.infos or ()]
     if chunk.changes:
         body["changes"] = [[one.row, one.lane, one.op, one.given] for one in chunk.changes]
@@ -177,7 +178,20 @@ def pack_chunk(chunk: Chunk) -> bytes:
             body[name] = [list(one) if type(one) is tuple else one for one in getattr(chunk, name)]
     if chunk.end:
         body["end"] = chunk.end
-    return compress(pack(body))
+    if shown is None:
+        return compress(pack(body))
+    if shown.form == "batch" and _is_plain(shown.values):  # the most of it, and behind all else: it is never copied
+        return compress_parts(pack_in_parts(body, "observations", shown.values))
+    return compress(pack({**body, "observations": _column(shown)}))
+
+
+def _is_plain(values: Any) -> bool:
+    """Whether a batch is one array, as it is."""
+    if type(values) is Rows:
+        return True
+    return (
+        type(values) is np.ndarray and values.flags.c_contiguous and values.dtype.kind not in "Mm" and values.size > 0
+    )
 
 
 def read_chunk(data: bytes) -> Chunk:
@@ -256,6 +270,8 @@ class _Reading:
 
     def _column(self, name: str, count: int) -> Column:
         value = self._body.get(name)
+        if isinstance(value, np.ndarray):
+            return Column("batch", value)
         self._need(type(value) is list and len(value) == 2 and value[0] in ("batch", "items"), name)
         assert isinstance(value, list)
         form, values = value

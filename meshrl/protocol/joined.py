@@ -28,6 +28,7 @@ from meshrl.protocol.transcript import (
     rewards_of,
 )
 from meshrl.wire.batches import Batching
+from meshrl.wire.large import Rows, large_rows
 
 _NOTHING = Column("items", [])
 
@@ -167,9 +168,34 @@ def _actions(batches: Batching, notes: Sequence[Note], resets: NDArray[np.bool_]
     if not steps:
         return _NOTHING
     explicit = np.repeat([note.actions is None for note in notes], [len(note.rewards) for note in notes])
-    column = Column("batch", batches.joined([one for one, _ in steps], [size for _, size in steps]))
+    if type(steps[0][0]) is list:  # a pool's, each as its lane was given it
+        column = column_of(batches, [action for actions, _ in steps for action in actions])
+    else:
+        column = _exactly(batches, [one for one, _ in steps], [size for _, size in steps])
     acted = ~resets[~explicit]
     return column if acted.all() else picked(batches, column, np.flatnonzero(acted))
+
+
+def _exactly(batches: Batching, parts: Sequence[Any], sizes: Sequence[int]) -> Column:
+    """Batches as one, their arrays with the dtypes that they have: a trainer's float64 for a Box of float32, say."""
+    if len(parts) == 1:
+        return Column("batch", parts[0])
+    if all(type(part) is np.ndarray for part in parts):
+        dtypes = {part.dtype for part in parts}
+        if len(dtypes) == 1:
+            whole = np.empty((sum(sizes), *parts[0].shape[1:]), parts[0].dtype)
+            return Column("batch", np.concatenate(parts, out=whole))
+    else:
+        joined = batches.joined(parts, sizes)
+        wanted = _dtypes(batches, joined, sum(sizes))
+        if all(_dtypes(batches, part, size) == wanted for part, size in zip(parts, sizes, strict=True)):
+            return Column("batch", joined)
+    pairs = zip(parts, sizes, strict=True)
+    return Column("items", [row for part, size in pairs for row in batches.rows(part, size)])
+
+
+def _dtypes(batches: Batching, batch: Any, size: int) -> list[Any]:
+    return [getattr(leaf, "dtype", None) for leaf in batches.leaves(batch, size)]
 
 
 def column_of(batches: Batching, values: list[Any]) -> Column:
@@ -178,7 +204,8 @@ def column_of(batches: Batching, values: list[Any]) -> Column:
     kinds = set(map(type, values))
     if kinds == {np.ndarray}:
         if all(one.dtype == space.dtype and one.shape == space.shape for one in values):
-            return Column("batch", np.stack(values))
+            rows = large_rows(values, space.shape, np.dtype(space.dtype))
+            return Column("batch", np.stack(values) if rows is None else rows)
     elif kinds and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds) and space.shape == ():
         batch = np.array(values)
         if batch.dtype.kind in "iu" and (batch.astype(space.dtype) == batch).all():
@@ -192,6 +219,8 @@ def picked(batches: Batching, column: Column, rows: Indices) -> Column:
         return _NOTHING
     if column.form == "items":
         return Column("items", [column.values[row] for row in rows.tolist()])
+    if type(column.values) is Rows:
+        return Column("batch", Rows([column.values.items[row] for row in rows.tolist()]))
     return Column("batch", batches.pick(column.values, rows))
 
 
@@ -202,7 +231,7 @@ def joined_columns(batches: Batching, columns: Sequence[Column]) -> Column:
     if not filled:
         return _NOTHING
     if all(column.form == "batch" for column, _ in filled):
-        return Column("batch", batches.joined([column.values for column, _ in filled], [size for _, size in filled]))
+        return _exactly(batches, [column.values for column, _ in filled], [size for _, size in filled])
     values: list[Any] = []
     for column, size in filled:
         values += column.values if column.form == "items" else list(batches.rows(column.values, size))

@@ -60,7 +60,7 @@ class Note:
     Attributes:
         at: when, in monotonic seconds.
         lanes: of each row; None where each lane has one.
-        actions: a batch, one a row; None of an explicit reset.
+        actions: a batch, one a row, or a list of them; None of an explicit reset.
         obs: a batch of what was told; None once it is hashed and not kept.
         rewards: as told.
         terminations: as told.
@@ -366,7 +366,7 @@ def hashes_of_values(
     """Of what one env told, by its own values: as those of a batch, where they can be one."""
     told = rewards_of(rewards), flags_of(terminated), flags_of(truncated)
     try:
-        leaves = list(batches.leaves(batches.stack(obs), len(obs)))
+        leaves = list(batches.leaves(batches.rows_or_stack(obs), len(obs)))
     except Exception:  # noqa: BLE001  # an env need not keep to its space
         leaves = [obs]
     return hashes_of(leaves, *told, anew)

@@ -6,6 +6,7 @@ that one had before. The index says in which messages of which stream it stands,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -39,6 +40,10 @@ from meshrl.wire.subjects import Subjects, untoken
 KEPT_DESCRIPTIONS = 256
 KEPT_BYTES = 256 * 1024 * 1024
 KEPT_FACTOR = 8
+# Messages that are asked for at once where one or two are needed.
+FEW = 4
+# How long a chunk is waited for whose entry is there.
+PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 # Of episodes that are run again for the sake of a later one.
 MAX_CHAIN_STEPS = 100_000
 
@@ -77,7 +82,7 @@ class Library:
         self.reader = reader
         self._subjects = subjects
         self._described: OrderedDict[tuple[str, int], Described] = OrderedDict()
-        self._chunks: OrderedDict[tuple[str, int], _Kept] = OrderedDict()  # by subject and number in the stream
+        self._chunks: OrderedDict[tuple[str, int], _Kept] = OrderedDict()  # by subject and their own number
         self._bytes = 0
 
     async def located(
@@ -203,28 +208,44 @@ class Library:
     async def _between(self, stream: str, subject: str, located: Located) -> list[_Kept]:
         """The chunks in which an episode stands, in order."""
         entry, first = located.entry, located.first
-        if first > entry.after:  # it began in the chunk in which it ended
-            for (of, seq), kept in reversed(self._chunks.items()):
-                if of == subject and seq > entry.after and kept.chunk.n == entry.chunk:
-                    return [kept]
+        known = self._known(subject, entry, first)
+        if known is not None:
+            return known
+        for pause in (*PAUSES_S, None):
+            chunks: list[_Kept] = []
+            async for stored in self.reader.get(stream, subject, first, batch=FEW):
+                if is_description(stored):
+                    continue
+                kept = self._kept(subject, stored)
+                chunks.append(kept)
+                if kept.chunk.n >= entry.chunk:
+                    return chunks
+            # The two are stored side by side, and the entry may be there first.
+            if pause is not None:
+                await asyncio.sleep(pause)
+        return chunks
+
+    def _known(self, subject: str, entry: Entry, first: int) -> list[_Kept] | None:
+        """The same, if all of them were read before: chunks are numbered, so that none is missed between two."""
         chunks: list[_Kept] = []
-        async for stored in self.reader.get(stream, subject, first):
-            if is_description(stored):
-                continue
-            kept = self._kept(subject, stored)
-            chunks.append(kept)
-            if kept.chunk.n >= entry.chunk:
+        for n in range(entry.chunk, 0, -1):
+            kept = self._chunks.get((subject, n))
+            if kept is None:
+                return None
+            if kept.seq >= first:
+                chunks.append(kept)
+            # Where it began in the chunk in which it ended, all that is known is what came before that.
+            if kept.seq <= first or first > entry.after:
                 break
+        chunks.reverse()
         return chunks
 
     def _kept(self, subject: str, stored: Stored) -> _Kept:
-        known = self._chunks.get((subject, stored.seq))
+        chunk = read_chunk(stored.body)
+        known = self._chunks.pop((subject, chunk.n), None)
         if known is not None:
-            self._chunks.move_to_end((subject, stored.seq))
-            return known
-        kept = self._chunks[subject, stored.seq] = _Kept(
-            read_chunk(stored.body), stored.at, KEPT_FACTOR * len(stored.body)
-        )
+            self._bytes -= known.nbytes
+        kept = self._chunks[subject, chunk.n] = _Kept(chunk, stored.seq, stored.at, KEPT_FACTOR * len(stored.body))
         self._bytes += kept.nbytes
         while self._bytes > KEPT_BYTES and len(self._chunks) > 1:
             self._bytes -= self._chunks.popitem(last=False)[1].nbytes
@@ -236,6 +257,7 @@ class _Kept:
 
     Attributes:
         chunk: as it was read.
+        seq: its number in the stream.
         at: when it was stored.
         nbytes: about what it takes.
         versions: of each row, that of the policy; -1 where nobody said.
@@ -243,8 +265,9 @@ class _Kept:
         started: of each row, how many resets are up to it, less one.
     """
 
-    def __init__(self, chunk: Chunk, at: datetime, nbytes: int) -> None:
+    def __init__(self, chunk: Chunk, seq: int, at: datetime, nbytes: int) -> None:
         self.chunk = chunk
+        self.seq = seq
         self.at = at
         self.nbytes = nbytes
         self.versions = np.full(len(chunk), -1, np.int64)
@@ -254,8 +277,8 @@ class _Kept:
         self.started = np.cumsum(chunk.resets) - 1
         self.infos = dict(chunk.infos or ())
         self.changed = {change.lane for change in chunk.changes}
-        self._order = np.argsort(chunk.lanes, kind="stable")
-        self._lanes = chunk.lanes[self._order]
+        self._order = order = np.argsort(chunk.lanes, kind="stable")
+        self._runs = _runs(chunk, order, self.started)
         self._checked = False
 
     def check(self, observations: Batching, actions: Batching) -> None:
@@ -273,23 +296,26 @@ class _Kept:
 
     def rows(self, lane: int, number: int) -> Indices:
         """Those of one episode, up to its end."""
-        chunk = self.chunk
-        if lane >= len(chunk.numbers):
-            return np.zeros(0, np.int64)
-        begin, end = np.searchsorted(self._lanes, [lane, lane + 1])
+        begin, end = self._runs.get((lane, number), (0, 0))
         own: Indices = self._order[begin:end]
-        resets = np.flatnonzero(chunk.resets[own])
-        numbers = chunk.started.numbers[self.started[own[resets]]]
-        stops = np.append(resets, len(own))
-        if number == chunk.numbers[lane]:
-            own = own[: stops[0]]
-        else:
-            which = np.flatnonzero(numbers == number)
-            if not len(which):
-                return np.zeros(0, np.int64)
-            own = own[resets[which[0]] : stops[which[0] + 1]]
-        ended = np.flatnonzero(chunk.terminations[own] | chunk.truncations[own])
-        return own[: ended[0] + 1] if len(ended) else own
+        return own
+
+
+def _runs(chunk: Chunk, order: Indices, started: Indices) -> dict[tuple[int, int], tuple[int, int]]:
+    """Where each episode stands in the order of lanes, by lane and number, up to its end."""
+    lanes, resets = chunk.lanes[order], chunk.resets[order]
+    begins = np.flatnonzero(resets | np.append(True, lanes[1:] != lanes[:-1])[: len(lanes)])
+    stops = np.append(begins[1:], len(order))
+    flagged = np.append(np.flatnonzero((chunk.terminations | chunk.truncations)[order]), len(order))
+    ends = np.minimum(flagged[np.searchsorted(flagged, begins)] + 1, stops)
+    of_reset = chunk.started.numbers[started[order[begins]]] if len(chunk.started.numbers) else chunk.started.numbers
+    numbers = (
+        np.where(resets[begins], of_reset, chunk.numbers[lanes[begins]])
+        if len(of_reset)
+        else chunk.numbers[lanes[begins]]
+    )
+    keys = zip(lanes[begins].tolist(), numbers.tolist(), strict=True)
+    return dict(zip(keys, zip(begins.tolist(), ends.tolist(), strict=True), strict=True))
 
 
 def _located(stored: Stored) -> list[Located]:
@@ -318,6 +344,10 @@ def _summary(stored: Stored, entry: Entry, row: int) -> EpisodeSummary:
 
 def _torn(episode: EpisodeId, why: str) -> EpisodeTorn:
     return EpisodeTorn(f"episode {episode} cannot be read: {why}", episode_id=str(episode))
+
+
+# Of many rows; nobody writes to it.
+_NO_INFO: dict[str, Any] = {}
 
 
 class _Parts:
@@ -360,7 +390,7 @@ class _Parts:
         self._acted.append(picked(self._actions, chunk.actions, kept.acted[rows[~chunk.resets[rows]]]))
         if chunk.observations is not None:
             self._shown.append(picked(self._observations, chunk.observations, rows))
-            self._infos += [kept.infos.get(row, {}) for row in rows.tolist()]
+            self._infos += [kept.infos.get(row, {}) for row in rows.tolist()] if kept.infos else [_NO_INFO] * len(rows)
         last = rows[-1]
         self._over = bool(chunk.terminations[last] or chunk.truncations[last])
 

@@ -10,6 +10,7 @@ Nobody may purge or delete in them; what is too old, or too much, goes by itself
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from meshrl.bus.connection import Connection
@@ -37,6 +38,7 @@ class Retention:
     max_age_s: float | None = None
 
 
+@lru_cache(maxsize=256)
 def stream_of(subjects: Subjects, name: str) -> str:
     """The name of the stream with the recordings of an env."""
     return f"MESHRL_REC_{token(subjects.namespace)}_{token(name)}".replace("/", "%2F")

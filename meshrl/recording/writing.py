@@ -32,15 +32,17 @@ from meshrl.wire.subjects import Subjects
 
 log = logging.getLogger("meshrl.recording")
 
-# About as much goes into a chunk, or what was noted in as long a time.
+# A chunk is about as large, compressed, or what was noted in as long a time. How much smaller compression makes it is
+# seen from the chunks before; pictures, by some dozens.
 CHUNK_BYTES = 512 * 1024
 CHUNK_S = 1.0
+MAX_FACTOR = 32.0
 # The server says within this that a message is stored; then it is sent again, with pauses that grow up to so many
 # seconds.
 STORED_S = 5.0
 MAX_PAUSE_S = 5.0
 # What may wait, of one session: beyond it steps are not recorded, until there is room.
-MAX_NOTED_BYTES = 16 * 1024 * 1024
+MAX_NOTED_BYTES = 64 * 1024 * 1024
 # Where so many chunks stand in the stream is kept; then only of those in which something began that goes on.
 MAX_NUMBERS = 4096
 # Between two words on the same trouble.
@@ -60,6 +62,27 @@ def is_description(stored: Stored) -> bool:
 
 class Rival(Exception):
     """Somebody else records the session: it was opened again elsewhere."""
+
+
+@dataclass(slots=True)
+class Size:
+    """How much is noted until a chunk is full.
+
+    Attributes:
+        factor: by which chunks are smaller than what was noted, lately.
+    """
+
+    factor: float = 1.0
+
+    @property
+    def limit(self) -> int:
+        """In bytes of what is noted."""
+        return min(int(CHUNK_BYTES * self.factor), MAX_NOTED_BYTES // 4)
+
+    def seen(self, noted: int, stored: int) -> None:
+        """What was noted has become a chunk of so many bytes."""
+        if noted > stored:
+            self.factor += (min(MAX_FACTOR, noted / stored) - self.factor) / 4
 
 
 @dataclass(slots=True)
@@ -196,6 +219,7 @@ class SessionWriter:
         self._entries = _Chain(EPISODES, subjects.episodes(name, session))
         self._described = 0  # the number of the last description in the stream
         self._since_described = 0  # bytes
+        self._size = Size()
         self._numbers: dict[int, int] = {}  # chunks' numbers in the stream, by their own
         self._due_at = 0.0
         self._lost = 0  # rows of a chunk that could not be stored, to be told with what was dropped for it
@@ -209,7 +233,7 @@ class SessionWriter:
         if self.over:
             return False
         noted = self.transcript.nbytes
-        if self.end is not None or noted >= CHUNK_BYTES:
+        if self.end is not None or noted >= self._size.limit:
             return True
         if not noted:
             self._due_at = 0.0
@@ -244,17 +268,17 @@ class SessionWriter:
     async def _write(self, end: str | None) -> None:
         if not self._new and self.transcript.nbytes:
             await self._take_over()
-        while noted := self.transcript.taken(CHUNK_BYTES):
+        while noted := self.transcript.taken(self._size.limit):
             last = end is not None and not self.transcript.nbytes
             made = self._chunker.chunk(noted, end if last and end in ENDS else "")
             if made is not None:
-                await self._store(*made)
+                await self._store(*made, sum(one.nbytes for one in noted))
             if last:
                 return
         if end in ENDS and self._chunker.n:
             made = self._chunker.chunk((), end)
             if made is not None:
-                await self._store(*made)
+                await self._store(*made, 0)
 
     async def _take_over(self) -> None:
         """Go on with what another worker has stored; from now on that one cannot store anything more.
@@ -290,10 +314,11 @@ class SessionWriter:
         self._described = await self._chunks.add(self._storing, self._recorded.to_stream(), message_id)
         self._since_described = 0
 
-    async def _store(self, chunk: Chunk, ended: list[Ended]) -> None:
+    async def _store(self, chunk: Chunk, ended: list[Ended], noted: int) -> None:
         try:
             chunk = replace(chunk, first=self._where_they_began(chunk))
             body = pack_chunk(chunk)
+            self._size.seen(noted, len(body))
             await self._store_packed(chunk, body, ended)
         except StreamMissing:
             await self._begin_anew()

@@ -34,7 +34,7 @@ from gymnasium.spaces import GraphInstance
 from meshrl.errors import MalformedMessage, UnencodableValue
 from meshrl.wire.arrays import SCALAR_TYPES, KeyStyle, array_map, from_map, scalar_map
 from meshrl.wire.forms import RESERVED, revive
-from meshrl.wire.large import LARGE_BYTES, Rows, large_array, pack_ending, unpack_ending
+from meshrl.wire.large import LARGE_BYTES, Rows, large_array, pack_ending, parts_ending, unpack_ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -115,6 +115,17 @@ class Codec:
                     return pack_ending(self._packer.pack, rest, "obs", obs)
         return self.pack({**frame, "obs": obs.stacked()} if type(obs) is Rows else frame)
 
+    def pack_in_parts(self, rest: dict[str, Any], key: str, array: np.ndarray[Any, Any] | Rows) -> list[Any]:
+        """The map ``rest`` with a large array under ``key`` behind it, in pieces of which the array is itself.
+
+        Raises:
+            UnencodableValue: something of it has no exact form.
+        """
+        with contextlib.suppress(UnencodableValue, _NotNative, ValueError, OverflowError, RecursionError, RuntimeError):
+            if _is_native(rest):
+                return parts_ending(self._packer.pack, rest, key, array)
+        return [self.pack({**rest, key: array.stacked() if type(array) is Rows else array})]
+
     def _pack_lowered(self, obj: Any) -> bytes:
         try:
             body: bytes = self._packer.pack(_lower(obj, self.key_style, "", 0))
@@ -148,6 +159,14 @@ def pack(obj: Any) -> bytes:
     if codec is None:
         codec = _PER_THREAD.codec = Codec()
     return codec.pack(obj)
+
+
+def pack_in_parts(rest: dict[str, Any], key: str, array: np.ndarray[Any, Any] | Rows) -> list[Any]:
+    """As :meth:`Codec.pack_in_parts`; safe from any thread."""
+    codec = _PER_THREAD.codec
+    if codec is None:
+        codec = _PER_THREAD.codec = Codec()
+    return codec.pack_in_parts(rest, key, array)
 
 
 def unpack(data: bytes | bytearray | memoryview) -> Any:

@@ -5,7 +5,7 @@ A request is ``{"epoch", "lane", "seq", ...}`` with the fields of its op beside 
 
     op        request's own fields        reply's own fields
     reset     seed?, options?             obs, info, seed?, state?, digest?
-    step      action                      obs, reward, terminated, truncated, info, digest?
+    step      action, policy?             obs, reward, terminated, truncated, info, digest?
     replay    journal, digest?
     rerun     reset?, actions           obs, rewards, terminated, truncated, infos
     render                                frame
@@ -21,7 +21,7 @@ A vector's have a batch in each field. A pool's name several lanes and a sequenc
 
     op         request's own fields                     reply's own fields
     reset      seeds?, episodes?, options?, mask?       obs, infos?, digests?, origins?
-    step       actions                                  obs, rewards, terminations, truncations, infos?, digests?,
+    step       actions, policy?                         obs, rewards, terminations, truncations, infos?, digests?,
                                                         origins?
     replay     journal, begins, ends, origins, digests
     render                                              frames

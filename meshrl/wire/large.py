@@ -83,7 +83,14 @@ def large_array(value: object) -> np.ndarray[Any, Any] | Rows | None:
 def pack_ending(
     pack: Callable[[Any], bytes], rest: dict[str, Any], key: str, array: np.ndarray[Any, Any] | Rows
 ) -> bytes:
-    """The map ``rest`` with ``array`` under ``key`` behind it.
+    """The map ``rest`` with ``array`` under ``key`` behind it; see :func:`parts_ending`."""
+    return b"".join(parts_ending(pack, rest, key, array))
+
+
+def parts_ending(
+    pack: Callable[[Any], bytes], rest: dict[str, Any], key: str, array: np.ndarray[Any, Any] | Rows
+) -> list[Any]:
+    """The same in pieces, of which the arrays are themselves.
 
     Args:
         pack: msgpack's packer, for values that need no more than that.
@@ -99,7 +106,7 @@ def pack_ending(
     assert head.endswith(_EMPTY_BIN), "the array's data is the last of the message"
     length = array.nbytes.to_bytes(_LENGTH_BYTES, "big")
     data = array.items if type(array) is Rows else (array,)
-    return b"".join((head[: -len(_EMPTY_BIN)], _BIN_32, length, *data))
+    return [head[: -len(_EMPTY_BIN)] + _BIN_32 + length, *data]
 
 
 def unpack_ending(data: bytes | bytearray, revive: Callable[[dict[Any, Any]], Any], **limits: Any) -> tuple[bool, Any]:

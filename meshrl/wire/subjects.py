@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from urllib.parse import quote, unquote
 
 from meshrl.errors import InvalidName
@@ -23,6 +23,7 @@ MAX_NAME_CHARS = 128
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
 
+@lru_cache(maxsize=1024)
 def token(text: str) -> str:
     """``text`` as one token of a subject.
 

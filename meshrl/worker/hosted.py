@@ -226,6 +226,7 @@ class HostedEnv:
         action = body["action"]
         if self._recording is not None:
             self._acted = self._recording.own(action)
+            self._recording.acted(body)
         return action
 
     def _stepped(self, outcome: Any) -> Frame:

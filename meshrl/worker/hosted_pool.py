@@ -100,6 +100,7 @@ class HostedPool:
             actions = body.get("actions")
             self._batches.check(actions, len(lanes), "actions", exact=False)
             if self._subs.recording is not None:
+                self._subs.recording.acted(body)
                 kept = self._batches.rows(self._subs.recording.own(actions), len(lanes))
                 self._acted.update(zip(lanes.tolist(), kept, strict=True))
             return list(self._batches.rows(actions, len(lanes)))

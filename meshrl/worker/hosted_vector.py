@@ -214,6 +214,7 @@ class HostedVector:
         self._batches.check(actions, count, "actions", exact=False)
         if self._subs.recording is not None:
             self._acted = self._subs.recording.own(actions)
+            self._subs.recording.acted(body)
         return list(self._batches.rows(actions, count))
 
     def _stepped(self, out: Outcomes) -> Frame:

@@ -59,6 +59,12 @@ class Recording:
         obs, reward, terminated, truncated, infos = outcome
         self.transcript.note_redone(time.monotonic(), i, action, obs, reward, (terminated, truncated), infos)
 
+    def acted(self, body: Frame) -> None:
+        """A step is about to be taken; its request may say the version of whoever chose the actions."""
+        version = body.get("policy")
+        if type(version) is int and abs(version) < 1 << 62:
+            self.transcript.policy = version
+
     def told(self, lanes: Indices | None, actions: Any, frame: Frame, infos: Sequence[tuple[int, Info]]) -> None:
         """A step of sub-environments is about to be answered; ``actions`` are None of an explicit reset."""
         self.transcript.note(

@@ -315,3 +315,26 @@ def test_versions_of_policies_and_changes_stand_where_they_happened() -> None:
         {"name": "x", "value": 3},
     )
     assert read_chunk(pack_chunk(other[0])).policies == ((0, 8),)
+
+
+@pytest.mark.parametrize("space", [OBS, spaces.Dict({"a": OBS, "b": spaces.Discrete(3)})], ids=["array", "nested"])
+def test_actions_of_another_dtype_than_their_space_has_keep_every_bit(space: Any) -> None:
+    noted = Transcript(2, batching(OBS), batching(space), "actions", hashes_at_once=False, row_bytes=64)
+    chunker, rng = Chunker(noted), np.random.default_rng(1)
+    zeros = np.zeros(2)
+    flags = zeros.astype(np.bool_)
+    for lane in range(2):
+        noted.began(lane, 1, None, None)
+    noted.note(0.0, None, None, np.zeros((2, 3), np.float32), zeros, flags, flags, ())
+    given = []
+    for n in range(4):
+        dtype = np.float64 if n < 3 or space is not OBS else np.float32
+        actions: Any = rng.normal(size=(2, 3)).astype(dtype)
+        if space is not OBS:
+            actions = {"a": actions, "b": rng.integers(0, 3, 2)}
+        given += list(batching(space).rows(actions, 2))
+        noted.note(0.0, None, actions, np.zeros((2, 3), np.float32), zeros, flags, flags, ())
+    made = chunker.chunk(noted.taken(1 << 62))
+    assert made is not None
+    read = read_chunk(pack_chunk(made[0]))
+    assert all(same(one, other) for one, other in zip(given, values(batching(space), read.actions, 8), strict=True))
