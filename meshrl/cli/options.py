@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ import typer
 from meshrl.bus.locate import URL_VARIABLE
 from meshrl.bus.login import CREDENTIALS_VARIABLE
 from meshrl.errors import UsageError
+from meshrl.recording.streams import MAX_BYTES, Retention
+from meshrl.wire.record import RECORD_LEVELS, RecordLevel
 from meshrl.worker.sealing import STATE_KEY_VARIABLE
 
 Url = Annotated[
@@ -97,6 +100,54 @@ DrainSeconds = Annotated[
         metavar="S",
     ),
 ]
+
+
+RECORD_BYTES = f"{MAX_BYTES >> 30}G"
+RecordBytes = Annotated[
+    str,
+    typer.Option(help="Of the recordings of an env, how much is kept; the oldest goes first. 0: all.", metavar="SIZE"),
+]
+RecordAge = Annotated[
+    str | None,
+    typer.Option(help="How long recordings are kept: 90m, 12h, 7d; for ever when left out.", metavar="TIME"),
+]
+
+
+def record_level(text: str) -> RecordLevel:
+    """``off``, ``actions`` or ``full``.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    for level in RECORD_LEVELS:
+        if text == level:
+            return level
+    raise UsageError(f"--record is one of {', '.join(RECORD_LEVELS)}, not {text!r}")
+
+
+def retention_of(max_bytes: str, max_age: str | None) -> Retention:
+    """How much of recordings is kept.
+
+    Raises:
+        UsageError: one of these is no size, or no time.
+    """
+    size = bytes_in(max_bytes, "--record-bytes")
+    return Retention(size or None, None if max_age is None else time_in(max_age, "--record-age").total_seconds())
+
+
+_TIMES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def time_in(text: str, option: str) -> timedelta:
+    """How long ``90m``, ``12h`` or ``7d`` is.
+
+    Raises:
+        UsageError: it is no such time.
+    """
+    try:
+        return timedelta(**{_TIMES[text[-1:]]: float(text[:-1])})
+    except (KeyError, ValueError, OverflowError):
+        raise UsageError(f"{option} is a time such as 90m, 12h or 7d, not {text!r}") from None
 
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,19 +17,29 @@ from rich.table import Table
 
 from meshrl.bus.connect import connect
 from meshrl.bus.locate import locate
-from meshrl.cli.options import CredentialsFile, Json, Namespace, Url, bytes_in
+from meshrl.cli.options import (
+    RECORD_BYTES,
+    CredentialsFile,
+    Json,
+    Namespace,
+    RecordAge,
+    RecordBytes,
+    Url,
+    retention_of,
+    time_in,
+)
 from meshrl.client.episode import Transition
 from meshrl.client.mesh import Mesh
 from meshrl.client.verifying import Verdict
 from meshrl.errors import EpisodeTorn, UsageError
 from meshrl.recording.episodes import EpisodeSummary
-from meshrl.recording.streams import MAX_BYTES, Retention, make_streams, stream_of
+from meshrl.recording.streams import make_streams, stream_of
 from meshrl.wire.subjects import Subjects
 from meshrl.worker.running import run
 
 EpisodeArgument = Annotated[str, typer.Argument(help="Its id, as meshrl episodes shows it.", metavar="EPISODE")]
 Env = Annotated[
-    str | None, typer.Argument(help="Of one env alone, by its served name.", metavar="[ENV]", show_default=False)
+    str | None, typer.Argument(help="Of one env alone, by its served name.", metavar="ENV", show_default=False)
 ]
 Label = Annotated[list[str] | None, typer.Option(help="KEY=VALUE of their sessions; repeatable.", metavar="KEY=VALUE")]
 Last = Annotated[int, typer.Option(help="The newest N; 0 for all.", min=0, metavar="N")]
@@ -116,7 +126,7 @@ def replay(
 
 def verify(
     episode: Annotated[
-        str | None, typer.Argument(help="Its id, as meshrl episodes shows it.", metavar="[EPISODE]", show_default=False)
+        str | None, typer.Argument(help="Its id, as meshrl episodes shows it.", metavar="EPISODE", show_default=False)
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="All episodes that there are.")] = False,
     env: Annotated[
@@ -162,19 +172,14 @@ def verify(
 
 def recordings(
     env: Annotated[list[str], typer.Argument(help="Served names.", metavar="ENV...")],
-    max_bytes: Annotated[
-        str, typer.Option(help="How much is kept of each; the oldest goes first. 0 for no limit.", metavar="SIZE")
-    ] = f"{MAX_BYTES >> 30}G",
-    max_age: Annotated[
-        str | None, typer.Option(help="How long it is kept: 90m, 12h, 7d; for ever when left out.", metavar="TIME")
-    ] = None,
+    record_bytes: RecordBytes = RECORD_BYTES,
+    record_age: RecordAge = None,
     url: Url = None,
     namespace: Namespace = "default",
     credentials: CredentialsFile = None,
 ) -> None:
     """Make the streams in which recordings of envs are kept, for workers that may not. What is there stays as it is."""
-    size = bytes_in(max_bytes, "--max-bytes")
-    retention = Retention(size or None, None if max_age is None else _ago(max_age, "--max-age").total_seconds())
+    retention = retention_of(record_bytes, record_age)
 
     async def make() -> None:
         address = await locate(url, credentials=credentials, namespace=namespace, start=False)
@@ -280,15 +285,4 @@ def _since(text: str | None) -> datetime | None:
     try:
         return datetime.fromisoformat(text).astimezone()
     except ValueError:
-        return datetime.now().astimezone() - _ago(text, "--since")
-
-
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-
-
-def _ago(text: str, option: str) -> timedelta:
-    number, unit = text[:-1], text[-1:]
-    try:
-        return timedelta(**{_UNITS[unit]: float(number)})
-    except (KeyError, ValueError, OverflowError):
-        raise UsageError(f"{option} is a time such as 90m, 12h or 7d, not {text!r}") from None
+        return datetime.now().astimezone() - time_in(text, "--since")

@@ -10,6 +10,7 @@ import typer
 
 from meshrl.cli.options import (
     DRAIN_S,
+    RECORD_BYTES,
     AllowKwargs,
     Capability,
     CredentialsFile,
@@ -19,6 +20,8 @@ from meshrl.cli.options import (
     Namespace,
     Processes,
     ProcessNumber,
+    RecordAge,
+    RecordBytes,
     ResetDeadline,
     Slots,
     StateKeyFile,
@@ -30,13 +33,15 @@ from meshrl.cli.options import (
     json_object,
     names_in,
     processes_in,
+    record_level,
+    retention_of,
 )
 from meshrl.cli.processes import ready_line
 from meshrl.cli.reach import reach
 from meshrl.cli.serving import NO_LIMITS, stay_serving, stay_serving_in_processes
 from meshrl.errors import InvalidName, UsageError
 from meshrl.protocol.names import near, resolve
-from meshrl.worker.env_worker import RESET_DEADLINE_S, STEP_DEADLINE_S, EnvWorker
+from meshrl.worker.env_worker import RECORD, RESET_DEADLINE_S, STEP_DEADLINE_S, EnvWorker
 from meshrl.worker.factories import Factory, is_gymnasium_id
 from meshrl.worker.isolation import Deadlines, check_isolation
 from meshrl.worker.limits import Limits
@@ -97,6 +102,15 @@ def serve(
     on_demand: Annotated[
         bool, typer.Option("--on-demand", help="Serve any id of Gymnasium's registry when somebody asks.")
     ] = False,
+    record: Annotated[
+        str,
+        typer.Option(
+            help="What is recorded where clients do not say: off, actions (enough to run it again) or full.",
+            metavar="LEVEL",
+        ),
+    ] = RECORD,
+    record_bytes: RecordBytes = RECORD_BYTES,
+    record_age: RecordAge = None,
     drain_seconds: DrainSeconds = DRAIN_S,
     wait: Wait = 30.0,
     url: Url = None,
@@ -116,6 +130,7 @@ def serve(
     limits = Limits(bytes_in(max_memory, "--max-memory"), max_cpu_seconds)
     limits.check()
     Deadlines(step_deadline, reset_deadline)  # refused before anything is waited for
+    level, retention = record_level(record), retention_of(record_bytes, record_age)
     key = None if state_key is None else StateKey.read(state_key)
     of_envs = limits if where == "process" else NO_LIMITS
     what = ", ".join([*envs, *(["Gymnasium's registry on demand"] if on_demand else [])])
@@ -152,6 +167,8 @@ def serve(
             max_cpu_s=of_envs.max_cpu_s,
             vectors=vectors,
             state_key=key,
+            record=level,
+            retention=retention,
             last_resort=end_condemned,
         )
         await stay_serving(

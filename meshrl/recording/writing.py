@@ -220,6 +220,7 @@ class SessionWriter:
         self._described = 0  # the number of the last description in the stream
         self._since_described = 0  # bytes
         self._size = Size()
+        self._streams_lost = 0
         self._numbers: dict[int, int] = {}  # chunks' numbers in the stream, by their own
         self._due_at = 0.0
         self._lost = 0  # rows of a chunk that could not be stored, to be told with what was dropped for it
@@ -309,8 +310,12 @@ class SessionWriter:
         await self._store_entries(max(1, self._chunker.n), self._described, ended, always=True)
         log.info("session %s: its recording goes on after chunk %d", session, self._chunker.n)
 
+    def _id(self, what: str) -> str:
+        """Of a message; another one where the stream is another, whose predecessor may have had it."""
+        return f"{self._recorded.session}:{self._epoch}:{'~' * self._streams_lost}{what}"
+
     async def _describe(self, n: int) -> None:
-        message_id = f"{self._recorded.session}:{self._epoch}:{n}{DESCRIPTION}"
+        message_id = self._id(f"{n}{DESCRIPTION}")
         self._described = await self._chunks.add(self._storing, self._recorded.to_stream(), message_id)
         self._since_described = 0
 
@@ -330,7 +335,6 @@ class SessionWriter:
         self._storing.counts.recorded += len(chunk)
 
     async def _store_packed(self, chunk: Chunk, body: bytes, ended: list[Ended]) -> None:
-        session, epoch = self._recorded.session, self._epoch
         if not self._described:
             await self._storing.ready(self._recorded.name)
         if not self._described or self._since_described > DESCRIBED_BYTES:
@@ -338,7 +342,7 @@ class SessionWriter:
         after = self._chunks.last
         # Together: an entry whose chunk was not stored is found out by who looks for that; a chunk without its entry
         # would never be found.
-        stored = [self._chunks.add(self._storing, body, f"{session}:{epoch}:{chunk.n}")]
+        stored = [self._chunks.add(self._storing, body, self._id(f"{chunk.n}"))]
         if ended:
             stored.append(self._store_entries(chunk.n, after, ended))
         for result in await asyncio.gather(*stored, return_exceptions=True):
@@ -357,8 +361,7 @@ class SessionWriter:
     async def _store_entries(self, n: int, after: int, ended: list[Ended], *, always: bool = False) -> int:
         for at in range(0, len(ended) or always, MAX_EPISODES):
             entry = self._entry(n, after, ended[at : at + MAX_EPISODES])
-            message_id = f"{self._recorded.session}:{self._epoch}:{n}.{at}"
-            await self._entries.add(self._storing, entry.to_stream(), message_id)
+            await self._entries.add(self._storing, entry.to_stream(), self._id(f"{n}.{at}"))
         return self._entries.last
 
     def _entry(self, n: int, after: int, ended: list[Ended]) -> Entry:
@@ -389,6 +392,7 @@ class SessionWriter:
         found = await self._storing.reader.last(self._entries.stream, self._entries.subject)
         self._entries.last = 0 if found is None else found.seq
         self._chunks.last = self._described = 0
+        self._streams_lost += 1
         self._numbers.clear()
 
     def _drop(self, why: str) -> None:

@@ -51,6 +51,8 @@ from meshrl.worker.vector_implementations import HostedImplementation, describe_
 log = logging.getLogger("meshrl.worker")
 
 SLOTS = 64
+# What is recorded of a session whose client does not say.
+RECORD: RecordLevel = "off"
 # How long one step may run, or one reset.
 STEP_DEADLINE_S = 300.0
 RESET_DEADLINE_S = 300.0
@@ -126,7 +128,7 @@ class EnvWorker(Service):
         lease_s: float = 15.0,
         vectors: str | Mapping[str, str] = "meshrl",
         state_key: str | Path | StateKey | None = None,
-        record: RecordLevel = "off",
+        record: RecordLevel = RECORD,
         retention: Retention | None = None,
         last_resort: Callable[[], None] | None = None,
     ) -> None:

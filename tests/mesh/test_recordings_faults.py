@@ -1,0 +1,220 @@
+"""Recordings where things fail: steps go on, what could not be kept is counted, and the rest can be read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+from meshrl import EnvWorker, Mesh
+from meshrl.bus.connect import connect
+from meshrl.bus.embedded import EmbeddedServer
+from meshrl.bus.storing import Reader, store
+from meshrl.bus.streams import make_stream
+from meshrl.errors import EpisodeTorn, EpisodeUnknown
+from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
+from meshrl.recording.streams import EPISODES, stream_of
+from meshrl.recording.writing import is_description
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.compressed import compress, decompress
+from meshrl.wire.recorded import Entry
+from meshrl.wire.subjects import Subjects
+from tests.mesh.conftest import until
+from tests.mesh.own_server import own_server
+from tests.mesh.recordings import drive, listed
+from tests.mesh.test_recordings import same_as
+
+AT = Subjects()
+
+
+async def js(url: str, api: str, body: dict[str, Any]) -> dict[str, Any]:
+    async with connect(url) as connection:
+        answer = await connection.ask(f"$JS.API.{api}", json.dumps(body).encode(), 10.0)
+    told: dict[str, Any] = json.loads(answer or b"{}")
+    assert "error" not in told, told
+    return told
+
+
+async def test_a_stream_that_is_deleted_while_it_is_written_is_made_again(url: str) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, url) as worker, Mesh(url) as m:
+        async with await m.env("of", record="full") as env:
+            session = env.session_id
+            await drive(env, 2, 1)
+            await until(lambda: worker.recorded.recorded > 0, "some of it is stored")
+            await js(url, f"STREAM.DELETE.{stream_of(AT, 'of')}", {})
+            told = await drive(env, 3, 2)
+        found = {one.episode_id: one async for one in m.episodes("of")}
+        await until(lambda: worker.recorded.recorded > sum(len(one.obs) for one in told), "the rest is stored")
+        found = {one.episode_id: one async for one in m.episodes("of")}
+        assert {f"{session}.0.{n}" for n in range(2, 5)} <= found.keys()
+        for n, one in enumerate(told, 2):
+            same_as(one, await m.episode(f"{session}.0.{n}"))
+        with pytest.raises(EpisodeTorn):
+            await m.episode(f"{session}.0.0")
+
+
+async def test_a_server_that_comes_back_has_all_of_it(server: EmbeddedServer) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, server.url) as worker, Mesh(server.url) as m:
+        async with await m.env("of", record="full") as env:
+            told = await drive(env, 2, 1)
+            await until(lambda: worker.recorded.recorded > 0, "some of it is stored")
+            await asyncio.to_thread(server.restart)
+            told += await drive(env, 2, 2)
+        for one, summary in zip(told, await listed(m, "of", 4), strict=True):
+            same_as(one, await m.episode(summary.episode_id))
+        assert worker.recorded.lost == 0
+
+
+async def test_what_does_not_fit_is_counted_and_no_step_fails(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with connect(url) as connection:
+        small = {"subjects": [AT.recording("of", "*")], "max_bytes": 20_000, "discard": "new", "allow_direct": True}
+        await make_stream(connection, stream_of(AT, "of"), small)
+    async with EnvWorker({"of": "CartPole-v1"}, url) as worker, Mesh(url) as m:
+        async with await m.vector("of", 64, record="full", shards=1) as envs:
+            await envs.reset(seed=1)
+            for _ in range(60):
+                for n in range(20):
+                    await envs.step(np.full(64, n % 2))
+                if worker.recorded.lost:
+                    break
+                await asyncio.sleep(0.2)
+            steps = 64 * 21
+            for n in range(20):
+                await envs.step(np.full(64, n % 2))
+        assert worker.recorded.lost >= steps // 64
+        assert "maximum bytes" in worker.recorded.why
+        assert [record for record in caplog.records if "is not recorded" in record.getMessage()]
+
+
+async def test_without_jetstream_nothing_is_recorded_and_it_is_said(tmp_path: Path) -> None:
+    async with own_server(tmp_path, {}) as server:
+        url = server.url()
+        async with EnvWorker({"of": "CartPole-v1"}, url, record="actions") as worker, Mesh(url) as m:
+            async with await m.env("of") as env:
+                await drive(env, 2, 1)
+            await until(lambda: worker.recorded.lost > 0, "it is counted")
+            assert "JetStream" in worker.recorded.why
+            assert [one async for one in m.episodes()] == []
+            with pytest.raises(EpisodeUnknown):
+                await m.episode("abc.0.0")
+
+
+def version_two(chunk: bytes) -> bytes:
+    return compress(pack({**unpack(decompress(chunk, 1 << 24)), "v": 2}))
+
+
+def shorter(chunk: bytes) -> bytes:
+    body = unpack(decompress(chunk, 1 << 24))
+    return compress(pack({**body, "rewards": body["rewards"][:-1]}))
+
+
+def other_space(chunk: bytes) -> bytes:
+    body = unpack(decompress(chunk, 1 << 24))
+    return compress(pack({**body, "observations": np.zeros((len(body["rewards"]), 5), np.float32)}))
+
+
+BROKEN = {
+    "noise": lambda chunk: bytes(range(256)) * 4,
+    "cut": lambda chunk: chunk[: len(chunk) // 2],
+    "a bit": lambda chunk: chunk[:40] + bytes([chunk[40] ^ 1]) + chunk[41:],
+    "empty": lambda chunk: b"",
+    "another version": version_two,
+    "a column that is too short": shorter,
+    "observations of another space": other_space,
+    "a bomb": lambda chunk: zstandard.ZstdCompressor().compress(b"\0" * (1 << 28)),
+    "a list": lambda chunk: compress(pack([1, 2])),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+async def test_a_chunk_that_is_broken_costs_its_own_episodes_alone(url: str, how: str) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, url), Mesh(url) as m:
+        async with await m.env("of", record="full") as env:
+            good = env.session_id
+            told = await drive(env, 2, 1)
+        await listed(m, "of", 2)
+        await copied(url, good, "broken", BROKEN[how])
+        found = [one async for one in m.episodes("of")]
+        assert [one.episode_id for one in found] == [f"{name}.0.{n}" for name in (good, "broken") for n in range(2)]
+        for n, one in enumerate(told):
+            same_as(one, await m.episode(f"{good}.0.{n}"))
+            with pytest.raises(EpisodeTorn, match=f"broken.0.{n} cannot be read"):
+                await m.episode(f"broken.0.{n}")
+        feed = m.experience("of", follow=False)
+        assert sum([len(batch) async for batch in feed]) == sum(len(one.rewards) for one in told)
+        assert feed.skipped == 2
+
+
+async def copied(url: str, session: str, new: str, change: Any) -> None:
+    """The recording of a session once more, as another's, with its chunks changed."""
+    async with connect(url) as connection, Reader(connection, 5.0) as reader:
+        at = 0
+        described = 0
+        async for stored in reader.get(stream_of(AT, "of"), AT.recording("of", session)):
+            body = stored.body if is_description(stored) else change(stored.body)
+            mark = "d" if is_description(stored) else ""
+            at = await store(connection, AT.recording("of", new), body, 5.0, message_id=f"{new}:1:{at}{mark}")
+            described = described or at
+        async for stored in reader.get(EPISODES, AT.episodes("of", session)):
+            entry = Entry.from_stream(stored.body)
+            moved = entry.model_copy(
+                update={
+                    "session": new,
+                    "described": described,
+                    "after": described,
+                    "first": entry.first * 0 + described,
+                }
+            )
+            await store(connection, AT.episodes("of", new), moved.to_stream(), 5.0, message_id=f"{new}:{stored.seq}")
+
+
+async def tampered(url: str, change: Any) -> str:
+    def changed(body: bytes) -> bytes:
+        chunk = read_chunk(body)
+        fields = {name: getattr(chunk, name) for name in Chunk.__slots__}
+        return pack_chunk(Chunk(**{**fields, **change(chunk)}))
+
+    async with EnvWorker({"of": "CartPole-v1"}, url), Mesh(url) as m:
+        async with await m.env("of", record="actions") as env:
+            good = env.session_id
+            await drive(env, 1, 1)
+        await listed(m, "of", 1)
+        await copied(url, good, "changed", changed)
+        verdict = await m.verify("changed.0.0")
+        assert verdict.status == "diverged"
+        assert (await m.verify(f"{good}.0.0")).status == "exact"
+        return f"{verdict.field} of step {verdict.step}"
+
+
+def with_changed(values: Any, at: int, value: Any) -> Any:
+    other = values.copy()
+    other[at] = value
+    return other
+
+
+async def test_what_was_tampered_with_is_named(url: str) -> None:
+    reward = await tampered(url, lambda chunk: {"rewards": with_changed(chunk.rewards, 5, 2.0)})
+    assert reward == "reward of step 5"
+
+
+async def test_a_flag_that_was_tampered_with_is_named(url: str) -> None:
+    flag = await tampered(url, lambda chunk: {"truncations": with_changed(chunk.truncations, len(chunk) - 1, True)})
+    assert flag.startswith("truncated of step ")
+
+
+async def test_an_action_that_was_tampered_with_is_found_where_it_tells(url: str) -> None:
+    def other(chunk: Chunk) -> dict[str, Any]:
+        actions = chunk.actions.values
+        return {"actions": type(chunk.actions)("batch", with_changed(actions, 3, 1 - actions[3]))}
+
+    assert await tampered(url, other) == "observation of step 4"
+
+
+async def test_a_digest_that_was_tampered_with_is_found(url: str) -> None:
+    digest = await tampered(url, lambda chunk: {"digests": with_changed(chunk.digests, 2, 1)})
+    assert digest == "observation of step 2"
