@@ -23,6 +23,7 @@ MESSAGE_ID = "Nats-Msg-Id"
 # The number of the last message on the subject, 0 for none: anything else is refused.
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _WRONG_SEQUENCE = 10071
+_REMEDY = "an operator makes those of recordings: meshrl recordings NAME"
 # Of one answer; the next is asked for when it is read.
 BATCH = 256
 BATCH_BYTES = 8 * 1024 * 1024
@@ -94,7 +95,10 @@ async def store(
     finally:
         connection.forget(rid)
     if reply is None:
-        raise StreamMissing(f"no stream at {connection.url} stores what is published on {subject}", subject=subject)
+        raise StreamMissing(
+            f"no stream at {connection.url} stores what is published on {subject}; {_REMEDY}",
+            subject=subject,
+        )
     return _stored(subject, reply)
 
 
@@ -107,8 +111,19 @@ def _stored(subject: str, reply: bytes) -> int:
         code, text = int(error.get("err_code", 0)), str(error.get("description"))
     except (ValueError, AttributeError, KeyError, TypeError) as exc:
         raise TransportError(f"what JetStream said of a message on {subject} cannot be read") from exc
-    kind = WrongSequence if code == _WRONG_SEQUENCE else StorageRefused
-    raise kind(f"JetStream did not store a message on {subject}: {text}", subject=subject, err_code=code)
+    if code == _WRONG_SEQUENCE:
+        raise WrongSequence(
+            f"JetStream did not store a message on {subject} ({text}): another one is the last there; "
+            "read it, and store behind it",
+            subject=subject,
+            err_code=code,
+        )
+    raise StorageRefused(
+        f"JetStream did not store a message on {subject}: {text}; "
+        "the server's operator makes room, or raises the limit",
+        subject=subject,
+        err_code=code,
+    )
 
 
 class Reader:
@@ -227,7 +242,8 @@ class Reader:
                     return
                 if status == _NO_RESPONDERS:
                     raise StreamMissing(
-                        f"there is no stream {stream} at {self._connection.url}, or none that can be read by number",
+                        f"there is no stream {stream} at {self._connection.url}, or none that can be read by number; "
+                        + _REMEDY,
                         stream=stream,
                     )
                 if status is not None:

@@ -343,7 +343,10 @@ def _summary(stored: Stored, entry: Entry, row: int) -> EpisodeSummary:
 
 
 def _torn(episode: EpisodeId, why: str) -> EpisodeTorn:
-    return EpisodeTorn(f"episode {episode} cannot be read: {why}", episode_id=str(episode))
+    return EpisodeTorn(
+        f"episode {episode} cannot be read: {why}; m.episodes() and `meshrl episodes` list others",
+        episode_id=str(episode),
+    )
 
 
 # Of many rows; nobody writes to it.

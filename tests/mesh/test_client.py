@@ -662,7 +662,10 @@ async def test_evaluate_needs_no_more_slots_of_a_stateful_agent_than_there_are(u
 
 def test_the_public_names_of_a_mesh_are_the_api() -> None:
     public = {name for name in dir(Mesh()) if not name.startswith("_")}
-    assert public == {"agent", "agents", "describe", "env", "envs", "evaluate", "pool", "vector", "watch"}
+    assert public == {
+        *("agent", "agents", "describe", "env", "envs", "evaluate", "pool", "vector", "watch"),
+        *("episode", "episodes", "experience", "fork", "replay", "verify"),
+    }
 
 
 async def test_a_mesh_that_was_not_entered_or_was_closed_says_so(url: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from gymnasium import spaces
 from meshrl import AgentWorker, EnvWorker, Mesh, RemoteEnv, errors
 from meshrl.bus.connect import connect
 from meshrl.bus.connection import Connection
+from meshrl.bus.storing import store
+from meshrl.bus.streams import make_stream
 from meshrl.cli.supervisor import Supervisor, WorkerProcess
 from meshrl.errors import MeshError, from_wire
+from meshrl.recording.streams import stream_of
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.messages import Open, parse
 from meshrl.wire.spaces import describe
@@ -30,6 +34,7 @@ from tests.mesh.conftest import until
 from tests.mesh.dangerous_envs import Dangerous
 from tests.mesh.envs import Breaks, Counter
 from tests.mesh.own_server import own_server
+from tests.mesh.recordings import listed
 
 SUBJECTS = Subjects()
 
@@ -411,7 +416,63 @@ async def agent_that_raises(stage: Stage) -> None:
 
 
 # What stands for a kind of blame, and is never raised itself.
-FAMILIES = {errors.MeshError, errors.ProtocolError, errors.TransportError}
+# --------------------------------------------------------------------------- what is stored, and what was recorded
+
+
+@case(errors.StreamMissing, "an operator makes those of recordings: meshrl recordings NAME")
+async def stored_nowhere(stage: Stage) -> None:
+    await store(stage.raw, SUBJECTS.recording("counter", "s"), b"", 20.0, message_id="s:1:1")
+
+
+@case(errors.StorageRefused, "operator makes room, or raises the limit")
+async def stored_where_it_is_full(stage: Stage) -> None:
+    await make_stream(stage.raw, "FULL", {"subjects": ["full"], "max_bytes": 100, "discard": "new"})
+    await store(stage.raw, "full", b"x" * 200, 20.0, message_id="1")
+
+
+@case(errors.WrongSequence, "read it, and store behind it")
+async def stored_behind_another(stage: Stage) -> None:
+    await make_stream(stage.raw, "ONE", {"subjects": ["one"]})
+    await store(stage.raw, "one", b"1", 20.0, message_id="1")
+    await store(stage.raw, "one", b"2", 20.0, message_id="2", after=0)
+
+
+@case(errors.EpisodeUnknown, "`meshrl episodes` list those that there are")
+async def an_episode_that_there_is_not(stage: Stage) -> None:
+    await stage.mesh.episode("s.0.0")
+
+
+async def recorded(stage: Stage, name: str) -> str:
+    async with await stage.mesh.env(name, record="actions") as env:
+        await env.reset()
+        await env.step(0)
+    (found,) = await listed(stage.mesh, name, 1)
+    return found.episode_id
+
+
+@case(errors.EpisodeTorn, "`meshrl episodes` list others")
+async def an_episode_whose_stream_is_gone(stage: Stage) -> None:
+    id_ = await recorded(stage, "counter")
+    await stage.raw.ask(f"$JS.API.STREAM.DELETE.{stream_of(SUBJECTS, 'counter')}", b"{}", 20.0)
+    await stage.mesh.episode(id_)
+
+
+@case(errors.EpisodeDiverged, r"record='full'\) needs no rerun")
+async def an_episode_of_an_env_that_draws_elsewhere(stage: Stage) -> None:
+    async with EnvWorker({"uncertain": Uncertain}, stage.url):
+        await stage.mesh.episode(await recorded(stage, "uncertain"))
+
+
+class Uncertain(Counter):
+    """Counts from somewhere else each time."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        _, info = super().reset(seed=seed)
+        self.count = time.monotonic_ns() % 1_000_000
+        return self.count, info
+
+
+FAMILIES = {errors.MeshError, errors.ProtocolError, errors.TransportError, errors.RecordingError}
 
 
 @pytest.mark.filterwarnings("ignore:unclosed <RemoteEnv:ResourceWarning")
