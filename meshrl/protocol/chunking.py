@@ -354,8 +354,7 @@ class _Rows:
         """Those that are not empty, by row."""
         finals = set(self.told.finals.tolist())
         keys = 2 * self.source + self.again
-        wanted = [(2 * row + (row in finals), info) for row, info in self.told.infos]
-        wanted += [(2 * row, info) for row, info in self.told.final_infos]
+        wanted = [(2 * row + (row in finals and not is_final), info) for row, is_final, info in self.told.infos]
         infos = []
         for key, info in sorted(wanted, key=itemgetter(0)):
             row = int(np.searchsorted(keys, key))
@@ -397,12 +396,12 @@ class _Runs:
         Args:
             began: what each reset was given, by row.
         """
-        for k, begin in enumerate(self._begins.tolist()):
-            reason = None
-            if self._finished[k]:
-                reason = TERMINATED if self._terminated[k] else TRUNCATED
-            first = began[int(self._order[begin])] if self._resets[begin] else None
-            yield _Run(int(self._lanes[begin]), first, int(self._steps[k]), float(self._rewards[k]), reason)
+        begins = self._begins
+        # As lists: a look into an array costs as much as all else here.
+        reasons = np.where(self._finished, np.where(self._terminated, TERMINATED, TRUNCATED), -1).tolist()
+        columns = (self._lanes[begins], self._resets[begins], self._order[begins], self._steps, self._rewards)
+        for lane, reset, first, steps, rewards, reason in zip(*(c.tolist() for c in columns), reasons, strict=True):
+            yield _Run(lane, began[first] if reset else None, steps, rewards, None if reason < 0 else reason)
 
     def spread(self, values: Sequence[bool]) -> NDArray[np.bool_]:
         """What is said of each run, of each row."""

@@ -49,8 +49,7 @@ class Told:
         hashes: uint64, of the rows and, behind them, of the finals.
         actions: of the rows that are no resets.
         observations: in the order of ``hashes``, where they are kept.
-        infos: packed, by row.
-        final_infos: the same of the finals.
+        infos: packed, by row, and whether it is that of a final.
         policies: the first row of each version.
         asked: what else was asked, by the row that came next.
     """
@@ -66,8 +65,7 @@ class Told:
     hashes: Words = field(default_factory=lambda: np.zeros(0, np.uint64))
     actions: Column = _NOTHING
     observations: Column | None = None
-    infos: list[tuple[int, bytes]] = field(default_factory=list)
-    final_infos: list[tuple[int, bytes]] = field(default_factory=list)
+    infos: list[tuple[int, bool, bytes]] = field(default_factory=list)
     policies: list[tuple[int, int]] = field(default_factory=list)
     asked: list[tuple[int, Asked]] = field(default_factory=list)
 
@@ -112,7 +110,7 @@ def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
         hashes=hashes,
         actions=column_of(transcript.actions, [one.action for one in ones if one.begun is None]),
         observations=observations,
-        infos=[(row, one.info) for row, one in enumerate(ones) if one.info is not None],
+        infos=[(row, False, one.info) for row, one in enumerate(ones) if one.info is not None],
     )
 
 
@@ -138,8 +136,7 @@ def _of_notes(transcript: Transcript, notes: Sequence[Note]) -> Told:
             told.begun[start + row] = began
             told.resets[start + row] = row not in ended
         finals += [(start + row, obs) for row, obs in note.finals]
-        told.infos += [(start + row, info) for row, info in note.infos]
-        told.final_infos += [(start + row, info) for row, info in note.final_infos]
+        told.infos += [(start + row, is_final, info) for row, is_final, info in note.infos]
     told.finals = np.array([row for row, _ in finals], np.int64)
     if notes[0].hashes is not None:
         hashes = [note.hashes for note in notes if note.hashes is not None]

@@ -4,8 +4,8 @@ On the step path it only puts aside what an answer was made of. Everything else 
 when a chunk is taken, on whichever thread has time for it (:mod:`~meshrl.protocol.chunking`).
 
     began    a lane is about to be reset            any thread, one at a time for each lane
-    note     a step or reset was answered           the worker's event loop
-    settle   the answer has left: what the envs may write to again is taken in now     the same
+    note     a step or reset is about to be answered           the worker's event loop
+    settle   the answer has left: large observations, which are the envs' own, are taken in now     the same
     take     what was noted becomes a chunk         one thread at a time
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from meshrl.protocol.digests import Words, hashes_of
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack
-from meshrl.wire.large import Rows
+from meshrl.wire.large import LARGE_BYTES, Rows
 
 Level = Literal["actions", "full"]
 Indices = NDArray[np.int64]
@@ -53,8 +53,7 @@ class Began:
     options: Info | None
 
 
-@dataclass(slots=True)
-class Note:
+class Note(NamedTuple):
     """An answer to some lanes.
 
     Attributes:
@@ -65,10 +64,9 @@ class Note:
         rewards: as told.
         terminations: as told.
         truncations: as told.
-        begun: the rows that show an observation of a reset.
+        begun: the rows that show an observation of a reset, with what that was given.
         finals: the rows that show a reset where a step has ended, with that step's observation.
-        infos: of rows, packed; those of ``finals`` by themselves.
-        final_infos: the same of the steps that ended.
+        infos: of rows, packed, and whether it is that of a final.
         policy: the version of whoever chose the actions, where that is said.
         nbytes: about what it takes of a chunk.
         hashes: of the rows and of the finals behind them, where observations are too large to be kept.
@@ -82,9 +80,8 @@ class Note:
     terminations: NDArray[np.bool_]
     truncations: NDArray[np.bool_]
     begun: dict[int, Began]
-    finals: list[tuple[int, Any]]
-    infos: list[tuple[int, Any]]  # or as they were told, before they are packed
-    final_infos: list[tuple[int, Any]]
+    finals: Sequence[tuple[int, Any]]
+    infos: Sequence[tuple[int, bool, bytes]]
     policy: int | None
     nbytes: int
     hashes: Words | None = None
@@ -154,6 +151,11 @@ class Transcript:
         self._numbers = [0] * self.count
 
     @property
+    def settles(self) -> bool:
+        """Whether there is anything to do when an answer has left."""
+        return self.hashes_at_once or self.count * self.row_bytes >= LARGE_BYTES
+
+    @property
     def nbytes(self) -> int:
         """About what was noted and not taken, in bytes of a chunk."""
         return self._noted_bytes - self._taken_bytes
@@ -180,7 +182,9 @@ class Transcript:
         truncations: NDArray[np.bool_],
         infos: Sequence[tuple[int, Info]],
     ) -> None:
-        """A step, or an explicit reset (``actions`` None), is about to be answered; nothing is copied yet.
+        """A step, or an explicit reset (``actions`` None), is about to be answered.
+
+        Of observations nothing is copied that is in a batch of its own already.
 
         Args:
             at: now, in monotonic seconds.
@@ -194,30 +198,29 @@ class Transcript:
         """
         begun: dict[int, Began] = {}
         if self._began:
-            began = self._began
             if lanes is None:
-                begun = {lane: began.pop(lane) for lane in list(began)}
+                begun, self._began = self._began, begun
             else:
+                began = self._began
                 begun = {row: began.pop(lane) for row, lane in enumerate(lanes.tolist()) if lane in began}
-        finals: list[tuple[int, Any]] = []
-        own: Sequence[tuple[int, Info]] = infos
-        final_infos: list[tuple[int, Any]] = []
-        if begun and actions is not None and infos:
-            ended = {row for row in begun if terminations[row] or truncations[row]}
-            if ended:
-                last = [(row, info) for row, info in infos if row in ended and "final_obs" in info]
-                finals = [(row, info["final_obs"]) for row, info in last]
-                final_infos = [(row, info["final_info"]) for row, info in last if info.get("final_info")]
-                own = [one for one in infos if not (one[0] in ended and "final_obs" in one[1])]
-        nbytes = (len(rewards) + len(finals)) * self.row_bytes
+        finals: Sequence[tuple[int, Any]] = ()
+        told: Sequence[tuple[int, bool, bytes]] = ()
+        if infos:
+            if begun and actions is not None:
+                finals = [
+                    (row, own(info["final_obs"]))
+                    for row, info in infos
+                    if "final_obs" in info and row in begun and (terminations[row] or truncations[row])
+                ]
+            if self.level == "full":
+                told = _packed(infos, {row for row, _ in finals})
+        nbytes = (len(rewards) + len(finals)) * self.row_bytes + sum([len(info) for _, _, info in told])
         note = Note(
-            at, lanes, actions, obs, rewards, terminations, truncations, begun, finals,
-            list(own), final_infos, self.policy, nbytes,
-        )  # fmt: skip
-        if self.level == "full" or self.hashes_at_once or finals or type(obs) is Rows:
+            at, lanes, actions, obs, rewards, terminations, truncations, begun, finals, told, self.policy, nbytes
+        )
+        if self.hashes_at_once or type(obs) is Rows:
             self._unsettled.append(note)
         else:
-            note.infos = []
             self._keep(note)
 
     def note_one(
@@ -225,7 +228,11 @@ class Transcript:
     ) -> None:
         """The same of a session of one env, with its own values; an explicit reset has no action."""
         begun = self._began.pop(0, None) if reset else None
-        self._unsettled_ones.append((at, action, obs, reward, terminated, truncated, info, begun))
+        one = (at, action, obs, reward, terminated, truncated, info, begun)
+        if self.hashes_at_once:
+            self._unsettled_ones.append(one)
+        else:
+            self._settle_one(*one)
 
     def asked(self, lane: int, op: str, given: Info) -> None:
         """A method of a lane's env was called, or an attribute set."""
@@ -237,8 +244,7 @@ class Transcript:
     ) -> None:
         """What one of several lanes told as it was done again; on any thread, and taken in at once."""
         begun = self._began.pop(lane, None)
-        last = next((info for info in infos if "final_obs" in info), None)
-        rest = [info for info in infos if info is not last]
+        finals = [(0, own(info["final_obs"])) for info in infos if begun is not None and "final_obs" in info]
         note = Note(
             at,
             np.array([lane], np.int64),
@@ -248,15 +254,13 @@ class Transcript:
             flags_of([ended[0]]),
             flags_of([ended[1]]),
             {} if begun is None else {0: begun},
-            [] if last is None else [(0, own(last["final_obs"]))],
-            [(0, pack(info)) for info in rest if info] if self.level == "full" else [],
-            [(0, pack(last["final_info"]))] if self.level == "full" and last and last.get("final_info") else [],
+            finals,
+            _packed([(0, info) for info in infos], {0} if finals else ()) if self.level == "full" else (),
             self.policy,
-            (1 + (last is not None)) * self.row_bytes,
+            (1 + len(finals)) * self.row_bytes,
         )
         if self.level != "full" and self.hashes_at_once:
-            note.hashes = self._hashed(note)
-            note.obs, note.finals = None, [(row, None) for row, _ in note.finals]
+            note = self._hashed(note)
         with self._lock:
             self._keep(note)
 
@@ -264,19 +268,10 @@ class Transcript:
         """Take in what envs may write to again, when the answer has left and before more is asked of them."""
         unsettled, self._unsettled = self._unsettled, []
         for note in unsettled:
-            note.finals = [(row, own(obs)) for row, obs in note.finals]
-            if self.level == "full":
-                note.infos = [(row, pack(info)) for row, info in note.infos if info]
-                note.final_infos = [(row, pack(info)) for row, info in note.final_infos]
-                note.nbytes += sum([len(info) for _, info in (*note.infos, *note.final_infos)])
-            else:
-                note.infos = note.final_infos = []
             if self.level != "full" and self.hashes_at_once:
-                note.hashes = self._hashed(note)
-                note.obs, note.finals = None, [(row, None) for row, _ in note.finals]
-            elif type(note.obs) is Rows:
-                note.obs = note.obs.stacked()
-            self._keep(note)
+                self._keep(self._hashed(note))
+            else:
+                self._keep(note._replace(obs=note.obs.stacked()) if type(note.obs) is Rows else note)
         ones, self._unsettled_ones = self._unsettled_ones, []
         for one in ones:
             self._settle_one(*one)
@@ -313,18 +308,17 @@ class Transcript:
         self._noted.append(note)
         self._noted_bytes += note.nbytes
 
-    def _hashed(self, note: Note) -> Words:
-        """Of the rows, and of the finals behind them."""
-        batches = self.observations
-        count = len(note.rewards)
+    def _hashed(self, note: Note) -> Note:
+        """The same with hashes in place of observations, of the rows and of the finals behind them."""
+        batches, count = self.observations, len(note.rewards)
         flags = note.terminations, note.truncations
         hashes = hashes_of(list(batches.leaves(note.obs, count)), note.rewards, *flags, list(note.begun))
-        if not note.finals:
-            return hashes
-        rows = [row for row, _ in note.finals]
-        ended = batches.stack([obs for _, obs in note.finals])
-        told = (note.rewards[rows], note.terminations[rows], note.truncations[rows])
-        return np.concatenate([hashes, hashes_of(list(batches.leaves(ended, len(rows))), *told)])
+        if note.finals:
+            rows = [row for row, _ in note.finals]
+            ended = batches.stack([obs for _, obs in note.finals])
+            told = (note.rewards[rows], note.terminations[rows], note.truncations[rows])
+            hashes = np.concatenate([hashes, hashes_of(list(batches.leaves(ended, len(rows))), *told)])
+        return note._replace(hashes=hashes, obs=None, finals=[(row, None) for row, _ in note.finals])
 
     def taken(self, limit_bytes: int) -> list[Note | One | Asked]:
         """What was noted, the oldest first, at most about so much of it; at least one note if there is any."""
@@ -353,6 +347,18 @@ class Transcript:
             else:
                 lanes.update(range(self.count) if one.lanes is None else one.lanes.tolist())
         return lanes, rows
+
+
+def _packed(infos: Sequence[tuple[int, Info]], finals: Collection[int]) -> list[tuple[int, bool, bytes]]:
+    """Those that are not empty; of a row that is a final, the first is that of its step."""
+    packed = []
+    for row, info in infos:
+        if row in finals and "final_obs" in info:
+            if info.get("final_info"):
+                packed.append((row, True, pack(info["final_info"])))
+        elif info:
+            packed.append((row, False, pack(info)))
+    return packed
 
 
 def hashes_of_values(

@@ -97,6 +97,8 @@ class Hold:
         assert isinstance(hosted, HostedPool | HostedVector | HostedEnv), "an env is recorded, and one by one"
         hosted.record(recording)
         self.recording = recording
+        if not recording.transcript.settles:
+            return
         counts, settle = self.counts, recording.transcript.settle
 
         def both() -> None:
