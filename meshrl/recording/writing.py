@@ -324,10 +324,11 @@ class SessionWriter:
             chunk = replace(chunk, first=self._where_they_began(chunk))
             body = pack_chunk(chunk)
             self._size.seen(noted, len(body))
-            await self._store_packed(chunk, body, ended)
-        except StreamMissing:
-            await self._begin_anew()
-            await self._store_packed(chunk, body, ended)
+            try:
+                await self._store_packed(chunk, body, ended)
+            except StreamMissing:
+                await self._begin_anew()
+                await self._store_packed(chunk, body, ended)
         except MeshError:
             self._lost += len(chunk)
             self._chunker.lose(set(np.unique(chunk.lanes).tolist()))
@@ -389,7 +390,10 @@ class SessionWriter:
         """There is no stream, or nothing of this recording in it."""
         self._storing.forget(self._recorded.name)
         await self._storing.ready(self._recorded.name)
-        found = await self._storing.reader.last(self._entries.stream, self._entries.subject)
+        try:
+            found = await self._storing.reader.last(self._entries.stream, self._entries.subject)
+        except StreamMissing:
+            found = None
         self._entries.last = 0 if found is None else found.seq
         self._chunks.last = self._described = 0
         self._streams_lost += 1
