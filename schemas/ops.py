@@ -79,7 +79,7 @@ _STATE: Schema = {
 _NTH: Schema = {
     "type": "integer",
     "minimum": 0,
-    "description": "Where it is recorded: the number of the episode, counted since the env was made.",
+    "description": "Where it is recorded: which episode begins, for whoever does it again.",
 }
 _POLICY: Schema = {
     "type": "integer",

@@ -167,7 +167,7 @@ class Context:
         request["kwargs"] = dict(kwargs or {})
         make: Callable[[Context, Grant], RemoteSession] = RemoteSession
         if on_loss != "raise":
-            request["digests"] = "large" if on_loss == "resume" else "none"
+            request.setdefault("digests", "large" if on_loss == "resume" else "none")
             recovery = Recovery(self, kind, name, where, request, wait, resumes=on_loss == "resume")
             make = partial(ResumableSession, recovery=recovery)
         return await self.lease(Opening(self, kind, name, wait=wait, where=where, request=request), make)

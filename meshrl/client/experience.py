@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from meshrl.bus.storing import store
 from meshrl.client.rerunning import rerun
 from meshrl.client.verifying import judge
-from meshrl.errors import EpisodeTorn, MalformedMessage, StreamMissing, UsageError
+from meshrl.errors import EnvError, EpisodeTorn, MalformedMessage, StreamMissing, UsageError
 from meshrl.protocol.chunks import Column
 from meshrl.protocol.joined import column_of, joined_columns, picked
 from meshrl.recording.episodes import Described, RecordedEpisode
@@ -145,12 +145,19 @@ class ExperienceFeed:
             StopAsyncIteration: there is nothing more, of a feed that does not follow.
             MeshError: the server is away, or the login may not read recordings.
         """
-        if self._batches is None:
+        if self._committed is None:
             self._given = self._committed = await self._position()
-            self._batches = self._all()
         else:
             await self.commit()
-        batch, self._given = await anext(self._batches)
+        if self._batches is None:
+            self._batches = self._all()
+        try:
+            batch, self._given = await anext(self._batches)
+        except StopAsyncIteration:
+            raise
+        except BaseException:  # who asks again gets what comes behind the last batch
+            self._batches = None
+            raise
         return batch
 
     async def commit(self) -> None:
@@ -234,7 +241,7 @@ class ExperienceFeed:
                 if not judge(episode, again):
                     raise EpisodeTorn(f"episode {episode.id} did not go as it was recorded when it was run again")
                 episode.observations = column_of(episode.described.observations, again.obs)
-        except EpisodeTorn as exc:
+        except (EpisodeTorn, EnvError) as exc:
             self.skipped += 1
             log.info("%r skips an episode: %s", self, exc.message)
             return None

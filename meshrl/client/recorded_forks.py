@@ -46,7 +46,14 @@ async def fork_of(
     recorded = episode.recorded
     chain = await (await context.library()).chain(episode)
     session = await context.open(
-        "env", recorded.name, recorded.kwargs, where, wait, on_loss=on_loss, render_mode=recorded.render_mode
+        "env",
+        recorded.name,
+        recorded.kwargs,
+        where,
+        wait,
+        on_loss=on_loss,
+        render_mode=recorded.render_mode,
+        digests="large",  # so that what outlived a reset can be put there
     )
     try:
         recovery = session.recovery if isinstance(session, ResumableSession) else None

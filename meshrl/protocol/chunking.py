@@ -80,15 +80,12 @@ class Chunker:
         self._lost: set[int] = set()
         self._policy: int | None = None
         self._stored: dict[int, _Stored] = {}  # by lane, what of a replay is stored already
-        self._offsets: NDArray[np.int64] | None = None  # of episodes' numbers, where they are counted anew
 
-    def go_on(self, last: Chunk, *, redone: bool) -> list[Ended]:
-        """Go on with a recording that somebody else began; gives the episodes that nobody goes on with.
+    def go_on(self, last: Chunk) -> None:
+        """Go on with a recording that somebody else began: what is noted begins with what is stored, or some of it.
 
         Args:
             last: the last chunk of it that is stored.
-            redone: whether the session was brought back by a replay, so that what is noted begins with what is stored,
-                or some of it. Else its envs are new.
         """
         self.n = last.n
         for i, lane in enumerate(self._lanes):
@@ -104,15 +101,15 @@ class Chunker:
         for lane in self._lanes:
             lane.first = 0  # before this writer's own
         self._digests[last.lanes] = last.digests
-        if redone:
-            self._stored = {
-                i: _Stored(lane.number, lane.steps + 1) for i, lane in enumerate(self._lanes) if lane.number >= 0
-            }
-            return []
+        self._stored = {
+            i: _Stored(lane.number, lane.steps + 1) for i, lane in enumerate(self._lanes) if lane.number >= 0
+        }
+
+    def leave_all(self, reason: int) -> list[Ended]:
+        """All episodes are over; gives those that were not."""
         ended: list[Ended] = []
-        self._offsets = np.array([lane.number + 1 for lane in self._lanes], np.int64)
         for i in range(len(self._lanes)):
-            self._leave(i, LOST, ended)
+            self._leave(i, reason, ended)
         return ended
 
     @property
@@ -135,9 +132,6 @@ class Chunker:
         for lane in lost:
             self._lanes[lane].torn = True
         told = joined(self._transcript, noted)
-        if self._offsets is not None:
-            for row, began in told.begun.items():
-                began.number += int(self._offsets[told.lanes[row]])
         before = {name: [getattr(lane, name) for lane in self._lanes] for name in _CARRIED}
         ended: list[Ended] = []
         self.n += 1
@@ -147,10 +141,9 @@ class Chunker:
         runs = _Runs(rows)
         kept = [self._take(run, ended) for run in runs.all(rows.began())]
         if end in ENDS:
-            for i in range(len(self._lanes)):
-                self._leave(i, ENDS[end], ended)
+            ended += self.leave_all(ENDS[end])
         rows.keep(runs.spread(kept), self._transcript)
-        if not (len(rows.source) or told.asked or lost or end):
+        if not (len(rows.source) or told.asked or ended or lost or end):
             self.n -= 1
             return None
         full = self._transcript.level == "full"

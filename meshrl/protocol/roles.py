@@ -41,7 +41,9 @@ _STREAMS = (
 )
 
 
-# Reading by number, of streams that allow it: those of recordings, and not the audit.
+# Reading by number, of streams that allow it: those of recordings, and not the audit. JetStream answers on whatever
+# reply subject a request names, and looks at nobody's permissions for that: who may ask for what others have stored can
+# have it published anywhere, in anybody's name. So only those may who are trusted with everything of their team.
 _RECORDINGS = ("$JS.API.DIRECT.GET.*",)
 
 
@@ -73,7 +75,7 @@ def permissions(role: Role, user: str) -> Permissions:
     looks = (f"{_PREFIX}registry.ask",)
     if role == "observer":
         # A probe of nothing says in which namespace a worker is.
-        watches = (*looks, f"{_PREFIX}worker.*.probe.{user}", *_WHO_IS_THERE, *_RECORDINGS)
+        watches = (*looks, f"{_PREFIX}worker.*.probe.{user}", *_WHO_IS_THERE)
         return Permissions(watches, (*hears, f"{_PREFIX}tap.>"))
     asks: tuple[str, ...] = (
         *looks,
@@ -81,13 +83,18 @@ def permissions(role: Role, user: str) -> Permissions:
         f"{_PREFIX}session.*.{user}.*.*",
         f"{_PREFIX}env.*.open.{user}",
         f"{_PREFIX}agent.*.act.{user}",
-        *_RECORDINGS,
-        f"{_PREFIX}position.{user}.*.*",
     )
     if role == "learner":
         return Permissions(asks, hears)
     return Permissions(
-        (*asks, f"{_PREFIX}worker.*.*.{user}", *_WHO_IS_THERE, *_STREAMS),
+        (
+            *asks,
+            f"{_PREFIX}worker.*.*.{user}",
+            *_WHO_IS_THERE,
+            *_STREAMS,
+            *_RECORDINGS,
+            f"{_PREFIX}position.{user}.*.*",
+        ),
         (*hears, f"{_PREFIX}tap.>", f"{_PREFIX}audit.*"),
     )
 

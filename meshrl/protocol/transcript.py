@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from meshrl.errors import UnencodableValue
 from meshrl.protocol.digests import Words, hashes_of
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack
@@ -32,6 +33,10 @@ Info = dict[str, Any]
 # Of one env, before it is taken in.
 _Untold = tuple[float, Any, Any, Any, Any, Any, Any, "Began | None"]
 
+# Of an episode's number, as clients keep it.
+_NUMBER_BITS = 40
+# What may wait to be taken.
+MAX_NOTED_BYTES = 64 * 1024 * 1024
 # What a row takes of a chunk beside its action and observation.
 ROW_BYTES = 32
 
@@ -124,10 +129,14 @@ class Transcript:
         level: ``full`` keeps observations and infos too.
         hashes_at_once: whether observations are too large to be kept until a chunk is taken.
         row_bytes: about what a row takes of a chunk.
+        shown_bytes: of one observation.
 
     Attributes:
+        closed: nobody takes what is noted, so that nothing is.
+        missed: rows that were not noted, since too many were not taken.
         policy: the version of whoever chooses the actions from now on, where that is said.
         redone: whether its session was brought back by a replay.
+        begun: the epoch in which the recording began that it goes on with.
     """
 
     count: int
@@ -136,8 +145,12 @@ class Transcript:
     level: Level
     hashes_at_once: bool
     row_bytes: int
+    shown_bytes: int = 0
     policy: int | None = None
+    closed: bool = False
+    missed: int = 0
     redone: bool = False
+    begun: int = 1
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _noted_bytes: int = 0
     _taken_bytes: int = 0
@@ -153,7 +166,7 @@ class Transcript:
     @property
     def settles(self) -> bool:
         """Whether there is anything to do when an answer has left."""
-        return self.hashes_at_once or self.count * self.row_bytes >= LARGE_BYTES
+        return self.hashes_at_once or self.count * self.shown_bytes >= LARGE_BYTES
 
     @property
     def nbytes(self) -> int:
@@ -167,9 +180,13 @@ class Transcript:
         self._began[lane] = Began(number, seed, state, options)
         return number
 
-    def numbered(self, lane: int, number: int) -> None:
-        """The next episode of a lane has that number: it is done again."""
-        self._numbers[lane] = number
+    def nth(self, number: int) -> int:
+        """An episode's number as its client keeps it for a replay: with the epoch in which its recording began."""
+        return self.begun << _NUMBER_BITS | number
+
+    def numbered(self, lane: int, nth: int) -> None:
+        """The next episode of a lane is that one: it is done again."""
+        self.begun, self._numbers[lane] = nth >> _NUMBER_BITS, nth & ((1 << _NUMBER_BITS) - 1)
 
     def note(
         self,
@@ -289,7 +306,7 @@ class Transcript:
     ) -> None:
         packed, hash_, nbytes = None, None, self.row_bytes
         if self.level == "full":
-            packed = pack(info) if info else None
+            packed = (_told(info) or None) if info else None
             nbytes += len(packed or b"")
         if self.level != "full" and self.hashes_at_once:
             hash_, obs = (
@@ -305,6 +322,11 @@ class Transcript:
         self._keep(One(at, own(action), obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_))
 
     def _keep(self, note: Note | One | Asked) -> None:
+        if self.closed:
+            return
+        if self.nbytes > MAX_NOTED_BYTES:
+            self.missed += rows_in(note)
+            return
         self._noted.append(note)
         self._noted_bytes += note.nbytes
 
@@ -341,12 +363,19 @@ class Transcript:
             if isinstance(one, Asked):
                 lanes.add(one.lane)
                 continue
-            rows += 1 if isinstance(one, One) else len(one.rewards)
+            rows += rows_in(one)
             if isinstance(one, One):
                 lanes.add(0)
             else:
                 lanes.update(range(self.count) if one.lanes is None else one.lanes.tolist())
         return lanes, rows
+
+
+def rows_in(noted: Note | One | Asked) -> int:
+    """How many steps and resets that is."""
+    if isinstance(noted, Note):
+        return len(noted.rewards)
+    return 1 if isinstance(noted, One) else 0
 
 
 def _packed(infos: Sequence[tuple[int, Info]], finals: Collection[int]) -> list[tuple[int, bool, bytes]]:
@@ -355,10 +384,18 @@ def _packed(infos: Sequence[tuple[int, Info]], finals: Collection[int]) -> list[
     for row, info in infos:
         if row in finals and "final_obs" in info:
             if info.get("final_info"):
-                packed.append((row, True, pack(info["final_info"])))
+                packed.append((row, True, _told(info["final_info"])))
         elif info:
-            packed.append((row, False, pack(info)))
-    return packed
+            packed.append((row, False, _told(info)))
+    return [one for one in packed if one[2]]
+
+
+def _told(info: Info) -> bytes:
+    """An info, packed; nothing of one that cannot be: its learner was told an error in its place."""
+    try:
+        return pack(info)
+    except UnencodableValue:
+        return b""
 
 
 def hashes_of_values(
@@ -374,7 +411,16 @@ def hashes_of_values(
     try:
         leaves = list(batches.leaves(batches.rows_or_stack(obs), len(obs)))
     except Exception:  # noqa: BLE001  # an env need not keep to its space
-        leaves = [obs]
+        if len(obs) == 1:
+            return hashes_of([obs], *told, anew)
+        # What one is hashed as may not depend on those beside it.
+        rows = zip(obs, rewards, terminated, truncated, strict=True)
+        return np.concatenate(
+            [
+                hashes_of_values(batches, [one], [reward], [end], [cut], [0] if k in anew else [])
+                for k, (one, reward, end, cut) in enumerate(rows)
+            ]
+        )
     return hashes_of(leaves, *told, anew)
 
 

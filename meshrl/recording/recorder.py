@@ -69,7 +69,7 @@ class Recorder:
         self._ended: list[tuple[Transcript, str]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
-        self._stopping = False
+        self._stopping = self._ended_for_good = False
 
     def __repr__(self) -> str:
         return f"<Recorder of {self._worker}: {self.counts.recorded} rows recorded, {self.counts.lost} not>"
@@ -78,6 +78,9 @@ class Recorder:
 
     def begin(self, transcript: Transcript, recorded: Recorded, epoch: int) -> None:
         """Record a session from now on."""
+        if self._ended_for_good:
+            transcript.closed = True
+            return
         self._added.append((transcript, recorded, epoch))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"recorder-{self._worker}", daemon=True)
@@ -113,6 +116,10 @@ class Recorder:
             log.warning("worker %s records nothing more: %s", self._worker, exc.message)
         except Exception:
             log.exception("worker %s records nothing more", self._worker)
+        finally:
+            self._ended_for_good = True
+            for transcript in (*(one for one, _, _ in self._added), *(w.transcript for w in self._writers.values())):
+                transcript.closed = True
 
     async def _main(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
@@ -151,8 +158,8 @@ class Recorder:
             self._take_in(storing)
             for key, writer in list(self._writers.items()):
                 if key in under_way:
-                    writer.overflow()
-                elif writer.over:
+                    continue
+                if writer.over:
                     del self._writers[key]
                 elif writer.due(now) or (self._stopping and writer.transcript.nbytes):
                     task = asyncio.create_task(_write(writer, turn))
@@ -178,7 +185,7 @@ class Recorder:
         self._wake.set()
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.error("worker %s: %r failed", self._worker, self._writers[key], exc_info=exc)
-            self._writers[key].over = True
+            self._writers[key].over = self._writers[key].transcript.closed = True
 
     def _take_in(self, storing: Storing) -> None:
         while self._added:
@@ -196,4 +203,4 @@ async def _write(writer: SessionWriter, turn: asyncio.Semaphore) -> None:
         try:
             await writer.write()
         except BusClosed:
-            writer.over = True
+            writer.over = writer.transcript.closed = True

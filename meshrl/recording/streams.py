@@ -1,6 +1,6 @@
 """The streams of recordings: one for each env, which can be kept as long as is wanted of it, and an index of episodes.
 
-    MESHRL_REC_<namespace>_<env>   meshrl.v1.<namespace>.rec.<env>.<session>     a description, then chunks of steps
+    MESHRL_REC_<namespace>~<env>   meshrl.v1.<namespace>.rec.<env>.<session>     a description, then chunks of steps
     MESHRL_EPISODES                meshrl.v1.*.episodes.<env>.<session>          which episodes there are, and where
     MESHRL_POSITIONS               meshrl.v1.*.position.<user>.<env>.<consumer>  how far consumers have come
 
@@ -22,6 +22,7 @@ POSITIONS = "MESHRL_POSITIONS"
 # A hundred million steps of CartPole. A server sets them aside, so that there cannot be too many of them.
 MAX_BYTES = 1 << 30
 MAX_INDEX_BYTES = 1 << 30
+MAX_POSITIONS_BYTES = 64 << 20
 _NANOSECONDS = 1_000_000_000
 
 
@@ -41,7 +42,8 @@ class Retention:
 @lru_cache(maxsize=256)
 def stream_of(subjects: Subjects, name: str) -> str:
     """The name of the stream with the recordings of an env."""
-    return f"MESHRL_REC_{token(subjects.namespace)}_{token(name)}".replace("/", "%2F")
+    # A token has no "~" in it, so that no two names are the same.
+    return f"MESHRL_REC_{token(subjects.namespace)}~{token(name)}".replace("/", "%2F")
 
 
 async def make_streams(connection: Connection, subjects: Subjects, name: str, retention: Retention) -> bool:
@@ -53,7 +55,12 @@ async def make_streams(connection: Connection, subjects: Subjects, name: str, re
     """
     index = {"subjects": [f"{ROOT}.v{VERSION}.*.episodes.*.*"], **_CONFIG, "max_bytes": MAX_INDEX_BYTES}
     await make_stream(connection, EPISODES, index)
-    positions = {"subjects": [f"{ROOT}.v{VERSION}.*.position.*.*.*"], **_CONFIG, "max_msgs_per_subject": 1}
+    positions = {
+        "subjects": [f"{ROOT}.v{VERSION}.*.position.*.*.*"],
+        **_CONFIG,
+        "max_msgs_per_subject": 1,
+        "max_bytes": MAX_POSITIONS_BYTES,
+    }
     await make_stream(connection, POSITIONS, positions)
     own = {"subjects": [subjects.recording(name, "*")], **_CONFIG, **_kept(retention)}
     return await make_stream(connection, stream_of(subjects, name), own)

@@ -11,10 +11,12 @@ became of it. A *wrong last sequence* is one of three things, which the last mes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,9 +25,9 @@ from numpy.typing import NDArray
 from meshrl.bus.connection import Connection
 from meshrl.bus.storing import Reader, Stored, store
 from meshrl.errors import BusClosed, MeshError, RequestTimeout, StreamMissing, SubjectNotPermitted, WrongSequence
-from meshrl.protocol.chunking import ENDS, Chunker, Ended
+from meshrl.protocol.chunking import ENDS, LOST, Chunker, Ended
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
-from meshrl.protocol.transcript import Transcript
+from meshrl.protocol.transcript import MAX_NOTED_BYTES, Asked, Note, One, Transcript, rows_in
 from meshrl.recording.streams import EPISODES, stream_of
 from meshrl.wire.recorded import MAX_EPISODES, Entry, Recorded
 from meshrl.wire.subjects import Subjects
@@ -41,14 +43,17 @@ MAX_FACTOR = 32.0
 # seconds.
 STORED_S = 5.0
 MAX_PAUSE_S = 5.0
-# What may wait, of one session: beyond it steps are not recorded, until there is room.
-MAX_NOTED_BYTES = 64 * 1024 * 1024
 # Where so many chunks stand in the stream is kept; then only of those in which something began that goes on.
 MAX_NUMBERS = 4096
 # Between two words on the same trouble.
 SAID_S = 60.0
-# The description is said again when so much was stored since, so that retention leaves one with what it leaves.
+# The description is said again when so much was stored since, by this session or, in messages, by all of its env's, or
+# so many seconds ago: retention leaves one with what it leaves.
 DESCRIBED_BYTES = 32 * 1024 * 1024
+DESCRIBED_MESSAGES = 1000
+DESCRIBED_S = 600.0
+# Of what was sent last on a subject, to be known again.
+SENT_IDS = 8
 
 
 # What the ids of descriptions end with.
@@ -152,14 +157,17 @@ class _Chain:
     """The messages of one subject.
 
     Attributes:
+        name: of the env.
         stream: that has it.
         subject: where they are published.
         last: the number of the last of them in the stream; 0 before the first.
     """
 
+    name: str
     stream: str
     subject: str
     last: int = 0
+    _sent: deque[str] = field(default_factory=lambda: deque(maxlen=SENT_IDS))
 
     async def add(self, storing: Storing, body: bytes, message_id: str) -> int:
         """Store a message as the next, however long that takes; gives its number.
@@ -167,9 +175,10 @@ class _Chain:
         Raises:
             Rival: another one is the next.
             StreamMissing: nothing is there any more, so that a recording begins anew.
-            StorageRefused, MessageTooLarge: it cannot be stored.
+            StorageRefused, MessageTooLarge, UsageError: it cannot be stored.
             BusClosed: the connection was closed.
         """
+        self._sent.append(message_id)
         pause = 0.1
         while True:
             try:
@@ -177,18 +186,35 @@ class _Chain:
                     storing.connection, self.subject, body, STORED_S, message_id=message_id, after=self.last
                 )
             except WrongSequence as exc:
-                found = await storing.reader.last(self.stream, self.subject)
-                if found is None:
-                    raise StreamMissing(f"what was stored on {self.subject} is gone", subject=self.subject) from exc
-                if found.message_id != message_id:
-                    raise Rival(f"somebody else stores on {self.subject} now") from exc
-                self.last = found.seq
+                if await self._is_stored(storing, message_id, exc):
+                    return self.last
             except RequestTimeout as exc:
-                log.info("%s", exc.message)
-                await asyncio.sleep(pause)
+                await self._wait(storing, exc, pause)
                 pause = min(2 * pause, MAX_PAUSE_S)
-                continue
-            return self.last
+            else:
+                return self.last
+
+    async def _is_stored(self, storing: Storing, message_id: str, refused: WrongSequence) -> bool:
+        """Whether it was by an earlier sending; if not, from now on it is to be stored behind what was."""
+        try:
+            found = await storing.reader.last(self.stream, self.subject)
+        except RequestTimeout as exc:
+            await self._wait(storing, exc, MAX_PAUSE_S)
+            return False
+        if found is None:
+            raise StreamMissing(f"what was stored on {self.subject} is gone", subject=self.subject) from refused
+        if found.message_id not in self._sent:
+            raise Rival(f"somebody else stores on {self.subject} now") from refused
+        self.last = found.seq
+        return found.message_id == message_id
+
+    async def _wait(self, storing: Storing, exc: RequestTimeout, pause: float) -> None:
+        """The server says nothing. It may be away; or the stream is, and somebody who hears everything hides that."""
+        log.info("%s", exc.message)
+        await asyncio.sleep(pause)
+        storing.forget(self.name)
+        with contextlib.suppress(RequestTimeout):
+            await storing.ready(self.name)
 
 
 class SessionWriter:
@@ -214,9 +240,8 @@ class SessionWriter:
         self._epoch = epoch
         self._storing = storing
         self._chunker = Chunker(transcript, recorded.every)
-        subjects, name, session = storing.subjects, recorded.name, recorded.session
-        self._chunks = _Chain(stream_of(subjects, name), subjects.recording(name, session))
-        self._entries = _Chain(EPISODES, subjects.episodes(name, session))
+        self._chunks, self._entries = self._chains(recorded.session)
+        self._described_at = 0.0
         self._described = 0  # the number of the last description in the stream
         self._since_described = 0  # bytes
         self._size = Size()
@@ -224,7 +249,12 @@ class SessionWriter:
         self._numbers: dict[int, int] = {}  # chunks' numbers in the stream, by their own
         self._due_at = 0.0
         self._lost = 0  # rows of a chunk that could not be stored, to be told with what was dropped for it
-        self._new = epoch == 1  # else somebody else may have begun
+        self._placed = False  # whether it is known where it goes on
+
+    def _chains(self, recording: str) -> tuple[_Chain, _Chain]:
+        subjects, name = self._storing.subjects, self._recorded.name
+        chunks = _Chain(name, stream_of(subjects, name), subjects.recording(name, recording))
+        return chunks, _Chain(name, EPISODES, subjects.episodes(name, recording))
 
     def __repr__(self) -> str:
         return f"<SessionWriter of {self._recorded.session}, chunk {self._chunker.n}>"
@@ -242,11 +272,6 @@ class SessionWriter:
             self._due_at = now + CHUNK_S
         return bool(self._due_at) and now >= self._due_at
 
-    def overflow(self) -> None:
-        """Drop what was noted, if it is too much."""
-        if self.transcript.nbytes > MAX_NOTED_BYTES:
-            self._drop("the server does not keep up")
-
     async def write(self) -> None:
         """Write what was noted; what cannot be kept is counted.
 
@@ -255,60 +280,146 @@ class SessionWriter:
         """
         end, self._due_at = self.end, 0.0
         try:
+            if not self._placed and self.transcript.nbytes:
+                await self._place()
+                self._placed = True
+        except RequestTimeout as exc:  # the server is away: what was noted waits
+            log.info("session %s: %s", self._recorded.session, exc.message)
+            if end is None:
+                return
+        except Rival as exc:
+            self._stop(str(exc))
+            return
+        except BusClosed:
+            raise
+        except MeshError as exc:
+            self._drop(exc.message)
+        try:
             await self._write(end)
         except Rival as exc:
-            log.info("session %s: %s", self._recorded.session, exc)
-            self.over = True
+            self._stop(str(exc))
         except BusClosed:
             raise
         except MeshError as exc:
             self._drop(exc.message)
         if end is not None:
-            self.over = True
+            self.over = self.transcript.closed = True
 
     async def _write(self, end: str | None) -> None:
-        if not self._new and self.transcript.nbytes:
-            await self._take_over()
+        if self.transcript.missed:
+            missed, self.transcript.missed = self.transcript.missed, 0
+            self._chunker.lose(set(range(self.transcript.count)))
+            self._storing.counts.missed(missed, "the server does not keep up", time.monotonic())
         while noted := self.transcript.taken(self._size.limit):
             last = end is not None and not self.transcript.nbytes
-            made = self._chunker.chunk(noted, end if last and end in ENDS else "")
-            if made is not None:
-                await self._store(*made, sum(one.nbytes for one in noted))
+            await self._store_noted(noted, end if last and end in ENDS else "")
             if last:
                 return
+            if end is None and self.transcript.nbytes < self._size.limit:
+                break  # what has come meanwhile waits for its turn
         if end in ENDS and self._chunker.n:
-            made = self._chunker.chunk((), end)
-            if made is not None:
-                await self._store(*made, 0)
+            await self._store_noted((), end)
 
-    async def _take_over(self) -> None:
+    async def _store_noted(self, noted: Sequence[Note | One | Asked], end: str) -> None:
+        try:
+            made = self._chunker.chunk(noted, end)
+        except Exception:
+            log.exception("session %s: what it did cannot be recorded", self._recorded.session)
+            self._chunker.lose(set(range(self.transcript.count)))
+            self._lost += sum(map(rows_in, noted))
+            self._drop("it cannot be put down")
+            return
+        if made is not None:
+            await self._store(*made, sum(one.nbytes for one in noted))
+
+    def _stop(self, why: str) -> None:
+        """Write nothing more: somebody else does."""
+        log.info("session %s: %s", self._recorded.session, why)
+        self.over = self.transcript.closed = True
+
+    # ---------------------------------------------------------------- where it goes on
+
+    async def _place(self) -> None:
+        """Find out where this recording begins: with nothing, or behind what another worker has stored.
+
+        Raises:
+            Rival: somebody else's recording is there.
+            RequestTimeout: the server is away.
+        """
+        recorded, begun = self._recorded, self.transcript.begun
+        if self._epoch > 1 and (not self.transcript.redone or begun == self._epoch):
+            # Its envs are new, or nobody knows which of their episodes are stored: a recording of its own.
+            await self._end_lost()
+            begun = self._epoch
+        if begun > 1:
+            self._recorded = recorded.model_copy(update={"session": f"{recorded.session}-{begun}"})
+            self._chunks, self._entries = self._chains(self._recorded.session)
+        last = await self._last_of(self._chunks)
+        if last is None:
+            return
+        if begun == self._epoch or not await self._is_ours():
+            raise Rival(f"somebody else's recording is on {self._chunks.subject}")
+        await self._take_over(last)
+
+    async def _last_of(self, chain: _Chain) -> Stored | None:
+        try:
+            return await self._storing.reader.last(chain.stream, chain.subject)
+        except StreamMissing:
+            return None
+
+    async def _is_ours(self) -> bool:
+        """Whether what is there was recorded of a session of the same user: ids are anybody's to choose."""
+        chain = self._chunks
+        async for stored in self._storing.reader.get(chain.stream, chain.subject, limit=1):
+            return is_description(stored) and Recorded.from_stream(stored.body).user == self._recorded.user
+        return False
+
+    async def _take_over(self, last: Stored) -> None:
         """Go on with what another worker has stored; from now on that one cannot store anything more.
 
         Raises:
             Rival: somebody else does so at this moment.
         """
-        reader, session = self._storing.reader, self._recorded.session
-        try:
-            last = await reader.last(self._chunks.stream, self._chunks.subject)
-            entry = await reader.last(self._entries.stream, self._entries.subject)
-        except StreamMissing:
-            last = entry = None
-        self._new = True
-        if last is None:
+        entry = await self._last_of(self._entries)
+        self._chunks.last, self._entries.last = last.seq, 0 if entry is None else entry.seq
+        found = await self._last_chunk(last)
+        await self._describe(0 if found is None else read_chunk(found.body).n)
+        if found is not None:
+            chunk = read_chunk(found.body)
+            self._chunker.go_on(chunk)
+            self._numbers[0] = int(chunk.first[chunk.first > 0].min(initial=found.seq))
+        # An entry without episodes: what the other one would say of what it could not store is refused.
+        await self._store_entries(max(1, self._chunker.n), self._described, [], mark="t")
+        log.info("session %s: its recording goes on after chunk %d", self._recorded.session, self._chunker.n)
+
+    async def _last_chunk(self, last: Stored) -> Stored | None:
+        if not is_description(last):
+            return last
+        found = None  # its writer was killed between a description and a chunk
+        async for stored in self._storing.reader.get(self._chunks.stream, self._chunks.subject):
+            found = found if is_description(stored) else stored
+        return found
+
+    async def _end_lost(self) -> None:
+        """Say of the episodes of the session's first recording that nobody goes on with them."""
+        last = await self._last_of(self._chunks)
+        if last is None or not await self._is_ours():
+            return
+        found, entry = await self._last_chunk(last), await self._last_of(self._entries)
+        if found is None:
+            return
+        lost = Chunker(self.transcript, self._recorded.every)
+        chunk = read_chunk(found.body)
+        lost.go_on(chunk)
+        ended = lost.leave_all(LOST)
+        if not ended:
             return
         self._chunks.last, self._entries.last = last.seq, 0 if entry is None else entry.seq
-        found = last if not is_description(last) else None
-        if found is None:  # its writer was killed between a description and a chunk
-            async for stored in reader.get(self._chunks.stream, self._chunks.subject):
-                found = found if is_description(stored) else stored
-        chunk = None if found is None else read_chunk(found.body)
-        await self._describe(0 if chunk is None else chunk.n)
-        ended = [] if chunk is None else self._chunker.go_on(chunk, redone=self.transcript.redone)
-        if found is not None and chunk is not None:
-            self._numbers[0] = int(chunk.first[chunk.first > 0].min(initial=found.seq))
-        # An entry without episodes, if need be: what the other one would say of what it could not store is refused.
-        await self._store_entries(max(1, self._chunker.n), self._described, ended, always=True)
-        log.info("session %s: its recording goes on after chunk %d", session, self._chunker.n)
+        await self._describe(chunk.n)  # its worker can store nothing more
+        self._numbers[0] = int(chunk.first[chunk.first > 0].min(initial=found.seq))
+        await self._store_entries(chunk.n, self._described, ended, mark="l")
+        self._described = 0
+        self._numbers.clear()
 
     def _id(self, what: str) -> str:
         """Of a message; another one where the stream is another, whose predecessor may have had it."""
@@ -317,7 +428,17 @@ class SessionWriter:
     async def _describe(self, n: int) -> None:
         message_id = self._id(f"{n}{DESCRIPTION}")
         self._described = await self._chunks.add(self._storing, self._recorded.to_stream(), message_id)
-        self._since_described = 0
+        self._since_described, self._described_at = 0, time.monotonic()
+
+    @property
+    def _is_described(self) -> bool:
+        """Whether retention will have left a description beside what comes next."""
+        return (
+            self._described > 0
+            and self._since_described < DESCRIBED_BYTES
+            and self._chunks.last - self._described < DESCRIBED_MESSAGES
+            and time.monotonic() - self._described_at < DESCRIBED_S
+        )
 
     async def _store(self, chunk: Chunk, ended: list[Ended], noted: int) -> None:
         try:
@@ -338,7 +459,7 @@ class SessionWriter:
     async def _store_packed(self, chunk: Chunk, body: bytes, ended: list[Ended]) -> None:
         if not self._described:
             await self._storing.ready(self._recorded.name)
-        if not self._described or self._since_described > DESCRIBED_BYTES:
+        if not self._is_described:
             await self._describe(chunk.n)
         after = self._chunks.last
         # Together: an entry whose chunk was not stored is found out by who looks for that; a chunk without its entry
@@ -359,10 +480,10 @@ class SessionWriter:
         """Of each lane the number in the stream of a message before which nothing of its episode is."""
         return np.array([self._numbers.get(n, 0) for n in chunk.first.tolist()], np.int64)
 
-    async def _store_entries(self, n: int, after: int, ended: list[Ended], *, always: bool = False) -> int:
-        for at in range(0, len(ended) or always, MAX_EPISODES):
+    async def _store_entries(self, n: int, after: int, ended: list[Ended], *, mark: str = "") -> int:
+        for at in range(0, len(ended) or bool(mark), MAX_EPISODES):
             entry = self._entry(n, after, ended[at : at + MAX_EPISODES])
-            await self._entries.add(self._storing, entry.to_stream(), self._id(f"{n}.{at}"))
+            await self._entries.add(self._storing, entry.to_stream(), self._id(f"{n}.{at}{mark}"))
         return self._entries.last
 
     def _entry(self, n: int, after: int, ended: list[Ended]) -> Entry:

@@ -376,11 +376,16 @@ class EnvWorker(Service):
         wanted = open_.record or Record()
         level = wanted.level or self._record
         hold: Hold = session.held
+        if level != "off" and not hold.envs:
+            log.warning(
+                "worker %s: session %s is not recorded: those of vector implementations are not", self.id, session.id
+            )
         if level == "off" or not hold.envs:
             return
         if self._recorder is None:
             self._recorder = Recorder(self.id, self._address, self.subjects, self._credentials, self._retention)
         recording = Recording(hold.envs, level, self._state_key)
+        recording.transcript.begun = open_.epoch
         hold.record(recording)
         recorded = Recorded(
             session=session.id,

@@ -34,7 +34,7 @@ class Recording:
         observations, actions = batching(envs[0].observation_space), batching(envs[0].action_space)
         shown = bytes_of(observations.space)
         row_bytes = ROW_BYTES + bytes_of(actions.space) + (shown if level == "full" else 0)
-        self.transcript = Transcript(len(envs), observations, actions, level, shown >= HASHED_BYTES, row_bytes)
+        self.transcript = Transcript(len(envs), observations, actions, level, shown >= HASHED_BYTES, row_bytes, shown)
         self._states: list[Callable[[], bytes] | None] = []
         for env in envs:
             kept = outliving(env, state_key)
@@ -43,9 +43,9 @@ class Recording:
         self.forgets = None not in self._states
 
     def began(self, i: int, seed: int | None, options: Info | None) -> int:
-        """Sub-environment ``i`` is about to be reset, on the thread that resets it; gives its episode's number."""
+        """Sub-environment ``i`` is about to be reset, on the thread that does it; gives what a replay says of that."""
         state = self._states[i] if seed is None else None
-        return self.transcript.began(i, seed, None if state is None else state(), options)
+        return self.transcript.nth(self.transcript.began(i, seed, None if state is None else state(), options))
 
     def begins_from(self, i: int, origin: Info) -> None:
         """The next reset of sub-environment ``i`` is that with which a journal begins."""

@@ -99,7 +99,7 @@ MATRIX: list[tuple[str, str, Subject, set[Any]]] = [
     # recordings and live views; the audit
     ("record", "publish", lambda _: AT.recording("counter", "s"), {E}),
     ("say which episodes there are", "publish", lambda _: AT.episodes("counter", "s"), {E}),
-    ("read recordings", "publish", lambda _: "$JS.API.DIRECT.GET.MESHRL_EPISODES", {E, L, B, O}),
+    ("read recordings", "publish", lambda _: "$JS.API.DIRECT.GET.MESHRL_EPISODES", {E, O}),
     ("hear a recording as it is made", "subscribe", lambda _: AT.recording("counter", "s"), set()),
     ("show a live view", "publish", lambda _: f"{AT.prefix}tap.counter.s", {E}),
     ("see a live view", "subscribe", lambda _: f"{AT.prefix}tap.counter.s", {B, O}),

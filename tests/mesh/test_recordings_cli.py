@@ -107,8 +107,8 @@ async def test_an_operator_makes_the_streams(
     monkeypatch.setenv("MESHRL_URL", server.url)
     made = ["recordings", "ALE/Pong-v5", "cartpole", "--record-bytes", "16M", "--record-age", "7d"]
     assert await meshrl(*made) == 0
-    assert "MESHRL_REC_default_ALE%2FPong-v5" in capsys.readouterr().out
+    assert "MESHRL_REC_default~ALE%2FPong-v5" in capsys.readouterr().out
     assert await meshrl(*made) == 0
     assert capsys.readouterr().out.count("already") == 2
     async with connect(server.url) as connection:
-        assert await bounds(connection, "MESHRL_REC_default_cartpole") == (1, 0)
+        assert await bounds(connection, "MESHRL_REC_default~cartpole") == (1, 0)

@@ -7,17 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import zstandard
+from gymnasium import spaces
 
 from meshrl import EnvWorker, Mesh
 from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.storing import Reader, store
 from meshrl.bus.streams import make_stream
-from meshrl.errors import EpisodeTorn, EpisodeUnknown
+from meshrl.errors import EpisodeTorn, EpisodeUnknown, RequestTimeout, UnencodableValue
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
+from meshrl.recording import writing
 from meshrl.recording.streams import EPISODES, stream_of
 from meshrl.recording.writing import is_description
 from meshrl.wire.codec import pack, unpack
@@ -25,8 +28,9 @@ from meshrl.wire.compressed import compress, decompress
 from meshrl.wire.recorded import Entry
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
+from tests.mesh.envs import Counter
 from tests.mesh.own_server import own_server
-from tests.mesh.recordings import drive, listed
+from tests.mesh.recordings import drive, listed, listed_in_the_end
 from tests.mesh.test_recordings import same_as
 
 AT = Subjects()
@@ -218,3 +222,119 @@ async def test_an_action_that_was_tampered_with_is_found_where_it_tells(url: str
 async def test_a_digest_that_was_tampered_with_is_found(url: str) -> None:
     digest = await tampered(url, lambda chunk: {"digests": with_changed(chunk.digests, 2, 1)})
     assert digest == "observation of step 2"
+
+
+async def test_a_word_of_the_server_that_is_lost_costs_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = []
+
+    async def forgetful(*args: Any, **kwargs: Any) -> int:
+        number = await store(*args, **kwargs)
+        stored.append(number)
+        if len(stored) % 2:
+            raise RequestTimeout("no word of it")
+        return number
+
+    monkeypatch.setattr(writing, "store", forgetful)
+    async with EnvWorker({"of": "CartPole-v1"}, url) as worker, Mesh(url) as m:
+        async with await m.env("of", record="full") as env:
+            told = await drive(env, 2, 1)
+            await asyncio.sleep(1.2)
+            told += await drive(env, 2, 2)
+        for one, summary in zip(told, await listed(m, "of", 4), strict=True):
+            same_as(one, await m.episode(summary.episode_id))
+        kept = sum(len(one.obs) for one in told)
+        await until(lambda: worker.recorded.recorded == kept, "all of it is known to be stored")
+        assert worker.recorded.lost == 0
+        assert len(stored) > 2
+
+
+async def test_what_comes_while_a_chunk_is_stored_waits_for_the_next(url: str) -> None:
+    steps = 0
+    async with EnvWorker({"of": Counter}, url), Mesh(url) as m:
+        async with await m.env("of", record="actions") as env:
+            session = env.session_id
+            await env.reset(seed=1)
+            began = asyncio.get_running_loop().time()
+            while (passed := asyncio.get_running_loop().time() - began) < 2.2:
+                await env.step(1)
+                steps += 1
+                await asyncio.sleep(0.001)
+        await listed(m, "of", 1)
+        async with connect(url) as connection, Reader(connection, 5.0) as reader:
+            stored = [one async for one in reader.get(stream_of(AT, "of"), AT.recording("of", session))]
+        assert 2 <= len(stored) <= passed + 3 < steps, "a description, a chunk a second, and what the close leaves"
+
+
+class Unspeakable(Counter):
+    """Its infos cannot travel at times."""
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        obs, reward, _, _, _ = super().step(action)
+        return obs, reward, obs >= 6, False, {"odd": object()} if obs == 3 else {"even": obs}
+
+
+@pytest.mark.parametrize("kind", ["single", "vector"])
+async def test_an_info_that_cannot_travel_is_left_out_and_its_step_is_not(url: str, kind: str) -> None:
+    async with EnvWorker({"of": Unspeakable}, url) as worker, Mesh(url) as m:
+        remote: Any = await (m.env("of", record="full") if kind == "single" else m.vector("of", 2, record="full"))
+        async with remote:
+            await remote.reset(seed=1)
+            for n in range(6):
+                try:
+                    await remote.step(1 if kind == "single" else np.ones(2, np.int64))
+                except UnencodableValue:
+                    assert n == 2
+        found = await listed(m, "of", 1 if kind == "single" else 2)
+        for one in found:
+            episode = await m.episode(one.episode_id)
+            assert np.asarray(episode.observations).tolist() == list(range(7))
+            assert [info.get("even") for info in episode.infos[1:]] == [1, 2, None, 4, 5, 6]
+        assert worker.recorded.lost == 0
+
+
+class Wide(gymnasium.Env[Any, Any]):
+    """Observations of which a hundred are a large message and one is small, always in the same array."""
+
+    observation_space = spaces.Box(-1, 1, (210,), np.float32)
+    action_space = spaces.Discrete(2)
+    metadata = {"outlives_reset": "generator"}
+
+    def __init__(self) -> None:
+        self._shown = np.zeros(210, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._next(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        shown = self._next()
+        return shown, float(shown[0]), bool(shown[1] > 0.8), False, {}
+
+    def _next(self) -> Any:
+        self._shown[:] = self.np_random.uniform(-1, 1, 210)
+        return self._shown
+
+
+@pytest.mark.parametrize("level", ["actions", "full"])
+async def test_large_batches_of_small_observations_are_recorded_as_they_were(url: str, level: Any) -> None:
+    async with EnvWorker({"of": Wide}, url, slots=128) as worker, Mesh(url) as m:
+        async with await m.vector("of", 100, record=level, shards=1) as envs:
+            await envs.reset(seed=1)
+            for _ in range(30):
+                await envs.step(np.zeros(100, np.int64))
+            await until(lambda: worker.recorded.recorded > 0, "some of it is stored before the end")
+        found = await listed_in_the_end(m, "of", 100)
+        for one in found[::31]:
+            assert (await m.verify(one.episode_id)).status == "exact"
+
+
+async def test_an_episode_that_is_reset_into_one_that_is_not_recorded_is_listed(url: str) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, url) as worker, Mesh(url) as m:
+        async with await m.env("of", record="actions", record_every=2) as env:
+            await env.reset(seed=1)
+            await env.step(0)
+            await until(lambda: worker.recorded.recorded == 2, "it is stored")
+            await env.reset(seed=2)
+            (found,) = await listed(m, "of", 1)
+            assert (found.steps, found.reason) == (1, "reset")
+            assert await m.verify(found.episode_id)

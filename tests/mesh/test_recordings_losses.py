@@ -143,9 +143,47 @@ async def test_of_a_session_that_could_not_be_resumed_what_is_stored_ends_as_los
         session = env.session_id
         await env.close()
         found = {one.episode_id: (one.steps, one.reason) for one in await listed(m, "CartPole-v1", 2)}
-        assert found == {f"{session}.0.0": (5, "lost"), f"{session}.0.1": (6, "closed")}
+        assert found == {f"{session}.0.0": (5, "lost"), f"{session}-2.0.0": (6, "closed")}
         for id_ in found:
             assert await m.verify(id_)
+
+
+async def test_what_was_begun_anew_and_is_then_resumed_is_one_recording(
+    server: EmbeddedServer, workers: Workers
+) -> None:
+    workers.start()
+    name = "CartPole-v1"
+    async with Mesh(server.url) as m, await m.env(name, record="full", wait=1.0) as env:
+        await env.reset(seed=1)
+        for n in range(6):
+            await env.step(n % 2)
+        await asyncio.sleep(1.5)
+        await workers.kill(env.worker)
+        assert (await env.step(0))[3], "nobody could take it in time"
+        workers.start(2)
+        for seed in (2, None, None):
+            await env.reset(seed=seed)
+            for n in range(7):
+                await env.step(n % 2)
+        await asyncio.sleep(1.5)
+        for n in range(2):
+            await env.step(n % 2)
+        await workers.kill(env.worker)
+        await env.step(0)
+        session = env.session_id
+        await env.close()
+        found = {one.episode_id: (one.steps, one.reason) for one in await listed(m, name, 4)}
+        (anew,) = {id_.split(".")[0] for id_ in found} - {session}
+        assert anew.startswith(f"{session}-")
+        assert found == {
+            f"{session}.0.0": (6, "lost"),
+            f"{anew}.0.0": (7, "reset"),
+            f"{anew}.0.1": (7, "reset"),
+            f"{anew}.0.2": (10, "closed"),
+        }
+        check_gapless(await chunks_of(server, name, anew))
+        for id_ in found:
+            assert (await m.verify(id_)).status == "exact"
 
 
 async def test_a_lease_that_runs_out_writes_no_end(server: EmbeddedServer) -> None:

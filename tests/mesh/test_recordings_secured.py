@@ -31,7 +31,7 @@ async def test_what_workers_record_is_read_by_those_who_may(tmp_path: Path) -> N
         async with (
             EnvWorker({"of": "CartPole-v1"}, server.url, credentials=server.login("env-worker")) as worker,
             Mesh(server.url, credentials=server.login("ann")) as ann,
-            Mesh(server.url, credentials=server.login("bob")) as bob,
+            Mesh(server.url, credentials=server.login("operator")) as reader_,
             Mesh(server.url, credentials=server.login("observer")) as observer,
             Mesh(server.url, credentials=server.login("operator", "blue")) as blue,
         ):
@@ -43,19 +43,21 @@ async def test_what_workers_record_is_read_by_those_who_may(tmp_path: Path) -> N
             assert await asyncio.to_thread(main, ["audit", "--create", *operator]) == 0
             async with await ann.env("of", record="full") as env:
                 told = await drive(env, 2, 1)
-            for mesh in (ann, bob, observer):
-                found = await listed(mesh, "of", 2)
-                assert [one.steps for one in found] == [len(one.rewards) for one in told]
-                assert len(await mesh.episode(found[0].episode_id)) == len(told[0].rewards)
-            assert await bob.verify(found[0].episode_id), "a learner may run it again"
-            feed = bob.experience("of", name="mine", follow=False, batch_size=5)
+            found = await listed(reader_, "of", 2)
+            assert [one.steps for one in found] == [len(one.rewards) for one in told]
+            assert len(await reader_.episode(found[0].episode_id)) == len(told[0].rewards)
+            assert await reader_.verify(found[0].episode_id), "an operator may run it again"
+            feed = reader_.experience("of", name="mine", follow=False, batch_size=5)
             await anext(feed)
             await feed.commit()
+            for mesh in (ann, observer):
+                with pytest.raises(SubjectNotPermitted):
+                    await anext(mesh.episodes())
             assert [one async for one in blue.episodes()] == [], "another team has nothing of it"
         async with (
-            connect(server.url, credentials=server.login("bob"), on_error=lambda _: None) as learner,
+            connect(server.url, credentials=server.login("operator"), on_error=lambda _: None) as operates,
             connect(server.url, credentials=server.login("agent-worker"), on_error=lambda _: None) as agents,
-            Reader(learner, 5.0) as reader,
+            Reader(operates, 5.0) as reader,
             Reader(agents, 5.0) as of_agents,
         ):
             assert CONFIG.get("allow_direct") is None
