@@ -361,6 +361,7 @@ def _chunk() -> Schema:
             "description": "Before which row, of which lane, what else was asked that changes an env.",
         },
         "policies": {"type": "array", "items": {"type": "array", "prefixItems": [row, {"type": "integer"}]}},
+        "touched": {"type": "array", "items": row, "description": "Lanes of which an earlier chunk has changes."},
         "lost": {"type": "array", "items": row, "description": "Lanes of which something before this is missing."},
         "end": {"type": "string", "description": "Why the session ended, where that ends its episodes."},
     }

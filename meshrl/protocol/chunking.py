@@ -77,6 +77,7 @@ class Chunker:
         self._every = every
         self._lanes = [_Lane() for _ in range(transcript.count)]
         self._digests = np.zeros(transcript.count, np.uint64)
+        self._touched: set[int] = set()
         self._lost: set[int] = set()
         self._policy: int | None = None
         self._stored: dict[int, _Stored] = {}  # by lane, what of a replay is stored already
@@ -92,6 +93,7 @@ class Chunker:
             lane.number, lane.steps = int(last.numbers[i]), int(last.steps[i])
             lane.episode_return, lane.over = float(last.returns[i]), bool(last.over[i])
             lane.torn = i in last.lost
+        self._touched = {*last.touched, *(change.lane for change in last.changes)}
         if last.policies:
             self._policy = last.policies[-1][1]
         numbers = iter(last.started.numbers.tolist())
@@ -118,8 +120,9 @@ class Chunker:
         return min((lane.first for lane in self._lanes if not lane.over), default=self.n)
 
     def lose(self, lanes: set[int]) -> None:
-        """Something of these is missing from now on, until they are reset."""
+        """Something of these is missing from now on, until they are reset; it may be what they were changed by."""
         self._lost |= lanes
+        self._touched |= lanes
 
     def chunk(self, noted: Sequence[Note | One | Asked], end: str = "") -> tuple[Chunk, list[Ended]] | None:
         """What was noted as the next chunk, with the episodes that ended in it; None if there is nothing to keep.
@@ -147,6 +150,8 @@ class Chunker:
             self.n -= 1
             return None
         full = self._transcript.level == "full"
+        touched = sorted(self._touched)
+        self._touched.update(one.lane for _, one in told.asked)
         policy, self._policy = self._policy, told.policies[-1][1] if told.policies else self._policy
         chunk = Chunk(
             n=self.n,
@@ -168,6 +173,7 @@ class Chunker:
             infos=rows.infos() if full else None,
             changes=tuple(Change(rows.position(row), one.lane, one.op, one.given) for row, one in told.asked),
             policies=rows.policies(policy),
+            touched=tuple(touched),
             lost=tuple(lost),
             end=end,
         )

@@ -107,6 +107,7 @@ class Chunk:
         infos: pairs (row, info) of those that are not empty; None likewise.
         changes: what else was asked of envs.
         policies: pairs (row, version): from that row on it was that policy's.
+        touched: lanes of which an earlier chunk has changes: what was asked of them then may outlive resets.
         lost: lanes of which rows before this chunk could not be kept.
         end: why the session ended; empty as long as it goes on.
     """
@@ -130,6 +131,7 @@ class Chunk:
     infos: list[tuple[int, dict[str, Any]]] | None = None
     changes: tuple[Change, ...] = ()
     policies: tuple[tuple[int, int], ...] = ()
+    touched: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
     end: str = ""
 
@@ -173,7 +175,7 @@ def pack_chunk(chunk: Chunk) -> bytes:
         body["infos"] = [list(one) for one in chunk.infos or ()]
     if chunk.changes:
         body["changes"] = [[one.row, one.lane, one.op, one.given] for one in chunk.changes]
-    for name in ("policies", "lost"):
+    for name in ("policies", "touched", "lost"):
         if getattr(chunk, name):
             body[name] = [list(one) if type(one) is tuple else one for one in getattr(chunk, name)]
     if chunk.end:
@@ -248,7 +250,8 @@ class _Reading:
             infos=None if observations is None else self._infos(count),
             changes=tuple(self._change(one, count, of_lanes) for one in self._list("changes")),
             policies=tuple(self._policy(one, count) for one in self._list("policies")),
-            lost=tuple(self._lane(one, of_lanes) for one in self._list("lost")),
+            touched=tuple(self._lane(one, of_lanes, "touched") for one in self._list("touched")),
+            lost=tuple(self._lane(one, of_lanes, "lost") for one in self._list("lost")),
             end=end,
         )
 
@@ -301,15 +304,15 @@ class _Reading:
     def _change(self, one: Any, count: int, of_lanes: int) -> Change:
         self._need(type(one) is list and len(one) == 4 and self._is_row(one[0], count + 1), "changes")
         self._need(one[2] in ("call", "set_attr") and type(one[3]) is dict, "changes")
-        return Change(one[0], self._lane(one[1], of_lanes), one[2], one[3])
+        return Change(one[0], self._lane(one[1], of_lanes, "changes"), one[2], one[3])
 
     def _policy(self, one: Any, count: int) -> tuple[int, int]:
         self._need(type(one) is list and len(one) == 2 and self._is_row(one[0], count), "policies")
         self._need(type(one[1]) is int and abs(one[1]) < 1 << 62, "policies")
         return one[0], one[1]
 
-    def _lane(self, one: Any, of_lanes: int) -> int:
-        self._need(self._is_row(one, of_lanes), "lost")
+    def _lane(self, one: Any, of_lanes: int, field: str) -> int:
+        self._need(self._is_row(one, of_lanes), field)
         return int(one)
 
     @staticmethod

@@ -276,7 +276,7 @@ class _Kept:
         self.acted = np.cumsum(~chunk.resets) - 1
         self.started = np.cumsum(chunk.resets) - 1
         self.infos = dict(chunk.infos or ())
-        self.changed = {change.lane for change in chunk.changes}
+        self.changed = {*chunk.touched, *(change.lane for change in chunk.changes)}
         self._order = order = np.argsort(chunk.lanes, kind="stable")
         self._runs = _runs(chunk, order, self.started)
         self._checked = False

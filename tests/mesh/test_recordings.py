@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import gymnasium
@@ -12,7 +13,8 @@ from gymnasium.vector import AutoresetMode
 from meshrl import EnvWorker, Mesh
 from meshrl.errors import EpisodeUnknown, InvalidName, UsageError
 from meshrl.wire.codec import pack
-from tests.mesh.envs import Nested
+from tests.mesh.conftest import until
+from tests.mesh.envs import Counter, Nested
 from tests.mesh.gymnasium_ids import TAXI
 from tests.mesh.recordings import Told, drive, drive_pool, drive_vector, listed, listed_in_the_end
 
@@ -167,3 +169,24 @@ async def test_another_env_under_the_name_is_found_out(url: str) -> None:
         assert verdict.status in {"diverged", "close"}
         assert verdict.field == "observation"
         assert verdict.step in {1, 2}
+
+
+class Forgetful(Counter):
+    """It says that a reset makes it a fresh one, which is true until somebody sets its start."""
+
+    metadata = {**Counter.metadata, "outlives_reset": "nothing"}
+
+
+async def test_an_attribute_that_was_set_long_ago_is_a_reason(url: str) -> None:
+    async with EnvWorker({"of": Forgetful}, url, allow=("start",)) as worker, Mesh(url) as m:
+        async with await m.env("of", record="full") as env:
+            await drive(env, 1, 1, max_steps=2)
+            await env.set_attr("start", 5)
+            await until(lambda: worker.recorded.recorded == 3, "a chunk holds it")
+            for seed in (2, 3):
+                await drive(env, 1, seed, max_steps=2)
+                await asyncio.sleep(1.1)
+        found = await listed(m, "of", 3)
+        verdicts = [await m.verify(one.episode_id) for one in found]
+    assert [verdict.status for verdict in verdicts] == ["exact", "unverifiable", "unverifiable"]
+    assert [verdict.reasons for verdict in verdicts[1:]] == [("warm",), ("warm",)]

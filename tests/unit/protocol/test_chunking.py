@@ -253,7 +253,7 @@ def test_of_an_episode_that_lost_a_part_nothing_more_is_kept() -> None:
     assert (lost, dropped) == ({0, 1}, 3)
     chunker.lose(lost)
     chunks, ended = drive(lanes, chunker, 60)
-    assert chunks[0].lost == (0, 1)
+    assert chunks[0].lost == chunks[-1].touched == (0, 1)
     rows = read_back(chunks, OBS, 2)
     for told, read in zip(lanes.rows, rows, strict=True):
         begins = next(
@@ -264,6 +264,24 @@ def test_of_an_episode_that_lost_a_part_nothing_more_is_kept() -> None:
     assert {one.number for one in ended if one.lane == 0} == {
         number for lane, number, *_ in lanes.ended if lane == 0 and number >= rows[0][0]["number"]
     }
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_that_an_env_was_changed_is_said_from_then_on(taken_over: bool) -> None:
+    noted = transcript(3)
+    lanes = Lanes(noted, "pool", 2)
+    chunker = Chunker(noted)
+    lanes.reset([0, 1, 2])
+    noted.asked(1, "set_attr", {"name": "gravity", "value": 9.0})
+    first, _ = chunker.chunk(noted.taken(1 << 20)) or pytest.fail("it holds a reset")
+    assert (first.touched, [change.lane for change in first.changes]) == ((), [1])
+    if taken_over:
+        chunker = Chunker(noted)
+        chunker.go_on(read_chunk(pack_chunk(first)))
+    for _ in range(2):
+        lanes.step([0, 1])
+        chunk, _ = chunker.chunk(noted.taken(1 << 20)) or pytest.fail("it holds a step")
+        assert read_chunk(pack_chunk(chunk)).touched == (1,)
 
 
 def test_a_closed_session_ends_what_is_under_way() -> None:
