@@ -342,13 +342,20 @@ class EnvWorker(Service):
             own = description
             if open_.kwargs or open_.render_mode:
                 own = self._describe_env(open_.name, envs[0], description.vectors)
-            return self._host(open_, envs), own
+            return self._hosted(open_, envs), own
         except BaseException:
             for env in envs:
                 self._let_go(open_.name, env)
             raise
 
-    def _host(self, open_: Open, envs: list[Any]) -> Held | HostedPool:
+    def _hosted(self, open_: Open, envs: list[Any]) -> HostedEnv | HostedVector | HostedPool:
+        hosted = self._host(open_, envs)
+        level = self._level(open_)
+        if level != "off":
+            hosted.record(Recording(envs, level, self._state_key))
+        return hosted
+
+    def _host(self, open_: Open, envs: list[Any]) -> HostedEnv | HostedVector | HostedPool:
         if open_.form == "vector":
             return HostedVector(envs, open_, allow=self._allow, threads=self._code_threads, state_key=self._state_key)
         if open_.form == "pool":
@@ -372,21 +379,23 @@ class EnvWorker(Service):
         """What became of what its sessions did, as far as it was to be recorded."""
         return Counts() if self._recorder is None else self._recorder.counts
 
+    def _level(self, open_: Open) -> RecordLevel:
+        return (open_.record or Record()).level or self._record
+
     def _begin_recording(self, session: Session, open_: Open, description: Description) -> None:
-        wanted = open_.record or Record()
-        level = wanted.level or self._record
-        hold: Hold = session.held
-        if level != "off" and not hold.envs:
-            log.warning(
-                "worker %s: session %s is not recorded: those of vector implementations are not", self.id, session.id
-            )
-        if level == "off" or not hold.envs:
+        recording: Recording | None = session.held.recording
+        if recording is None:
+            if self._level(open_) != "off":
+                log.warning(
+                    "worker %s: session %s is not recorded: those of vector implementations are not",
+                    self.id,
+                    session.id,
+                )
             return
         if self._recorder is None:
             self._recorder = Recorder(self.id, self._address, self.subjects, self._credentials, self._retention)
-        recording = Recording(hold.envs, level, self._state_key)
+        wanted = open_.record or Record()
         recording.transcript.begun = open_.epoch
-        hold.record(recording)
         recorded = Recorded(
             session=session.id,
             worker=self.id,
@@ -399,7 +408,7 @@ class EnvWorker(Service):
             seeding=open_.seeding,
             kwargs=open_.kwargs,
             render_mode=open_.render_mode,
-            level=level,
+            level=recording.transcript.level,
             every=wanted.every,
             labels=wanted.labels,
             policy=wanted.policy,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from meshrl.protocol.pace import BatchPace, Pace
@@ -88,25 +88,12 @@ class Hold:
             self.paces = {}
         self.counts = held.counts if isinstance(held, HostedPool | HostedVector) else None
         self.recording: Recording | None = None
+        if isinstance(held, HostedPool | HostedVector | HostedEnv):
+            self.recording = held.recording
+        if self.recording is not None and self.recording.transcript.settles:
+            self.counts = _both(self.counts, self.recording.transcript.settle)
         self.task: asyncio.Task[None] | None = None
         self.op = ""
-
-    def record(self, recording: Recording) -> None:
-        """Record what is done from now on."""
-        hosted = self.pool or self.held
-        assert isinstance(hosted, HostedPool | HostedVector | HostedEnv), "an env is recorded, and one by one"
-        hosted.record(recording)
-        self.recording = recording
-        if not recording.transcript.settles:
-            return
-        counts, settle = self.counts, recording.transcript.settle
-
-        def both() -> None:
-            assert counts is not None
-            counts()
-            settle()
-
-        self.counts = settle if counts is None else both
 
     def cancel(self) -> None:
         """Cancel the coroutines of an env whose session is over, and what of it has not begun on any thread."""
@@ -129,3 +116,14 @@ def _envs_of(held: Held | HostedPool) -> Sequence[Any]:
     if isinstance(held, HostedVector | HostedPool):
         return held.envs
     return [held.env] if isinstance(held, HostedEnv) else []
+
+
+def _both(counts: Callable[[], None] | None, settle: Callable[[], None]) -> Callable[[], None]:
+    if counts is None:
+        return settle
+
+    def both() -> None:
+        counts()
+        settle()
+
+    return both

@@ -82,7 +82,7 @@ class HostedEnv:
         self._outlived: Any = None  # the last reset, where that is known and it had no seed
         self._redoing = False
         self._over = False
-        self._recording: Recording | None = None
+        self.recording: Recording | None = None
         self._acted: Any = None  # what was asked for last, where it is recorded
         self._number = 0  # of its episode in the recording
         self._ops: dict[str, Callable[[Frame], Frame]] = {
@@ -148,7 +148,7 @@ class HostedEnv:
 
     def record(self, recording: Recording) -> None:
         """Tell it whatever is done from now on."""
-        self._recording = recording
+        self.recording = recording
 
     def cancel(self) -> None:
         """The session is over: a replay does not go on."""
@@ -193,23 +193,23 @@ class HostedEnv:
                     raise MalformedMessage("what outlives a reset is packed")
                 self._outliving.put(body["state"])
             self._outlived = self._outliving.get()
-        if self._recording is not None:
+        if self.recording is not None:
             if self._redoing:
-                self._recording.begins_from(0, body)
-            self._number = self._recording.began(0, seed, body.get("options"))
+                self.recording.begins_from(0, body)
+            self._number = self.recording.began(0, seed, body.get("options"))
 
     def _was_reset(self, outcome: Any, seed: int | None) -> Frame:
         obs, info = outcome
         self._episode.began()
         frame: Frame = {"obs": obs, "info": info}
-        if self._recording is not None:
+        if self.recording is not None:
             self._tell(None, frame, reset=True)
         if self._resumable:
             if seed is not None:
                 frame["seed"] = seed  # it may have been drawn
             elif self._outlived is not None:
                 frame["state"] = self._outlived
-            if len(frame) > 2 and self._recording is not None:
+            if len(frame) > 2 and self.recording is not None:
                 frame["nth"] = self._number
             if self._digest is not None and len(frame) > 2:
                 self._digest = Digest()  # as the client's journal begins here
@@ -224,9 +224,9 @@ class HostedEnv:
         if "action" not in body:
             raise MalformedMessage("a step needs an action")
         action = body["action"]
-        if self._recording is not None:
-            self._acted = self._recording.own(action)
-            self._recording.acted(body)
+        if self.recording is not None:
+            self._acted = self.recording.own(action)
+            self.recording.acted(body)
         return action
 
     def _stepped(self, outcome: Any) -> Frame:
@@ -238,16 +238,16 @@ class HostedEnv:
         frame = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "info": info}
         if self._digest is not None:
             self._count(frame)
-        if self._recording is not None:
+        if self.recording is not None:
             self._tell(self._acted, frame, reset=False)
         return frame
 
     def _tell(self, action: Any, frame: Frame, *, reset: bool) -> None:
-        assert self._recording is not None
-        self._recording.told_one(action, frame, reset=reset)
+        assert self.recording is not None
+        self.recording.told_one(action, frame, reset=reset)
         if self._redoing:  # and goes on at once
-            self._recording.transcript.redone = True
-            self._recording.transcript.settle()
+            self.recording.transcript.redone = True
+            self.recording.transcript.settle()
 
     def _count(self, frame: Frame) -> None:
         """Count an answer, and say what all of them have come to, if that is wanted."""
@@ -269,9 +269,9 @@ class HostedEnv:
         return {"value": value}
 
     def _asked(self, op: str, body: Frame) -> None:
-        if self._recording is not None:
+        if self.recording is not None:
             given: Frame = {name: body[name] for name in ("name", "args", "kwargs", "value") if name in body}
-            self._recording.asked((0,), op, (given,))
+            self.recording.asked((0,), op, (given,))
 
     def _op_get_attr(self, body: Frame) -> Frame:
         return {"value": self._attributes.get(self.env, self._attributes.public(body))}

@@ -80,6 +80,11 @@ class HostedPool:
     def __repr__(self) -> str:
         return f"<HostedPool of {len(self._subs)} {self.name}>"
 
+    @property
+    def recording(self) -> Recording | None:
+        """Of what is done; None where nobody records it."""
+        return self._subs.recording
+
     def record(self, recording: Recording) -> None:
         """Tell it whatever is done from now on."""
         self._subs.recording = recording

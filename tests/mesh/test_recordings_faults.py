@@ -18,7 +18,7 @@ from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.storing import Reader, store
 from meshrl.bus.streams import make_stream
-from meshrl.errors import EpisodeTorn, EpisodeUnknown, RequestTimeout, UnencodableValue
+from meshrl.errors import EnvError, EpisodeTorn, EpisodeUnknown, RequestTimeout, UnencodableValue
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
 from meshrl.recording import writing
 from meshrl.recording.streams import EPISODES, stream_of
@@ -27,6 +27,7 @@ from meshrl.wire.codec import pack, unpack
 from meshrl.wire.compressed import compress, decompress
 from meshrl.wire.recorded import Entry
 from meshrl.wire.subjects import Subjects
+from meshrl.worker import env_worker
 from tests.mesh.conftest import until
 from tests.mesh.envs import Counter
 from tests.mesh.own_server import own_server
@@ -290,6 +291,22 @@ async def test_an_info_that_cannot_travel_is_left_out_and_its_step_is_not(url: s
             assert np.asarray(episode.observations).tolist() == list(range(7))
             assert [info.get("even") for info in episode.infos[1:]] == [1, 2, None, 4, 5, 6]
         assert worker.recorded.lost == 0
+
+
+async def test_an_env_of_which_no_recording_can_be_made_is_refused_and_leaves_no_slot_taken(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: Any) -> None:
+        raise OSError("the disk with its levels is gone")
+
+    async with EnvWorker({"of": Counter}, url, slots=1, record="full"), Mesh(url) as m:
+        with monkeypatch.context() as patch:
+            patch.setattr(env_worker, "Recording", breaks)
+            with pytest.raises(EnvError, match="its levels"):
+                await m.env("of", wait=5)
+        async with await m.env("of", wait=5) as env:
+            await drive(env, 1, 1, max_steps=2)
+        await listed(m, "of", 1)
 
 
 class Wide(gymnasium.Env[Any, Any]):
