@@ -31,7 +31,7 @@ from meshrl.cli.options import (
 from meshrl.client.episode import Transition
 from meshrl.client.mesh import Mesh
 from meshrl.client.verifying import Verdict
-from meshrl.errors import EpisodeTorn, UsageError
+from meshrl.errors import EpisodeTorn, RecordingError, UnknownName, UsageError, WorkerError
 from meshrl.recording.episodes import EpisodeSummary
 from meshrl.recording.streams import make_streams, stream_of
 from meshrl.wire.subjects import Subjects
@@ -44,7 +44,14 @@ Env = Annotated[
 Label = Annotated[list[str] | None, typer.Option(help="KEY=VALUE of their sessions; repeatable.", metavar="KEY=VALUE")]
 Last = Annotated[int, typer.Option(help="The newest N; 0 for all.", min=0, metavar="N")]
 WaitForWorker = Annotated[float, typer.Option(help="Seconds to wait for a worker, to run it again.", metavar="S")]
-STYLES = {"exact": "green", "close": "yellow", "unverifiable": "yellow", "diverged": "red", "torn": "red"}
+STYLES = {
+    "exact": "green",
+    "close": "yellow",
+    "unverifiable": "yellow",
+    "diverged": "red",
+    "torn": "red",
+    "failed": "red",
+}
 
 
 @asynccontextmanager
@@ -138,7 +145,7 @@ def verify(
     namespace: Namespace = "default",
     credentials: CredentialsFile = None,
 ) -> None:
-    """Run recorded episodes again, and say whether they go as they did. Exit code 1 where one diverged."""
+    """Run recorded episodes again, and say whether they go as they did. Exit code 1 where one diverged or could not."""
     if (episode is None) == (not all_):
         raise UsageError("name an episode, or give --all; meshrl episodes lists them")
     console = Console(highlight=False, soft_wrap=True)
@@ -146,14 +153,18 @@ def verify(
     async def judge() -> Counter[str]:
         counts: Counter[str] = Counter()
         async with _mesh(url, namespace, credentials) as mesh:
-            wanted = [episode] if episode is not None else [one.episode_id async for one in mesh.episodes(env)]
-            for n, id_ in enumerate(wanted, 1):
+            wanted = [(episode, "")] if episode else [(one.episode_id, one.env) async for one in mesh.episodes(env)]
+            unserved: set[str] = set()  # what was waited for in vain
+            for n, (id_, name) in enumerate(wanted, 1):
                 try:
-                    told = _verdict(await mesh.verify(id_, wait=wait))
-                except EpisodeTorn as exc:
+                    told = _verdict(await mesh.verify(id_, wait=0.0 if name in unserved else wait))
+                except (RecordingError, WorkerError) as exc:
                     if episode is not None:
                         raise
-                    told = {"episode_id": id_, "status": "torn", "why": exc.message}
+                    if isinstance(exc, UnknownName):
+                        unserved.add(name)
+                    status = "torn" if isinstance(exc, EpisodeTorn) else "failed"
+                    told = {"episode_id": id_, "status": status, "code": exc.code, "why": exc.message}
                 counts[told["status"]] += 1
                 if as_json:
                     print(json.dumps(told), flush=True)
@@ -166,7 +177,7 @@ def verify(
     counts = run(judge())
     if all_ and not as_json:
         console.print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "no episodes")
-    if counts["diverged"] or counts["torn"]:
+    if counts["diverged"] or counts["torn"] or counts["failed"]:
         raise typer.Exit(1)
 
 

@@ -75,6 +75,20 @@ async def test_what_goes_as_it_did_is_said_to(told: tuple[str, list[Told]], caps
     assert {json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()} == {"exact"}
 
 
+async def test_what_nobody_serves_any_more_keeps_the_rest_from_nothing(
+    server: EmbeddedServer, told: tuple[str, list[Told]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with EnvWorker({"gone": "CartPole-v1"}, server.url), Mesh(server.url) as m:
+        async with await m.env("gone", record="actions") as env:
+            await drive(env, 2, 1)
+        await listed(m, "gone", 2)
+    assert await meshrl("verify", "--all", "--wait", "1") == 1
+    assert "2 exact, 2 failed" in capsys.readouterr().out
+    assert await meshrl("verify", "--all", "--env", "gone", "--wait", "1", "--json") == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["status"], line["code"]) for line in lines] == [("failed", "unknown_name")] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
