@@ -210,6 +210,11 @@ class Connection:
         return int(self._client.max_payload)
 
     @property
+    def max_headed(self) -> int:
+        """The largest body of a message with headers, in bytes."""
+        return self.max_payload - HEADER_BYTES
+
+    @property
     def server_version(self) -> str:
         """The version of nats-server, as it says."""
         return str(self._client.connected_server_version)
@@ -324,11 +329,11 @@ class Connection:
         """
         if self.closed:
             raise self._gone()
-        if len(body) + HEADER_BYTES > self.max_payload:
+        if len(body) > self.max_headed:
             raise MessageTooLarge(
                 f"a message of {len(body)} bytes is over the server's limit of {self.max_payload} with its headers",
                 size_bytes=len(body),
-                limit_bytes=self.max_payload - HEADER_BYTES,
+                limit_bytes=self.max_headed,
             )
         rid = self._awaited.add(subject, on_reply, on_fail)
         self.path.publish_headed(subject, f"{self._awaited.inbox}.{rid}", headers, body)

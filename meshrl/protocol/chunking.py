@@ -7,7 +7,7 @@ that stand in a chunk, is a turn of a loop.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from meshrl.protocol.chunks import Change, Chunk, Column, Resets
 from meshrl.protocol.digests import chained
-from meshrl.protocol.joined import Told, joined, picked
-from meshrl.protocol.transcript import Asked, Began, Note, One, Transcript
+from meshrl.protocol.joined import Noted, Told, joined, picked
+from meshrl.protocol.transcript import Began, Transcript
 from meshrl.wire.codec import unpack
 
 # Why an episode ended: it terminated, was truncated, was reset before that, its session was closed, its env raised, or
@@ -58,6 +58,18 @@ class _Lane:
     first: int = 0
     over: bool = True  # its episode has ended, or it has none
     torn: bool = False  # a part of its episode is missing
+
+
+class Standing(NamedTuple):
+    """Where a :class:`Chunker` stands; of its own making, for its own use."""
+
+    n: int
+    lanes: list[_Lane]
+    digests: NDArray[np.uint64]
+    touched: set[int]
+    lost: set[int]
+    policy: int | None
+    stored: dict[int, _Stored]
 
 
 class Chunker:
@@ -107,6 +119,16 @@ class Chunker:
             i: _Stored(lane.number, lane.steps + 1) for i, lane in enumerate(self._lanes) if lane.number >= 0
         }
 
+    def standing(self) -> Standing:
+        """Where it stands, for :meth:`go_back`."""
+        lanes, digests = [replace(lane) for lane in self._lanes], self._digests.copy()
+        stored = {i: replace(one) for i, one in self._stored.items()}
+        return Standing(self.n, lanes, digests, set(self._touched), set(self._lost), self._policy, stored)
+
+    def go_back(self, to: Standing) -> None:
+        """Stand where it stood then: what it was given since is given again, in other parts."""
+        self.n, self._lanes, self._digests, self._touched, self._lost, self._policy, self._stored = to
+
     def leave_all(self, reason: int) -> list[Ended]:
         """All episodes are over; gives those that were not."""
         ended: list[Ended] = []
@@ -124,7 +146,7 @@ class Chunker:
         self._lost |= lanes
         self._touched |= lanes
 
-    def chunk(self, noted: Sequence[Note | One | Asked], end: str = "") -> tuple[Chunk, list[Ended]] | None:
+    def chunk(self, noted: Noted, end: str = "") -> tuple[Chunk, list[Ended]] | None:
         """What was noted as the next chunk, with the episodes that ended in it; None if there is nothing to keep.
 
         Args:

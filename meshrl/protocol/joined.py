@@ -31,6 +31,7 @@ from meshrl.wire.batches import Batching
 from meshrl.wire.large import Rows, large_rows
 
 _NOTHING = Column("items", [])
+Noted = Sequence[Note | One | Asked]
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class Told:
     asked: list[tuple[int, Asked]] = field(default_factory=list)
 
 
-def joined(transcript: Transcript, noted: Sequence[Note | One | Asked]) -> Told:
+def joined(transcript: Transcript, noted: Noted) -> Told:
     """What was noted in ``transcript``, the oldest first, as columns."""
     notes = [one for one in noted if isinstance(one, Note)]
     ones = [one for one in noted if isinstance(one, One)]
@@ -87,6 +88,41 @@ def joined(transcript: Transcript, noted: Sequence[Note | One | Asked]) -> Told:
             policy = one.policy
         row += 1 if isinstance(one, One) else len(one.rewards)
     return told
+
+
+def halves(transcript: Transcript, noted: Noted) -> tuple[Noted, Noted] | None:
+    """What was noted in two parts, to be taken one after the other; None where it is one row."""
+    if len(noted) > 1:
+        return noted[: len(noted) // 2], noted[len(noted) // 2 :]
+    if not noted or not isinstance(noted[0], Note) or len(noted[0].rewards) < 2:
+        return None
+    note = noted[0]
+    size = len(note.rewards)
+    return [_part(transcript, note, 0, size // 2)], [_part(transcript, note, size // 2, size)]
+
+
+def _part(transcript: Transcript, note: Note, start: int, stop: int) -> Note:
+    """Some rows of a note, which are other lanes than the rest."""
+    size, hashes, actions = len(note.rewards), note.hashes, note.actions
+    lanes = np.arange(transcript.count) if note.lanes is None else note.lanes
+    if hashes is not None:
+        behind = [size + k for k, (row, _) in enumerate(note.finals) if start <= row < stop]
+        hashes = hashes[[*range(start, stop), *behind]]
+    if actions is not None:
+        actions = actions[start:stop] if type(actions) is list else transcript.actions.cut(actions, start, stop)
+    return note._replace(
+        lanes=lanes[start:stop],
+        actions=actions,
+        obs=None if note.obs is None else transcript.observations.cut(note.obs, start, stop),
+        rewards=note.rewards[start:stop],
+        terminations=note.terminations[start:stop],
+        truncations=note.truncations[start:stop],
+        begun={row - start: began for row, began in note.begun.items() if start <= row < stop},
+        finals=[(row - start, obs) for row, obs in note.finals if start <= row < stop],
+        infos=[(row - start, is_final, info) for row, is_final, info in note.infos if start <= row < stop],
+        nbytes=note.nbytes * (stop - start) // size,
+        hashes=hashes,
+    )
 
 
 def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,7 +27,8 @@ from meshrl.bus.storing import Reader, Stored, store
 from meshrl.errors import BusClosed, MeshError, RequestTimeout, StreamMissing, SubjectNotPermitted, WrongSequence
 from meshrl.protocol.chunking import ENDS, LOST, Chunker, Ended
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
-from meshrl.protocol.transcript import MAX_NOTED_BYTES, Asked, Note, One, Transcript, rows_in
+from meshrl.protocol.joined import Noted, halves
+from meshrl.protocol.transcript import MAX_NOTED_BYTES, Transcript, rows_in
 from meshrl.recording.streams import EPISODES, stream_of
 from meshrl.wire.recorded import MAX_EPISODES, Entry, Recorded
 from meshrl.wire.subjects import Subjects
@@ -86,8 +87,8 @@ class Size:
 
     def seen(self, noted: int, stored: int) -> None:
         """What was noted has become a chunk of so many bytes."""
-        if noted > stored:
-            self.factor += (min(MAX_FACTOR, noted / stored) - self.factor) / 4
+        if noted > stored or stored > CHUNK_BYTES:  # little of it is mostly what every chunk has
+            self.factor += (min(MAX_FACTOR, max(1.0, noted / stored)) - self.factor) / 4
 
 
 @dataclass(slots=True)
@@ -320,7 +321,8 @@ class SessionWriter:
         if end in ENDS and self._chunker.n:
             await self._store_noted((), end)
 
-    async def _store_noted(self, noted: Sequence[Note | One | Asked], end: str) -> None:
+    async def _store_noted(self, noted: Noted, end: str) -> None:
+        before = self._chunker.standing()
         try:
             made = self._chunker.chunk(noted, end)
         except Exception:
@@ -329,8 +331,33 @@ class SessionWriter:
             self._lost += sum(map(rows_in, noted))
             self._drop("it cannot be put down")
             return
-        if made is not None:
-            await self._store(*made, sum(one.nbytes for one in noted))
+        if made is None:
+            return
+        chunk, ended = replace(made[0], first=self._where_they_began(made[0])), made[1]
+        try:
+            body = pack_chunk(chunk)
+            self._size.seen(sum(one.nbytes for one in noted), len(body))
+            too_large = len(body) > self._storing.connection.max_headed
+            parts = halves(self.transcript, noted) if too_large else None
+            if parts is None:
+                await self._store(chunk, body, ended)
+        except MeshError:
+            self._lost += len(chunk)
+            self._chunker.lose(set(np.unique(chunk.lanes).tolist()))
+            raise
+        if parts is not None:
+            self._chunker.go_back(before)
+            await self._store_parts(*parts, end)
+
+    async def _store_parts(self, first: Noted, second: Noted, end: str) -> None:
+        """What is too much for one message."""
+        try:
+            await self._store_noted(first, "")
+        except MeshError:
+            self._lost += sum(map(rows_in, second))
+            self._chunker.lose(set(range(self.transcript.count)))
+            raise
+        await self._store_noted(second, end)
 
     def _stop(self, why: str) -> None:
         """Write nothing more: somebody else does."""
@@ -440,20 +467,12 @@ class SessionWriter:
             and time.monotonic() - self._described_at < DESCRIBED_S
         )
 
-    async def _store(self, chunk: Chunk, ended: list[Ended], noted: int) -> None:
+    async def _store(self, chunk: Chunk, body: bytes, ended: list[Ended]) -> None:
         try:
-            chunk = replace(chunk, first=self._where_they_began(chunk))
-            body = pack_chunk(chunk)
-            self._size.seen(noted, len(body))
-            try:
-                await self._store_packed(chunk, body, ended)
-            except StreamMissing:
-                await self._begin_anew()
-                await self._store_packed(chunk, body, ended)
-        except MeshError:
-            self._lost += len(chunk)
-            self._chunker.lose(set(np.unique(chunk.lanes).tolist()))
-            raise
+            await self._store_packed(chunk, body, ended)
+        except StreamMissing:
+            await self._begin_anew()
+            await self._store_packed(chunk, body, ended)
         self._storing.counts.recorded += len(chunk)
 
     async def _store_packed(self, chunk: Chunk, body: bytes, ended: list[Ended]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import zstandard
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 
 from meshrl import EnvWorker, Mesh
 from meshrl.bus.connect import connect
@@ -31,7 +32,7 @@ from meshrl.worker import env_worker
 from tests.mesh.conftest import until
 from tests.mesh.envs import Counter
 from tests.mesh.own_server import own_server
-from tests.mesh.recordings import drive, listed, listed_in_the_end
+from tests.mesh.recordings import drive, drive_vector, listed, listed_in_the_end
 from tests.mesh.test_recordings import same_as
 
 AT = Subjects()
@@ -342,6 +343,47 @@ async def test_large_batches_of_small_observations_are_recorded_as_they_were(url
             await until(lambda: worker.recorded.recorded > 0, "some of it is stored before the end")
         found = await listed_in_the_end(m, "of", 100)
         for one in found[::31]:
+            assert (await m.verify(one.episode_id)).status == "exact"
+
+
+class Snow(gymnasium.Env[Any, Any]):
+    """Black pictures, and after ten of them such as no compression makes any smaller; an episode has fifteen."""
+
+    observation_space = spaces.Box(0, 255, (96, 96, 3), np.uint8)
+    action_space = spaces.Discrete(2)
+    metadata = {"outlives_reset": "generator"}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return self._next(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        return self._next(), 1.0, self.count == 15, False, {"count": self.count}
+
+    def _next(self) -> Any:
+        snows = self.count >= 10
+        return self.np_random.integers(0, 256, (96, 96, 3), np.uint8) if snows else np.zeros((96, 96, 3), np.uint8)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, None])
+async def test_what_is_too_much_for_a_message_is_stored_in_several(url: str, mode: AutoresetMode | None) -> None:
+    async with EnvWorker({"of": Snow}, url, slots=64) as worker, Mesh(url) as m:
+        if mode is None:
+            async with await m.env("of", record="full") as env:
+                await drive(env, 60, 1)
+            found = await listed(m, "of", 60)
+        else:
+            async with await m.vector("of", 64, record="full", shards=1, autoreset_mode=mode) as envs:
+                told = await drive_vector(envs, 36, 1)
+                assert len(told) == 128
+            found = await listed_in_the_end(m, "of", 128)
+        assert worker.recorded.lost == 0
+        for one in [one for one in found if one.reason == "terminated"][::9]:
+            episode = await m.episode(one.episode_id)
+            assert episode.rewards.tolist() == [1.0] * 15
+            assert [info["count"] for info in episode.infos[1:]] == list(range(1, 16))
             assert (await m.verify(one.episode_id)).status == "exact"
 
 

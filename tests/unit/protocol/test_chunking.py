@@ -12,6 +12,7 @@ from gymnasium import spaces
 from meshrl.protocol.chunking import REASONS, Chunker, Ended
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
 from meshrl.protocol.digests import Digests
+from meshrl.protocol.joined import Noted, halves
 from meshrl.protocol.transcript import Level, Transcript
 from meshrl.wire.batches import batching
 from meshrl.wire.large import Rows
@@ -170,7 +171,21 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def drive(lanes: Lanes, chunker: Chunker, requests: int, limit: int = 1 << 62) -> tuple[list[Chunk], list[Ended]]:
+def chunked(chunker: Chunker, lanes: Lanes, noted: Noted, most: int) -> list[tuple[Chunk, list[Ended]]]:
+    """As a writer does with what is too much for one message: what has over so many rows is halved."""
+    before = chunker.standing()
+    made = chunker.chunk(noted)
+    assert made is not None
+    parts = halves(lanes.noted, noted) if len(made[0]) > most else None
+    if parts is None:
+        return [made]
+    chunker.go_back(before)
+    return [one for part in parts for one in chunked(chunker, lanes, part, most)]
+
+
+def drive(
+    lanes: Lanes, chunker: Chunker, requests: int, limit: int = 1 << 62, most: int = 1 << 62
+) -> tuple[list[Chunk], list[Ended]]:
     chunks, ended = [], []
     count = lanes.noted.count
     lanes.reset(list(range(count)))
@@ -183,19 +198,19 @@ def drive(lanes: Lanes, chunker: Chunker, requests: int, limit: int = 1 << 62) -
         lanes.step(ids)
         if k % 13 == 12 or k == requests - 1:
             while noted := lanes.noted.taken(limit):
-                made = chunker.chunk(noted)
-                assert made is not None
-                chunks.append(read_chunk(pack_chunk(made[0])))
-                ended += made[1]
+                for chunk, over in chunked(chunker, lanes, noted, most):
+                    chunks.append(read_chunk(pack_chunk(chunk)))
+                    ended += over
     return chunks, ended
 
 
 @pytest.mark.parametrize("mode", ["same", "next", "pool"])
 @pytest.mark.parametrize("space", [OBS, DEEP], ids=["array", "nested"])
-@pytest.mark.parametrize("limit", [1 << 62, 300])
-def test_rows_come_back_as_they_were_told(mode: str, space: Any, limit: int) -> None:
+@pytest.mark.parametrize(("limit", "most"), [(1 << 62, 1 << 62), (300, 1 << 62), (1 << 62, 2)])
+def test_rows_come_back_as_they_were_told(mode: str, space: Any, limit: int, most: int) -> None:
     lanes = Lanes(transcript(4, space=space), mode, 3, space)
-    chunks, ended = drive(lanes, Chunker(lanes.noted), 120, limit)
+    chunks, ended = drive(lanes, Chunker(lanes.noted), 120, limit, most)
+    assert all(len(chunk) <= most for chunk in chunks)
     assert [chunk.n for chunk in chunks] == list(range(1, len(chunks) + 1))
     for told, read in zip(lanes.rows, read_back(chunks, space, 4), strict=True):
         assert len(told) == len(read)
@@ -209,9 +224,10 @@ def test_rows_come_back_as_they_were_told(mode: str, space: Any, limit: int) -> 
 
 @pytest.mark.parametrize("mode", ["same", "next", "pool"])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_actions_alone_have_the_same_digests_and_no_observations(mode: str, at_once: bool) -> None:
+@pytest.mark.parametrize("most", [1 << 62, 2])
+def test_actions_alone_have_the_same_digests_and_no_observations(mode: str, at_once: bool, most: int) -> None:
     lanes = Lanes(transcript(4, "actions", at_once=at_once), mode, 3)
-    chunks, _ = drive(lanes, Chunker(lanes.noted), 60)
+    chunks, _ = drive(lanes, Chunker(lanes.noted), 60, most=most)
     for told, read in zip(lanes.rows, read_back(chunks, OBS, 4), strict=True):
         assert [row["digest"] for row in read] == digested(told, OBS)
         assert [(row["number"], row["action"], row["told"]) for row in read] == [
