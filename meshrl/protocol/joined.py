@@ -83,10 +83,12 @@ def joined(transcript: Transcript, noted: Noted) -> Told:
         if isinstance(one, Asked):
             told.asked.append((row, one))
             continue
-        if one.policy is not None and one.policy != policy:
-            told.policies.append((row, one.policy))
-            policy = one.policy
-        row += 1 if isinstance(one, One) else len(one.rewards)
+        size = 1 if isinstance(one, One) else len(one.rewards)
+        for at, version in enumerate(one.policy if isinstance(one.policy, list) else (one.policy,), row):
+            if version is not None and version != policy:
+                told.policies.append((at, version))
+                policy = version
+        row += size
     return told
 
 
@@ -120,6 +122,7 @@ def _part(transcript: Transcript, note: Note, start: int, stop: int) -> Note:
         begun={row - start: began for row, began in note.begun.items() if start <= row < stop},
         finals=[(row - start, obs) for row, obs in note.finals if start <= row < stop],
         infos=[(row - start, is_final, info) for row, is_final, info in note.infos if start <= row < stop],
+        policy=note.policy[start:stop] if isinstance(note.policy, list) else note.policy,
         nbytes=note.nbytes * (stop - start) // size,
         hashes=hashes,
     )

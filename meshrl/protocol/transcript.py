@@ -72,7 +72,7 @@ class Note(NamedTuple):
         begun: the rows that show an observation of a reset, with what that was given.
         finals: the rows that show a reset where a step has ended, with that step's observation.
         infos: of rows, packed, and whether it is that of a final.
-        policy: the version of whoever chose the actions, where that is said.
+        policy: the version of whoever chose the actions, where that is said; a list of one a row where they differ.
         nbytes: about what it takes of a chunk.
         hashes: of the rows and of the finals behind them, where observations are too large to be kept.
     """
@@ -87,7 +87,7 @@ class Note(NamedTuple):
     begun: dict[int, Began]
     finals: Sequence[tuple[int, Any]]
     infos: Sequence[tuple[int, bool, bytes]]
-    policy: int | None
+    policy: int | list[int | None] | None
     nbytes: int
     hashes: Words | None = None
 
@@ -198,6 +198,7 @@ class Transcript:
         terminations: NDArray[np.bool_],
         truncations: NDArray[np.bool_],
         infos: Sequence[tuple[int, Info]],
+        policies: list[int | None] | None = None,
     ) -> None:
         """A step, or an explicit reset (``actions`` None), is about to be answered.
 
@@ -212,6 +213,7 @@ class Transcript:
             terminations: one a row.
             truncations: one a row.
             infos: pairs (row, info), those of a step that ended before that of the reset that followed it.
+            policies: of each row, where requests are answered in another order than they came.
         """
         begun: dict[int, Began] = {}
         if self._began:
@@ -232,9 +234,8 @@ class Transcript:
             if self.level == "full":
                 told = _packed(infos, {row for row, _ in finals})
         nbytes = (len(rewards) + len(finals)) * self.row_bytes + sum([len(info) for _, _, info in told])
-        note = Note(
-            at, lanes, actions, obs, rewards, terminations, truncations, begun, finals, told, self.policy, nbytes
-        )
+        policy = self.policy if policies is None else policies
+        note = Note(at, lanes, actions, obs, rewards, terminations, truncations, begun, finals, told, policy, nbytes)
         if self.hashes_at_once or type(obs) is Rows:
             self._unsettled.append(note)
         else:

@@ -75,6 +75,7 @@ class HostedPool:
         self._spread_number = 0
         self._over = False
         self._acted: dict[int, Any] = {}  # by lane, what was asked for last, where it is recorded
+        self._policies: dict[int, int] = {}  # and by which version of the policy, once one was said
         self._redoing = Redoing(self._subs, _changes_nothing, lambda: not self._over)
 
     def __repr__(self) -> str:
@@ -105,7 +106,9 @@ class HostedPool:
             actions = body.get("actions")
             self._batches.check(actions, len(lanes), "actions", exact=False)
             if self._subs.recording is not None:
-                self._subs.recording.acted(body)
+                version = self._subs.recording.acted(body)
+                if version is not None:
+                    self._policies.update(dict.fromkeys(lanes.tolist(), version))
                 kept = self._batches.rows(self._subs.recording.own(actions), len(lanes))
                 self._acted.update(zip(lanes.tolist(), kept, strict=True))
             return list(self._batches.rows(actions, len(lanes)))
@@ -292,8 +295,13 @@ class HostedPool:
         if out.infos:
             frame["infos"] = pack_infos(out.infos, len(lanes))
         if self._subs.recording is not None:
-            actions = [self._acted[lane] for lane in lanes.tolist()] if op == "step" else None
-            self._subs.recording.told(lanes, actions, frame, out.infos)
+            actions = policies = None
+            if op == "step":
+                asked = lanes.tolist()
+                actions = [self._acted[lane] for lane in asked]
+                if self._policies:
+                    policies = [self._policies.get(lane) for lane in asked]
+            self._subs.recording.told(lanes, actions, frame, out.infos, policies)
         ended = lanes[terminations | truncations]
         if len(ended):  # they were reset at once
             self.episodes[ended] += 1

@@ -59,13 +59,21 @@ class Recording:
         obs, reward, terminated, truncated, infos = outcome
         self.transcript.note_redone(time.monotonic(), i, action, obs, reward, (terminated, truncated), infos)
 
-    def acted(self, body: Frame) -> None:
-        """A step is about to be taken; its request may say the version of whoever chose the actions."""
+    def acted(self, body: Frame) -> int | None:
+        """A step is about to be taken; gives the version of its policy, if this or an earlier one says."""
         version = body.get("policy")
         if type(version) is int and abs(version) < 1 << 62:
             self.transcript.policy = version
+        return self.transcript.policy
 
-    def told(self, lanes: Indices | None, actions: Any, frame: Frame, infos: Sequence[tuple[int, Info]]) -> None:
+    def told(
+        self,
+        lanes: Indices | None,
+        actions: Any,
+        frame: Frame,
+        infos: Sequence[tuple[int, Info]],
+        policies: list[int | None] | None = None,
+    ) -> None:
         """A step of sub-environments is about to be answered; ``actions`` are None of an explicit reset."""
         self.transcript.note(
             time.monotonic(),
@@ -76,6 +84,7 @@ class Recording:
             frame["terminations"],
             frame["truncations"],
             infos,
+            policies,
         )
 
     def was_reset(self, lanes: Indices, obs: Any, infos: Sequence[tuple[int, Info]]) -> None:

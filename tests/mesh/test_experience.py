@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meshrl import EnvWorker, Mesh
+from meshrl import EnvWorker, Factory, Mesh
 from meshrl.client.experience import Experience
 from meshrl.errors import UsageError
 from tests.mesh.conftest import until
-from tests.mesh.envs import Nested
+from tests.mesh.envs import Counter, Nested
 from tests.mesh.recordings import Told, drive, listed
 from tests.mesh.test_recordings import alike
 
@@ -85,6 +85,24 @@ async def test_who_comes_back_goes_on_where_it_was_and_each_name_by_itself(url: 
         assert not [batch async for batch in m.experience("of", name="first", follow=False)]
         other = [batch async for batch in m.experience("of", name="second", follow=False)]
         same_as(told, other)
+
+
+async def test_a_step_of_a_pool_is_of_the_policy_that_chose_it_however_late_it_is_answered(url: str) -> None:
+    async with EnvWorker({"of": Factory(Counter, {"slow_s": -1.0})}, url) as worker, Mesh(url) as m:
+        async with await m.pool("of", 3, record="full") as pool:
+            await pool.reset(seed=1)
+            await pool.recv(min=3, timeout=10)
+            pool.policy_version = 1
+            await pool.send(np.array([400]), np.array([0]))  # milliseconds
+            pool.policy_version = 2
+            await pool.send(np.array([1]), np.array([1]))
+            assert (await pool.recv(min=1, max=1, timeout=10)).env_ids.tolist() == [1]
+            pool.policy_version = 3
+            await pool.send(np.array([500, 1]), np.array([2, 1]))
+            await pool.recv(min=3, timeout=10)
+            await until(lambda: worker.recorded.recorded == 7, "all of it is stored")
+        episodes = [await m.episode(one.episode_id) for one in await listed(m, "of", 3)]
+        assert {one.env_id: one.policy_versions.tolist() for one in episodes} == {0: [1], 1: [2, 3], 2: [3]}
 
 
 async def test_a_feed_that_follows_gets_what_is_recorded_later(url: str) -> None:
