@@ -362,7 +362,11 @@ def _chunk() -> Schema:
         },
         "policies": {"type": "array", "items": {"type": "array", "prefixItems": [row, {"type": "integer"}]}},
         "touched": {"type": "array", "items": row, "description": "Lanes of which an earlier chunk has changes."},
-        "lost": {"type": "array", "items": row, "description": "Lanes of which something before this is missing."},
+        "lost": {
+            "type": "array",
+            "items": row,
+            "description": "Lanes of whose episode something before this is missing.",
+        },
         "end": {"type": "string", "description": "Why the session ended, where that ends its episodes."},
     }
     needed = ["n", *rows, *lanes, "actions", "started"]

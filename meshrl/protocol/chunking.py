@@ -153,9 +153,9 @@ class Chunker:
             noted: of :meth:`~meshrl.protocol.transcript.Transcript.taken`.
             end: why the session ended, if it did.
         """
-        lost, self._lost = sorted(self._lost), set()
-        for lane in lost:
-            self._lanes[lane].torn = True
+        lost, self._lost = self._lost, set()
+        for i in lost:
+            self._lanes[i].torn = True
         told = joined(self._transcript, noted)
         before = {name: [getattr(lane, name) for lane in self._lanes] for name in _CARRIED}
         ended: list[Ended] = []
@@ -163,6 +163,7 @@ class Chunker:
         rows = _Rows(told)
         if self._stored:
             rows.keep(self._not_stored(rows), self._transcript)
+        torn = tuple(i for i, lane in enumerate(self._lanes) if lane.torn)
         runs = _Runs(rows)
         kept = [self._take(run, ended) for run in runs.all(rows.began())]
         if end in ENDS:
@@ -196,7 +197,7 @@ class Chunker:
             changes=tuple(Change(rows.position(row), one.lane, one.op, one.given) for row, one in told.asked),
             policies=rows.policies(policy),
             touched=tuple(touched),
-            lost=tuple(lost),
+            lost=torn,
             end=end,
         )
         return chunk, ended

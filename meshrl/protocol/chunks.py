@@ -108,7 +108,7 @@ class Chunk:
         changes: what else was asked of envs.
         policies: pairs (row, version): from that row on it was that policy's.
         touched: lanes of which an earlier chunk has changes: what was asked of them then may outlive resets.
-        lost: lanes of which rows before this chunk could not be kept.
+        lost: lanes of whose episode before the first row a part could not be kept.
         end: why the session ended; empty as long as it goes on.
     """
 

@@ -452,4 +452,6 @@ def own(value: Any) -> Any:
         return value.copy()
     if isinstance(value, dict):
         return {key: own(part) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a graph
+        return type(value)(*map(own, value))
     return type(value)(map(own, value)) if type(value) in (tuple, list) else value

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.spaces import GraphInstance
 
 from meshrl.protocol.chunking import REASONS, Chunker, Ended
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
 from meshrl.protocol.digests import Digests
 from meshrl.protocol.joined import Noted, halves
-from meshrl.protocol.transcript import Level, Transcript
+from meshrl.protocol.transcript import Level, Transcript, own
 from meshrl.wire.batches import batching
 from meshrl.wire.large import Rows
 
@@ -298,6 +299,42 @@ def test_that_an_env_was_changed_is_said_from_then_on(taken_over: bool) -> None:
         lanes.step([0, 1])
         chunk, _ = chunker.chunk(noted.taken(1 << 20)) or pytest.fail("it holds a step")
         assert read_chunk(pack_chunk(chunk)).touched == (1,)
+
+
+def test_who_takes_over_knows_what_was_lost_chunks_ago() -> None:
+    noted = transcript(2)
+    lanes = Lanes(noted, "pool", 8)
+    lanes.rng = np.random.default_rng(4)
+    lanes.reset([0, 1])
+    chunker = Chunker(noted)
+    noted.dropped()
+    chunker.lose({0})
+    chunks = []
+    for _ in range(2):
+        lanes.reset([1])
+        chunks += chunked(chunker, lanes, noted.taken(1 << 20), 1 << 62)
+    assert [chunk.lost for chunk, _ in chunks] == [(0,), (0,)]
+    other = Chunker(noted)
+    other.go_on(read_chunk(pack_chunk(chunks[-1][0])))
+    lanes.over = [False, False]
+    lanes.step([0])
+    lanes.reset([1])
+    ((last, ended),) = chunked(other, lanes, noted.taken(1 << 20), 1 << 62)
+    assert (last.lanes.tolist(), ended) == ([1], [])
+    lanes.reset([0])
+    ((anew, _),) = chunked(other, lanes, noted.taken(1 << 20), 1 << 62)
+    assert (anew.lanes.tolist(), anew.lost) == ([0], (0,))
+    lanes.step([0])
+    assert chunked(other, lanes, noted.taken(1 << 20), 1 << 62)[0][0].lost == ()
+
+
+def test_what_an_env_writes_to_again_is_copied_also_in_a_graph() -> None:
+    nodes = np.zeros((2, 3), np.float32)
+    kept: Any = own({"graph": GraphInstance(nodes, None, None), "list": [nodes]})
+    nodes[:] = 1
+    assert not kept["graph"].nodes.any()
+    assert not kept["list"][0].any()
+    assert type(kept["graph"]) is GraphInstance
 
 
 def test_a_closed_session_ends_what_is_under_way() -> None:
