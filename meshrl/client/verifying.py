@@ -12,7 +12,7 @@ import numpy as np
 from meshrl.client.rerunning import Rerun
 from meshrl.errors import EpisodeDiverged
 from meshrl.protocol.digests import chained
-from meshrl.protocol.transcript import flags_of, hashes_of_values, rewards_of
+from meshrl.protocol.values import hashes_of_values, numbers_of, truths_of
 from meshrl.recording.episodes import RecordedEpisode
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack
@@ -92,9 +92,9 @@ def prefix_differs(episode: RecordedEpisode, again: Rerun) -> tuple[int, str] | 
 def _first_difference(episode: RecordedEpisode, again: Rerun, *, whole: bool = True) -> tuple[int, str] | None:
     batches = episode.described.observations
     rewards, terminations, truncations = (
-        rewards_of(again.rewards),
-        flags_of(again.terminated),
-        flags_of(again.truncated),
+        numbers_of(again.rewards),
+        truths_of(again.terminated),
+        truths_of(again.truncated),
     )
     zero: list[Any] = [0.0]
     flag: list[Any] = [False]
@@ -163,7 +163,7 @@ def _largest(episode: RecordedEpisode, again: Rerun) -> float | None:
     """The largest difference, relative to the larger value or to 1; None where more than numbers differs."""
     if len(again.rewards) != len(episode.rewards) or episode.observations is None:
         return None
-    flags = flags_of(again.terminated), flags_of(again.truncated)
+    flags = truths_of(again.terminated), truths_of(again.truncated)
     if not (np.array_equal(flags[0], episode.terminations) and np.array_equal(flags[1], episode.truncations)):
         return None
     batches = episode.described.observations
@@ -173,7 +173,7 @@ def _largest(episode: RecordedEpisode, again: Rerun) -> float | None:
     except Exception:  # noqa: BLE001  # what is no batch has no numbers to compare
         return None
     count = len(again.obs)
-    pairs = [(episode.rewards, rewards_of(again.rewards))]
+    pairs = [(episode.rewards, numbers_of(again.rewards))]
     for one, other in zip(batches.leaves(shown, count), batches.leaves(told, count), strict=True):
         if not isinstance(one, np.ndarray) or one.dtype.kind != "f":
             if pack(one) != pack(other):

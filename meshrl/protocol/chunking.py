@@ -6,24 +6,18 @@ that stand in a chunk, is a turn of a loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshrl.protocol.chunks import Change, Chunk, Column, Resets
+from meshrl.protocol.chunks import Change, Chunk
 from meshrl.protocol.digests import chained
-from meshrl.protocol.joined import Noted, Told, joined, picked
+from meshrl.protocol.joined import Noted, joined
+from meshrl.protocol.runs import CLOSED, CRASHED, RESET, Run, Runs, ToldRows, firsts
 from meshrl.protocol.transcript import Began, Transcript
-from meshrl.wire.codec import unpack
 
-# Why an episode ended: it terminated, was truncated, was reset before that, its session was closed, its env raised, or
-# its worker was lost with it and nobody could go on.
-REASONS = ("terminated", "truncated", "reset", "closed", "crashed", "lost")
-TERMINATED, TRUNCATED, RESET, CLOSED, CRASHED, LOST = range(len(REASONS))
 # By why a session ended. Of any other nobody knows whether it does not go on elsewhere.
 ENDS = {"closed": CLOSED, "ended": CRASHED}
 
@@ -110,7 +104,7 @@ class Chunker:
             self._policy = last.policies[-1][1]
         numbers = iter(last.started.numbers.tolist())
         began = {int(row): Began(next(numbers), None, None, None) for row in np.flatnonzero(last.resets)}
-        for run in _Runs(last).all(began):
+        for run in Runs(last).all(began):
             self._take(run, [])
         for lane in self._lanes:
             lane.first = 0  # before this writer's own
@@ -160,11 +154,11 @@ class Chunker:
         before = {name: [getattr(lane, name) for lane in self._lanes] for name in _CARRIED}
         ended: list[Ended] = []
         self.n += 1
-        rows = _Rows(told)
+        rows = ToldRows(told)
         if self._stored:
             rows.keep(self._not_stored(rows), self._transcript)
         torn = tuple(i for i, lane in enumerate(self._lanes) if lane.torn)
-        runs = _Runs(rows)
+        runs = Runs(rows)
         kept = [self._take(run, ended) for run in runs.all(rows.began())]
         if end in ENDS:
             ended += self.leave_all(ENDS[end])
@@ -202,13 +196,13 @@ class Chunker:
         )
         return chunk, ended
 
-    def _not_stored(self, rows: _Rows) -> NDArray[np.bool_]:
+    def _not_stored(self, rows: ToldRows) -> NDArray[np.bool_]:
         """Of rows that are done again, which of them are not stored."""
-        runs = _Runs(rows)
+        runs = Runs(rows)
         seen = [self._seen(run, length) for run, length in zip(runs.all(rows.began()), runs.lengths, strict=True)]
         return runs.spread_from(seen)
 
-    def _seen(self, run: _Run, length: int) -> int:
+    def _seen(self, run: Run, length: int) -> int:
         """How many rows of a run are stored already."""
         stored = self._stored.get(run.lane)
         if stored is None:
@@ -228,7 +222,7 @@ class Chunker:
         stored.left -= seen
         return seen
 
-    def _take(self, run: _Run, ended: list[Ended]) -> bool:
+    def _take(self, run: Run, ended: list[Ended]) -> bool:
         """Take in a run; gives whether its rows are recorded."""
         lane = self._lanes[run.lane]
         if run.began is not None:
@@ -252,11 +246,11 @@ class Chunker:
     def _records(self, lane: _Lane) -> bool:
         return lane.number >= 0 and lane.number % self._every == 0 and not lane.torn
 
-    def _digested(self, rows: _Rows) -> NDArray[np.uint64]:
+    def _digested(self, rows: ToldRows) -> NDArray[np.uint64]:
         """The digest at each row."""
         order = np.argsort(rows.lanes, kind="stable")
         lanes, resets = rows.lanes[order], rows.resets[order]
-        begins = np.flatnonzero(_firsts(lanes) | resets)
+        begins = np.flatnonzero(firsts(lanes) | resets)
         before = np.where(resets[begins], np.uint64(0), self._digests[lanes[begins]])
         digests = np.zeros(len(order), np.uint64)
         digests[order] = chained(rows.told.hashes[rows.shown][order], begins, before)
@@ -281,166 +275,3 @@ class _Stored:
 
 # What each chunk says of where its lanes were before it.
 _CARRIED = ("number", "steps", "episode_return", "over", "first")
-
-
-class _Run(NamedTuple):
-    """The rows of one episode of one lane.
-
-    Attributes:
-        lane: whose.
-        began: what the reset was given that is the first of them; None where the episode goes on.
-        steps: up to its end.
-        rewards: their sum up to there.
-        reason: why it ended; None if it did not.
-    """
-
-    lane: int
-    began: Began | None
-    steps: int
-    rewards: float
-    reason: int | None
-
-
-class _Rows:
-    """The rows of a chunk: those that were told, and of each final two, the step and the reset.
-
-    Attributes:
-        source: of each row, which of those that were told it is; ascending.
-        again: whether it is the second of that.
-        shown: where its hash and its observation stand.
-    """
-
-    def __init__(self, told: Told) -> None:
-        self.told = told
-        count = len(told.lanes)
-        twice = np.ones(count, np.int64)
-        twice[told.finals] = 2
-        self.source = np.repeat(np.arange(count), twice)
-        self.again = ~_firsts(self.source)
-        self.shown = self.source.copy()
-        first = np.flatnonzero(self.again) - 1
-        self.shown[first] = count + np.arange(len(first))
-        self.lanes = told.lanes[self.source].astype(np.int32)
-        self.resets = told.resets[self.source] | self.again
-        self.rewards = np.where(self.resets, 0.0, told.rewards[self.source])
-        self.terminations = told.terminations[self.source] & ~self.resets
-        self.truncations = told.truncations[self.source] & ~self.resets
-        self.actions = told.actions
-
-    def keep(self, kept: NDArray[np.bool_], transcript: Transcript) -> None:
-        """Leave out all others."""
-        if kept.all():
-            return
-        self.actions = picked(transcript.actions, self.actions, np.flatnonzero(kept[~self.resets]))
-        for name in ("source", "again", "shown", "lanes", "resets", "rewards", "terminations", "truncations"):
-            setattr(self, name, getattr(self, name)[kept])
-
-    def began(self) -> dict[int, Began]:
-        """What each reset was given, by row."""
-        return {row: self.told.begun[int(self.source[row])] for row in np.flatnonzero(self.resets).tolist()}
-
-    def started(self) -> Resets:
-        """The same in columns."""
-        began = list(self.began().values())
-        numbers = np.array([one.number for one in began], np.int64)
-        return Resets(
-            numbers, [one.seed for one in began], [one.state for one in began], [one.options for one in began]
-        )
-
-    def position(self, told: int) -> int:
-        """The first row that is not before one that was told."""
-        return int(np.searchsorted(self.source, told))
-
-    def policies(self, before: int | None) -> tuple[tuple[int, int], ...]:
-        """The version with which the chunk begins, and each that follows, by its first row."""
-        versions = {} if before is None else {0: before}
-        versions |= {self.position(row): version for row, version in self.told.policies}
-        return tuple((row, version) for row, version in sorted(versions.items()) if row < len(self.source))
-
-    def at_us(self) -> NDArray[np.uint32]:
-        """When each was told, in microseconds since the first."""
-        at = self.told.at[self.source]
-        since = (at - at[0]) * 1e6 if len(at) else at
-        return since.clip(0, 0xFFFF_FFFF).astype(np.uint32)
-
-    def observations(self, transcript: Transcript) -> Column:
-        """Of each row."""
-        kept = self.told.observations
-        if kept is None:
-            return Column("items", [])
-        if len(self.shown) == len(self.told.hashes) and (self.shown == np.arange(len(self.shown))).all():
-            return kept
-        return picked(transcript.observations, kept, self.shown)
-
-    def infos(self) -> list[tuple[int, dict[str, Any]]]:
-        """Those that are not empty, by row."""
-        finals = set(self.told.finals.tolist())
-        keys = 2 * self.source + self.again
-        wanted = [(2 * row + (row in finals and not is_final), info) for row, is_final, info in self.told.infos]
-        infos = []
-        for key, info in sorted(wanted, key=itemgetter(0)):
-            row = int(np.searchsorted(keys, key))
-            if row < len(keys) and keys[row] == key:
-                infos.append((row, unpack(info)))
-        return infos
-
-
-class _Runs:
-    """The rows in the order of their lanes, cut where an episode begins.
-
-    Attributes:
-        lengths: of each run, in rows.
-    """
-
-    def __init__(self, rows: _Rows | Chunk) -> None:
-        self._order = order = np.argsort(rows.lanes, kind="stable")
-        self._resets = resets = rows.resets[order]
-        self._lanes = rows.lanes[order]
-        self._begins = begins = np.flatnonzero(_firsts(self._lanes) | resets)
-        stops = np.append(begins[1:], len(order))
-        self.lengths: list[int] = (stops - begins).tolist()
-        # An episode ends with the first step that says so; what is behind it counts nothing.
-        terminated = rows.terminations[order]
-        flagged = np.append(np.flatnonzero(terminated | rows.truncations[order]), len(order))
-        ends = flagged[np.searchsorted(flagged, begins)]
-        self._finished = ends < stops
-        last = np.minimum(ends, stops - 1)
-        self._terminated = terminated[last]
-        steps = np.append(0, np.cumsum(~resets))
-        self._steps = steps[last + 1] - steps[begins]
-        counts = np.arange(len(order)) <= np.repeat(last, stops - begins)
-        rewards = np.where(counts, rows.rewards[order], 0.0)
-        self._rewards = np.add.reduceat(rewards, begins) if len(begins) else np.zeros(0)
-
-    def all(self, began: Mapping[int, Began]) -> Iterator[_Run]:
-        """Each run; those of a lane in order.
-
-        Args:
-            began: what each reset was given, by row.
-        """
-        begins = self._begins
-        # As lists: a look into an array costs as much as all else here.
-        reasons = np.where(self._finished, np.where(self._terminated, TERMINATED, TRUNCATED), -1).tolist()
-        columns = (self._lanes[begins], self._resets[begins], self._order[begins], self._steps, self._rewards)
-        for lane, reset, first, steps, rewards, reason in zip(*(c.tolist() for c in columns), reasons, strict=True):
-            yield _Run(lane, began[first] if reset else None, steps, rewards, None if reason < 0 else reason)
-
-    def spread(self, values: Sequence[bool]) -> NDArray[np.bool_]:
-        """What is said of each run, of each row."""
-        spread = np.zeros(len(self._order), np.bool_)
-        spread[self._order] = np.repeat(np.array(values, np.bool_), self.lengths)
-        return spread
-
-    def spread_from(self, starts: Sequence[int]) -> NDArray[np.bool_]:
-        """Of each run, the rows from that one on."""
-        spread = np.zeros(len(self._order), np.bool_)
-        since = np.arange(len(self._order)) - np.repeat(self._begins, self.lengths)
-        spread[self._order] = since >= np.repeat(np.array(starts, np.int64), self.lengths)
-        return spread
-
-
-def _firsts(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each differs from the one before it."""
-    firsts = np.ones(len(values), np.bool_)
-    firsts[1:] = values[1:] != values[:-1]
-    return firsts

@@ -23,10 +23,8 @@ from meshrl.protocol.transcript import (
     Note,
     One,
     Transcript,
-    flags_of,
-    hashes_of_values,
-    rewards_of,
 )
+from meshrl.protocol.values import hashes_of_values, numbers_of, truths_of
 from meshrl.wire.batches import Batching
 from meshrl.wire.large import Rows, large_rows
 
@@ -140,9 +138,9 @@ def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
         observations = column_of(transcript.observations, obs)
     return Told(
         lanes=np.zeros(len(ones), np.int64),
-        rewards=rewards_of(values[0]),
-        terminations=flags_of(values[1]),
-        truncations=flags_of(values[2]),
+        rewards=numbers_of(values[0]),
+        terminations=truths_of(values[1]),
+        truncations=truths_of(values[2]),
         at=np.array([one.at for one in ones]),
         resets=np.array([one.begun is not None for one in ones]),
         begun=begun,

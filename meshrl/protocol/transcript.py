@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from meshrl.errors import UnencodableValue
 from meshrl.protocol.digests import Words, hashes_of
+from meshrl.protocol.values import hashes_of_values, numbers_of, own, truths_of
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack
 from meshrl.wire.large import LARGE_BYTES, Rows
@@ -244,7 +245,7 @@ class Transcript:
     def note_one(
         self, at: float, action: Any, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any, *, reset: bool
     ) -> None:
-        """The same of a session of one env, with its own values; an explicit reset has no action."""
+        """The same of a session of one env; an explicit reset has no action, and no one else writes to any other."""
         begun = self._began.pop(0, None) if reset else None
         one = (at, action, obs, reward, terminated, truncated, info, begun)
         if self.hashes_at_once:
@@ -268,9 +269,9 @@ class Transcript:
             np.array([lane], np.int64),
             None if action is None else [own(action)],
             self.observations.stack([obs]),
-            rewards_of([reward]),
-            flags_of([ended[0]]),
-            flags_of([ended[1]]),
+            numbers_of([reward]),
+            truths_of([ended[0]]),
+            truths_of([ended[1]]),
             {} if begun is None else {0: begun},
             finals,
             _packed([(0, info) for info in infos], {0} if finals else ()) if self.level == "full" else (),
@@ -320,7 +321,7 @@ class Transcript:
             )
         else:
             obs = own(obs)
-        self._keep(One(at, own(action), obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_))
+        self._keep(One(at, action, obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_))
 
     def _keep(self, note: Note | One | Asked) -> None:
         if self.closed:
@@ -397,61 +398,3 @@ def _told(info: Info) -> bytes:
         return pack(info)
     except UnencodableValue:
         return b""
-
-
-def hashes_of_values(
-    batches: Batching,
-    obs: list[Any],
-    rewards: list[Any],
-    terminated: list[Any],
-    truncated: list[Any],
-    anew: Sequence[int],
-) -> Words:
-    """Of what one env told, by its own values: as those of a batch, where they can be one."""
-    told = rewards_of(rewards), flags_of(terminated), flags_of(truncated)
-    try:
-        leaves = list(batches.leaves(batches.rows_or_stack(obs), len(obs)))
-    except Exception:  # noqa: BLE001  # an env need not keep to its space
-        if len(obs) == 1:
-            return hashes_of([obs], *told, anew)
-        # What one is hashed as may not depend on those beside it.
-        rows = zip(obs, rewards, terminated, truncated, strict=True)
-        return np.concatenate(
-            [
-                hashes_of_values(batches, [one], [reward], [end], [cut], [0] if k in anew else [])
-                for k, (one, reward, end, cut) in enumerate(rows)
-            ]
-        )
-    return hashes_of(leaves, *told, anew)
-
-
-def rewards_of(values: list[Any]) -> NDArray[np.float64]:
-    """Rewards of one env as numbers; NaN for what is none."""
-    try:
-        column = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-        column = np.empty(0)
-    return column if column.shape == (len(values),) else np.fromiter(map(_number, values), np.float64)
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(np.asarray(value, np.float64).item())
-    except (TypeError, ValueError):
-        return float("nan")
-
-
-def flags_of(values: list[Any]) -> NDArray[np.bool_]:
-    """Flags of one env, by their truth."""
-    return np.fromiter(map(bool, values), np.bool_, len(values))
-
-
-def own(value: Any) -> Any:
-    """A value with arrays that nobody else writes to."""
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, dict):
-        return {key: own(part) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a graph
-        return type(value)(*map(own, value))
-    return type(value)(map(own, value)) if type(value) in (tuple, list) else value

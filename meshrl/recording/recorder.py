@@ -20,8 +20,9 @@ from meshrl.bus.login import Credentials
 from meshrl.bus.storing import Reader
 from meshrl.errors import BusClosed, MeshError
 from meshrl.protocol.transcript import Transcript
+from meshrl.recording.chain import STORED_S, Counts, Storing
 from meshrl.recording.streams import Retention, make_streams
-from meshrl.recording.writing import STORED_S, Counts, SessionWriter, Storing
+from meshrl.recording.writing import SessionWriter
 from meshrl.wire.recorded import Recorded
 from meshrl.wire.subjects import Subjects
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import platform
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
@@ -20,13 +19,12 @@ from meshrl.bus.login import Credentials
 from meshrl.errors import EnvError, MeshError, UnknownName, UsageError
 from meshrl.protocol.names import near
 from meshrl.protocol.session import Last, Session
+from meshrl.recording.chain import Counts
 from meshrl.recording.recorder import Recorder
 from meshrl.recording.streams import Retention
-from meshrl.recording.writing import Counts
 from meshrl.wire import spaces
 from meshrl.wire.messages import Description, Open, Vectors
 from meshrl.wire.record import RECORD_LEVELS, Record, RecordLevel
-from meshrl.wire.recorded import Recorded
 from meshrl.worker.children import Children
 from meshrl.worker.constructing import construct_all
 from meshrl.worker.describe import describe_env, encodable
@@ -394,29 +392,8 @@ class EnvWorker(Service):
             return
         if self._recorder is None:
             self._recorder = Recorder(self.id, self._address, self.subjects, self._credentials, self._retention)
-        wanted = open_.record or Record()
         recording.transcript.begun = open_.epoch
-        recorded = Recorded(
-            session=session.id,
-            worker=self.id,
-            user=session.user,
-            name=open_.name,
-            form=open_.form,
-            num_envs=open_.num_envs,
-            first_env_id=open_.first_env_id,
-            autoreset_mode="SameStep" if open_.form == "pool" else open_.autoreset_mode,
-            seeding=open_.seeding,
-            kwargs=open_.kwargs,
-            render_mode=open_.render_mode,
-            level=recording.transcript.level,
-            every=wanted.every,
-            labels=wanted.labels,
-            policy=wanted.policy,
-            manifest=wanted.manifest,
-            forgets=recording.forgets,
-            platform=platform.platform()[:256],
-            description=description,
-        )
+        recorded = recording.recorded(open_, session.user, self.id, description)
         self._recorder.begin(recording.transcript, recorded, open_.epoch)
 
     def _session_ends(self, session: Session, reason: str, last: Last | None) -> None:

@@ -13,6 +13,7 @@ from meshrl.errors import MalformedMessage, MeshError, ReplayDiverged, ResetNeed
 from meshrl.protocol.digest import Digest
 from meshrl.protocol.pace import Pace
 from meshrl.protocol.seeds import check_seed
+from meshrl.protocol.values import own
 from meshrl.wire.frames import Frame
 from meshrl.worker.attributes import Attributes
 from meshrl.worker.calls import Calls, is_coroutine
@@ -225,7 +226,7 @@ class HostedEnv:
             raise MalformedMessage("a step needs an action")
         action = body["action"]
         if self.recording is not None:
-            self._acted = self.recording.own(action)
+            self._acted = own(action)
             self.recording.acted(body)
         return action
 

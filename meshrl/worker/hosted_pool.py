@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage, MeshError
 from meshrl.protocol.pace import BatchPace
+from meshrl.protocol.values import own
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.infos import pack_infos
@@ -109,7 +110,7 @@ class HostedPool:
                 version = self._subs.recording.acted(body)
                 if version is not None:
                     self._policies.update(dict.fromkeys(lanes.tolist(), version))
-                kept = self._batches.rows(self._subs.recording.own(actions), len(lanes))
+                kept = self._batches.rows(own(actions), len(lanes))
                 self._acted.update(zip(lanes.tolist(), kept, strict=True))
             return list(self._batches.rows(actions, len(lanes)))
         if op == "reset":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from meshrl.protocol.transcript import ROW_BYTES, Info, Level, Transcript, own
+from meshrl.protocol.transcript import ROW_BYTES, Info, Level, Transcript
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
+from meshrl.wire.messages import Description, Open
+from meshrl.wire.record import Record
+from meshrl.wire.recorded import Recorded
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.origins import outliving
 from meshrl.worker.proof import HASHED_BYTES, bytes_of
@@ -41,6 +45,38 @@ class Recording:
             get = None if kept is None else kept.get
             self._states.append(alone(get) if get is not None and draws(env) else get)
         self.forgets = None not in self._states
+
+    def recorded(self, open_: Open, user: str, worker: str, description: Description) -> Recorded:
+        """What the recording says of itself.
+
+        Args:
+            open_: what its session was asked to be.
+            user: who asked.
+            worker: that holds it.
+            description: of its envs, as they were constructed.
+        """
+        wanted = open_.record or Record()
+        return Recorded(
+            session=open_.session,
+            worker=worker,
+            user=user,
+            name=open_.name,
+            form=open_.form,
+            num_envs=open_.num_envs,
+            first_env_id=open_.first_env_id,
+            autoreset_mode="SameStep" if open_.form == "pool" else open_.autoreset_mode,
+            seeding=open_.seeding,
+            kwargs=open_.kwargs,
+            render_mode=open_.render_mode,
+            level=self.transcript.level,
+            every=wanted.every,
+            labels=wanted.labels,
+            policy=wanted.policy,
+            manifest=wanted.manifest,
+            forgets=self.forgets,
+            platform=platform.platform()[:256],
+            description=description,
+        )
 
     def began(self, i: int, seed: int | None, options: Info | None) -> int:
         """Sub-environment ``i`` is about to be reset, on the thread that does it; gives what a replay says of that."""
@@ -105,8 +141,3 @@ class Recording:
         """Something else was asked of some, which changes them."""
         for lane, one in zip(lanes, given, strict=True):
             self.transcript.asked(lane, op, one)
-
-    @staticmethod
-    def own(actions: Any) -> Any:
-        """Actions to be kept, whatever envs do with those that they are given."""
-        return own(actions)

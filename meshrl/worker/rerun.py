@@ -10,7 +10,7 @@ import gymnasium
 from meshrl.errors import MalformedMessage
 from meshrl.protocol.chunks import Column
 from meshrl.protocol.joined import checked, size_of
-from meshrl.protocol.transcript import own
+from meshrl.protocol.values import own
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame
 

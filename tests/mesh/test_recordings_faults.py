@@ -21,7 +21,7 @@ from meshrl.bus.storing import Reader, store
 from meshrl.bus.streams import make_stream
 from meshrl.errors import EnvError, EpisodeTorn, EpisodeUnknown, RequestTimeout, UnencodableValue
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
-from meshrl.recording import writing
+from meshrl.recording import chain
 from meshrl.recording.streams import EPISODES, stream_of
 from meshrl.recording.writing import is_description
 from meshrl.wire.codec import pack, unpack
@@ -236,7 +236,7 @@ async def test_a_word_of_the_server_that_is_lost_costs_nothing(url: str, monkeyp
             raise RequestTimeout("no word of it")
         return number
 
-    monkeypatch.setattr(writing, "store", forgetful)
+    monkeypatch.setattr(chain, "store", forgetful)
     async with EnvWorker({"of": "CartPole-v1"}, url) as worker, Mesh(url) as m:
         async with await m.env("of", record="full") as env:
             told = await drive(env, 2, 1)

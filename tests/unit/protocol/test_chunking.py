@@ -10,11 +10,13 @@ import pytest
 from gymnasium import spaces
 from gymnasium.spaces import GraphInstance
 
-from meshrl.protocol.chunking import REASONS, Chunker, Ended
+from meshrl.protocol.chunking import Chunker, Ended
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
 from meshrl.protocol.digests import Digests
 from meshrl.protocol.joined import Noted, halves
-from meshrl.protocol.transcript import Level, Transcript, own
+from meshrl.protocol.runs import REASONS
+from meshrl.protocol.transcript import Level, Transcript
+from meshrl.protocol.values import own
 from meshrl.wire.batches import batching
 from meshrl.wire.large import Rows
 
