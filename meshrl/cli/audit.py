@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 from pydantic import BaseModel
@@ -20,6 +20,7 @@ from meshrl.bus.connection import Connection
 from meshrl.bus.locate import locate
 from meshrl.bus.secured import names_of
 from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
+from meshrl.cli.plain import plain
 from meshrl.errors import MalformedMessage, UsageError
 from meshrl.wire.audited import Audited
 from meshrl.wire.messages import parse
@@ -108,7 +109,7 @@ def audit(
         return
     if as_json:
         for entry in found.entries:
-            print(json.dumps(_plain(entry.model_dump(exclude_defaults=True))))
+            print(json.dumps(plain(entry.model_dump(exclude_defaults=True))))
     else:
         show(Console(highlight=False), found)
 
@@ -191,14 +192,3 @@ def _what(said: Audited) -> str:
 def _printable(text: str) -> str:
     """Names and kwargs are what clients sent: no word of theirs is to move a terminal's cursor."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it; what it has not (arrays), in Python's words."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return value if value is None or isinstance(value, str | int | float) else repr(value)

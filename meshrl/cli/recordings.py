@@ -28,6 +28,7 @@ from meshrl.cli.options import (
     retention_of,
     time_in,
 )
+from meshrl.cli.plain import plain
 from meshrl.client.episode import Transition
 from meshrl.client.mesh import Mesh
 from meshrl.client.verifying import Verdict
@@ -265,19 +266,6 @@ def _plain(one: EpisodeSummary) -> dict[str, Any]:
         "labels": dict(one.labels),
         "policy": one.policy,
     }
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it; NaN and infinities as texts."""
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(part) for part in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
 def _labels(pairs: list[str] | None) -> dict[str, str]:

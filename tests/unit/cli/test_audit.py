@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import pytest
 from rich.console import Console
 
-from meshrl.cli.audit import Entry, Found, _plain, show
+from meshrl.cli.audit import Entry, Found, show
 from meshrl.wire.audited import Audited
 
 WHO = {"n": 1, "worker": "e1", "user": "UANN", "session": "s1", "epoch": 1, "kind": "env"}
@@ -51,13 +49,3 @@ def test_a_line_says_who_what_and_how_it_ended() -> None:
     assert "UANN" in text
     assert "cartpole, a pool of 4: ended env_error ValueError after 1.2 s" in text
     assert "3 entries of worker e1 between these were lost" in text
-
-
-def test_values_that_json_has_not_are_told_in_words() -> None:
-    value = {"a": np.arange(2), "b": (1, None, b"x"), 3: {"c": np.float64(0.5)}, "at": datetime(2026, 1, 2, tzinfo=UTC)}
-    assert json.loads(json.dumps(_plain(value))) == {
-        "a": "array([0, 1])",
-        "b": [1, None, "b'x'"],
-        "3": {"c": 0.5},
-        "at": "2026-01-02T00:00:00+00:00",
-    }
