@@ -1,13 +1,14 @@
 """Chunking: the chunks of one session's recording, one after another, and the episodes that end in each.
 
-What is done for each row numpy does for all at once; what is done for each *run*, the rows of one episode of one lane
-that stand in a chunk, is a turn of a loop.
+What is done for each row, and for each *run*, the rows of one episode of one lane that stand in a chunk, numpy does for
+all at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,50 +16,86 @@ from numpy.typing import NDArray
 from meshrl.protocol.chunks import Change, Chunk
 from meshrl.protocol.digests import chained
 from meshrl.protocol.joined import Noted, joined
-from meshrl.protocol.runs import CLOSED, CRASHED, RESET, Run, Runs, ToldRows, firsts
-from meshrl.protocol.transcript import Began, Transcript
+from meshrl.protocol.runs import CLOSED, CRASHED, RESET, Runs, ToldRows, by_lane, firsts, numbers_of
+from meshrl.protocol.transcript import Indices, Transcript
 
 # By why a session ended. Of any other nobody knows whether it does not go on elsewhere.
 ENDS = {"closed": CLOSED, "ended": CRASHED}
 
 
-class Ended(NamedTuple):
-    """An episode that ended, and has steps.
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Episodes that ended, and have steps; those of a lane in order.
 
     Attributes:
-        lane: whose.
-        number: counted from 0 since its env was made.
+        lanes: whose.
+        numbers: of each, counted from 0 since its env was made.
         steps: of it.
-        episode_return: the sum of its rewards.
-        reason: the position in :data:`REASONS`.
+        returns: the sum of its rewards.
+        reasons: the position in :data:`~meshrl.protocol.runs.REASONS`.
         first: the number of the chunk in which it began.
     """
 
-    lane: int
-    number: int
-    steps: int
-    episode_return: float
-    reason: int
-    first: int
+    lanes: Indices
+    numbers: Indices
+    steps: Indices
+    returns: NDArray[np.float64]
+    reasons: Indices
+    first: Indices
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    @classmethod
+    def none(cls) -> Ended:
+        """No episodes."""
+        nothing = np.zeros(0, np.int64)
+        return cls(nothing, nothing, nothing, np.zeros(0), nothing, nothing)
+
+    def picked(self, which: Indices | slice) -> Ended:
+        """Some of them."""
+        return Ended(*(getattr(self, name)[which] for name in self.__slots__))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Ended]) -> Ended:
+        """All of these, lane after lane, and of each lane in their order."""
+        columns = [np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__]
+        return cls(*columns).picked(np.argsort(columns[0], kind="stable"))
 
 
-@dataclass(slots=True)
-class _Lane:
-    """Where a lane stands behind the last chunk."""
+class _Lanes:
+    """Where the lanes stand behind the last chunk: the episode that each is in.
 
-    number: int = -1
-    steps: int = 0
-    episode_return: float = 0.0
-    first: int = 0
-    over: bool = True  # its episode has ended, or it has none
-    torn: bool = False  # a part of its episode is missing
+    Attributes:
+        numbers: of the episode; -1 where nothing is known of any.
+        steps: of it so far.
+        returns: the sum of its rewards so far.
+        first: the number of the chunk in which it began.
+        over: whether it has ended, or there is none.
+        torn: whether a part of it is missing.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.numbers = np.full(count, -1)
+        self.steps = np.zeros(count, np.int64)
+        self.returns = np.zeros(count)
+        self.first = np.zeros(count, np.int64)
+        self.over = np.ones(count, np.bool_)
+        self.torn = np.zeros(count, np.bool_)
+
+    def copy(self) -> _Lanes:
+        """The same, of its own."""
+        other = _Lanes(0)
+        for name, column in vars(self).items():
+            setattr(other, name, column.copy())
+        return other
 
 
 class Standing(NamedTuple):
     """Where a :class:`Chunker` stands; of its own making, for its own use."""
 
     n: int
-    lanes: list[_Lane]
+    lanes: _Lanes
     digests: NDArray[np.uint64]
     touched: set[int]
     lost: set[int]
@@ -81,7 +118,7 @@ class Chunker:
         self.n = 0
         self._transcript = transcript
         self._every = every
-        self._lanes = [_Lane() for _ in range(transcript.count)]
+        self._lanes = _Lanes(transcript.count)
         self._digests = np.zeros(transcript.count, np.uint64)
         self._touched: set[int] = set()
         self._lost: set[int] = set()
@@ -94,28 +131,22 @@ class Chunker:
         Args:
             last: the last chunk of it that is stored.
         """
-        self.n = last.n
-        for i, lane in enumerate(self._lanes):
-            lane.number, lane.steps = int(last.numbers[i]), int(last.steps[i])
-            lane.episode_return, lane.over = float(last.returns[i]), bool(last.over[i])
-            lane.torn = i in last.lost
+        self.n, lanes = last.n, self._lanes
+        lanes.numbers, lanes.steps, lanes.returns = last.numbers.copy(), last.steps.copy(), last.returns.copy()
+        lanes.over = last.over.copy()
+        lanes.torn[list(last.lost)] = True
         self._touched = {*last.touched, *(change.lane for change in last.changes)}
         if last.policies:
             self._policy = last.policies[-1][1]
-        numbers = iter(last.started.numbers.tolist())
-        began = {int(row): Began(next(numbers), None, None, None) for row in np.flatnonzero(last.resets)}
-        for run in Runs(last).all(began):
-            self._take(run, [])
-        for lane in self._lanes:
-            lane.first = 0  # before this writer's own
+        self._take(Runs(last, last.started.numbers))
+        lanes.first[:] = 0  # before this writer's own
         self._digests[last.lanes] = last.digests
-        self._stored = {
-            i: _Stored(lane.number, lane.steps + 1) for i, lane in enumerate(self._lanes) if lane.number >= 0
-        }
+        known = np.flatnonzero(lanes.numbers >= 0).tolist()
+        self._stored = {i: _Stored(int(lanes.numbers[i]), int(lanes.steps[i]) + 1) for i in known}
 
     def standing(self) -> Standing:
         """Where it stands, for :meth:`go_back`."""
-        lanes, digests = [replace(lane) for lane in self._lanes], self._digests.copy()
+        lanes, digests = self._lanes.copy(), self._digests.copy()
         stored = {i: replace(one) for i, one in self._stored.items()}
         return Standing(self.n, lanes, digests, set(self._touched), set(self._lost), self._policy, stored)
 
@@ -123,24 +154,23 @@ class Chunker:
         """Stand where it stood then: what it was given since is given again, in other parts."""
         self.n, self._lanes, self._digests, self._touched, self._lost, self._policy, self._stored = to
 
-    def leave_all(self, reason: int) -> list[Ended]:
+    def leave_all(self, reason: int) -> Ended:
         """All episodes are over; gives those that were not."""
-        ended: list[Ended] = []
-        for i in range(len(self._lanes)):
-            self._leave(i, reason, ended)
-        return ended
+        left = self._left(np.arange(self._transcript.count), reason)
+        self._lanes.over[:] = True
+        return left
 
     @property
     def oldest(self) -> int:
         """The number of the chunk in which the oldest episode that goes on began."""
-        return min((lane.first for lane in self._lanes if not lane.over), default=self.n)
+        return int(self._lanes.first[~self._lanes.over].min(initial=self.n))
 
     def lose(self, lanes: set[int]) -> None:
         """Something of these is missing from now on, until they are reset; it may be what they were changed by."""
         self._lost |= lanes
         self._touched |= lanes
 
-    def chunk(self, noted: Noted, end: str = "") -> tuple[Chunk, list[Ended]] | None:
+    def chunk(self, noted: Noted, end: str = "") -> tuple[Chunk, Ended] | None:
         """What was noted as the next chunk, with the episodes that ended in it; None if there is nothing to keep.
 
         Args:
@@ -148,22 +178,20 @@ class Chunker:
             end: why the session ended, if it did.
         """
         lost, self._lost = self._lost, set()
-        for i in lost:
-            self._lanes[i].torn = True
+        self._lanes.torn[list(lost)] = True
         told = joined(self._transcript, noted)
-        before = {name: [getattr(lane, name) for lane in self._lanes] for name in _CARRIED}
-        ended: list[Ended] = []
+        before = self._lanes.copy()
         self.n += 1
         rows = ToldRows(told)
         if self._stored:
             rows.keep(self._not_stored(rows), self._transcript)
-        torn = tuple(i for i, lane in enumerate(self._lanes) if lane.torn)
-        runs = Runs(rows)
-        kept = [self._take(run, ended) for run in runs.all(rows.began())]
+        torn = tuple(np.flatnonzero(self._lanes.torn).tolist())
+        runs = Runs(rows, numbers_of(rows.began()))
+        kept, ended = self._take(runs)
         if end in ENDS:
-            ended += self.leave_all(ENDS[end])
+            ended = Ended.joined([ended, self.leave_all(ENDS[end])])
         rows.keep(runs.spread(kept), self._transcript)
-        if not (len(rows.source) or told.asked or ended or lost or end):
+        if not (len(rows.source) or told.asked or len(ended) or lost or end):
             self.n -= 1
             return None
         full = self._transcript.level == "full"
@@ -181,11 +209,11 @@ class Chunker:
             at_us=rows.at_us(),
             actions=rows.actions,
             started=rows.started(),
-            numbers=np.array(before["number"], np.int64),
-            steps=np.array(before["steps"], np.int64),
-            returns=np.array(before["episode_return"], np.float64),
-            over=np.array(before["over"], np.bool_),
-            first=np.array(before["first"], np.int64),
+            numbers=before.numbers,
+            steps=before.steps,
+            returns=before.returns,
+            over=before.over,
+            first=before.first,
             observations=rows.observations(self._transcript) if full else None,
             infos=rows.infos() if full else None,
             changes=tuple(Change(rows.position(row), one.lane, one.op, one.given) for row, one in told.asked),
@@ -198,57 +226,72 @@ class Chunker:
 
     def _not_stored(self, rows: ToldRows) -> NDArray[np.bool_]:
         """Of rows that are done again, which of them are not stored."""
-        runs = Runs(rows)
-        seen = [self._seen(run, length) for run, length in zip(runs.all(rows.began()), runs.lengths, strict=True)]
+        runs = Runs(rows, numbers_of(rows.began()))
+        columns = (runs.lanes, runs.resets, runs.numbers, runs.lengths)
+        seen = [self._seen(*run) for run in zip(*(column.tolist() for column in columns), strict=True)]
         return runs.spread_from(seen)
 
-    def _seen(self, run: Run, length: int) -> int:
+    def _seen(self, i: int, begins: bool, number: int, length: int) -> int:
         """How many rows of a run are stored already."""
-        stored = self._stored.get(run.lane)
+        stored = self._stored.get(i)
         if stored is None:
             return 0
-        if run.began is not None:
-            stored.at = run.began.number
+        if begins:
+            stored.at = number
         if stored.at < stored.number:
             return length
-        lane = self._lanes[run.lane]
         if stored.at > stored.number:
             # Where the replay begins behind what is stored, the end of what is stored there is missing.
-            if stored.left and not lane.over:
-                lane.over = lane.torn = True
-            del self._stored[run.lane]
+            if stored.left and not self._lanes.over[i]:
+                self._lanes.over[i] = self._lanes.torn[i] = True
+            del self._stored[i]
             return 0
         seen = min(length, stored.left)
         stored.left -= seen
         return seen
 
-    def _take(self, run: Run, ended: list[Ended]) -> bool:
-        """Take in a run; gives whether its rows are recorded."""
-        lane = self._lanes[run.lane]
-        if run.began is not None:
-            self._leave(run.lane, RESET, ended)
-            lane.number, lane.first, lane.steps, lane.episode_return = run.began.number, self.n, 0, 0.0
-            lane.over = lane.torn = False
-        if not lane.over:  # an env that nobody resets may be stepped behind its end
-            lane.steps += run.steps
-            lane.episode_return += run.rewards
-            if run.reason is not None:
-                self._leave(run.lane, run.reason, ended)
-        return self._records(lane)
+    def _take(self, runs: Runs) -> tuple[NDArray[np.bool_], Ended]:
+        """Take in runs; gives which are of episodes that are recorded, and the episodes that ended."""
+        at, lanes, goes_on = self._lanes, runs.lanes, ~runs.resets
+        # Where a lane's first run is a reset, what it did before is over with that.
+        begins = lanes[firsts(lanes) & runs.resets]
+        left = self._left(begins, RESET)
+        # Of each run, the episode that it is of.
+        numbers = np.where(goes_on, at.numbers[lanes], runs.numbers)
+        first = np.where(goes_on, at.first[lanes], self.n)
+        torn = goes_on & at.torn[lanes]
+        over = goes_on & at.over[lanes]  # an env that nobody resets may be stepped behind its end
+        steps = np.where(goes_on, at.steps[lanes], 0) + np.where(over, 0, runs.steps)
+        returns = np.where(goes_on, at.returns[lanes], 0.0) + np.where(over, 0.0, runs.rewards)
+        ends = ~over & (runs.reasons >= 0)
+        last = np.append(firsts(lanes)[1:], True)[: len(lanes)]
+        reset = ~over & ~ends & ~last
+        kept = self._recorded(numbers, torn)
+        which = np.flatnonzero((ends | reset) & (steps > 0) & kept)
+        reasons = np.where(ends, runs.reasons, RESET)
+        ended = Ended(lanes.astype(np.int64), numbers, steps, returns, reasons, first).picked(which)
+        behind = lanes[last]
+        for name, column in zip(vars(at), (numbers, steps, returns, first, over | ends, torn), strict=True):
+            getattr(at, name)[behind] = column[last]
+        return kept, Ended.joined([left, ended]) if len(left) else ended
 
-    def _leave(self, i: int, reason: int, ended: list[Ended]) -> None:
-        """The episode of a lane is over, if it has one."""
-        lane = self._lanes[i]
-        if not lane.over and lane.steps and self._records(lane):
-            ended.append(Ended(i, lane.number, lane.steps, lane.episode_return, reason, lane.first))
-        lane.over = True
+    def _left(self, lanes: NDArray[np.integer[Any]], reason: int) -> Ended:
+        """The episodes of these that go on, as ended for that reason."""
+        at = self._lanes
+        which = lanes[~at.over[lanes] & (at.steps[lanes] > 0) & self._recorded(at.numbers, at.torn)[lanes]]
+        reasons = np.full(len(which), reason)
+        return Ended(
+            which.astype(np.int64), at.numbers[which], at.steps[which], at.returns[which], reasons, at.first[which]
+        )
 
-    def _records(self, lane: _Lane) -> bool:
-        return lane.number >= 0 and lane.number % self._every == 0 and not lane.torn
+    def _recorded(self, numbers: Indices, torn: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Whether episodes are recorded."""
+        recorded: NDArray[np.bool_] = (numbers >= 0) & (numbers % self._every == 0) & ~torn
+        return recorded
 
     def _digested(self, rows: ToldRows) -> NDArray[np.uint64]:
         """The digest at each row."""
-        order = np.argsort(rows.lanes, kind="stable")
+        order = by_lane(rows.lanes)
         lanes, resets = rows.lanes[order], rows.resets[order]
         begins = np.flatnonzero(firsts(lanes) | resets)
         before = np.where(resets[begins], np.uint64(0), self._digests[lanes[begins]])
@@ -271,7 +314,3 @@ class _Stored:
     number: int
     left: int
     at: int = 0
-
-
-# What each chunk says of where its lanes were before it.
-_CARRIED = ("number", "steps", "episode_return", "over", "first")

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshrl.protocol.chunks import Chunk, Column, Resets
 from meshrl.protocol.joined import Told, picked
-from meshrl.protocol.transcript import Began, Transcript
+from meshrl.protocol.transcript import Began, Indices, Transcript
 from meshrl.wire.codec import unpack
 
 # Why an episode ended: it terminated, was truncated, was reset before that, its session was closed, its env raised, or
 # its worker was lost with it and nobody could go on.
 REASONS = ("terminated", "truncated", "reset", "closed", "crashed", "lost")
 TERMINATED, TRUNCATED, RESET, CLOSED, CRASHED, LOST = range(len(REASONS))
-
-
-class Run(NamedTuple):
-    """The rows of one episode of one lane.
-
-    Attributes:
-        lane: whose.
-        began: what the reset was given that is the first of them; None where the episode goes on.
-        steps: up to its end.
-        rewards: their sum up to there.
-        reason: why it ended; None if it did not.
-    """
-
-    lane: int
-    began: Began | None
-    steps: int
-    rewards: float
-    reason: int | None
 
 
 class ToldRows:
@@ -72,16 +54,16 @@ class ToldRows:
         for name in ("source", "again", "shown", "lanes", "resets", "rewards", "terminations", "truncations"):
             setattr(self, name, getattr(self, name)[kept])
 
-    def began(self) -> dict[int, Began]:
-        """What each reset was given, by row."""
-        return {row: self.told.begun[int(self.source[row])] for row in np.flatnonzero(self.resets).tolist()}
+    def began(self) -> list[Began]:
+        """What each reset was given, in the order of their rows."""
+        begun = self.told.begun
+        return [begun[row] for row in self.source[self.resets].tolist()]
 
     def started(self) -> Resets:
         """The same in columns."""
-        began = list(self.began().values())
-        numbers = np.array([one.number for one in began], np.int64)
+        began = self.began()
         return Resets(
-            numbers, [one.seed for one in began], [one.state for one in began], [one.options for one in began]
+            numbers_of(began), [one.seed for one in began], [one.state for one in began], [one.options for one in began]
         )
 
     def position(self, told: int) -> int:
@@ -123,49 +105,48 @@ class ToldRows:
 
 
 class Runs:
-    """The rows in the order of their lanes, cut where an episode begins.
+    """The rows in the order of their lanes, cut where an episode begins: each run is of one episode of one lane.
+
+    Args:
+        rows: of a chunk, or of one to be.
+        numbers: of the episodes that begin in it, in the order of their rows.
 
     Attributes:
-        lengths: of each run, in rows.
+        lanes: of each run, whose it is; ascending.
+        resets: whether its first row is a reset; where it is not, the episode goes on.
+        numbers: of the episode, where that begins.
+        lengths: how many rows it has.
+        steps: how many of them are steps, up to the end of the episode.
+        rewards: their sum up to there.
+        reasons: why the episode ended; -1 if it did not.
     """
 
-    def __init__(self, rows: ToldRows | Chunk) -> None:
-        self._order = order = np.argsort(rows.lanes, kind="stable")
-        self._resets = resets = rows.resets[order]
-        self._lanes = rows.lanes[order]
-        self._begins = begins = np.flatnonzero(firsts(self._lanes) | resets)
+    def __init__(self, rows: ToldRows | Chunk, numbers: Indices) -> None:
+        self._order = order = by_lane(rows.lanes)
+        resets, lanes = rows.resets[order], rows.lanes[order]
+        self._begins = begins = np.flatnonzero(firsts(lanes) | resets)
         stops = np.append(begins[1:], len(order))
-        self.lengths: list[int] = (stops - begins).tolist()
+        self.lanes: NDArray[np.int32] = lanes[begins]
+        self.resets: NDArray[np.bool_] = resets[begins]
+        self.numbers = np.full(len(begins), -1)
+        self.numbers[self.resets] = numbers[np.cumsum(rows.resets)[order[begins[self.resets]]] - 1]
+        self.lengths: Indices = stops - begins
         # An episode ends with the first step that says so; what is behind it counts nothing.
         terminated = rows.terminations[order]
         flagged = np.append(np.flatnonzero(terminated | rows.truncations[order]), len(order))
         ends = flagged[np.searchsorted(flagged, begins)]
-        self._finished = ends < stops
         last = np.minimum(ends, stops - 1)
-        self._terminated = terminated[last]
+        self.reasons: Indices = np.where(ends < stops, np.where(terminated[last], TERMINATED, TRUNCATED), -1)
         steps = np.append(0, np.cumsum(~resets))
-        self._steps = steps[last + 1] - steps[begins]
-        counts = np.arange(len(order)) <= np.repeat(last, stops - begins)
+        self.steps: Indices = steps[last + 1] - steps[begins]
+        counts = np.arange(len(order)) <= np.repeat(last, self.lengths)
         rewards = np.where(counts, rows.rewards[order], 0.0)
-        self._rewards = np.add.reduceat(rewards, begins) if len(begins) else np.zeros(0)
+        self.rewards = np.add.reduceat(rewards, begins) if len(begins) else np.zeros(0)
 
-    def all(self, began: Mapping[int, Began]) -> Iterator[Run]:
-        """Each run; those of a lane in order.
-
-        Args:
-            began: what each reset was given, by row.
-        """
-        begins = self._begins
-        # As lists: a look into an array costs as much as all else here.
-        reasons = np.where(self._finished, np.where(self._terminated, TERMINATED, TRUNCATED), -1).tolist()
-        columns = (self._lanes[begins], self._resets[begins], self._order[begins], self._steps, self._rewards)
-        for lane, reset, first, steps, rewards, reason in zip(*(c.tolist() for c in columns), reasons, strict=True):
-            yield Run(lane, began[first] if reset else None, steps, rewards, None if reason < 0 else reason)
-
-    def spread(self, values: Sequence[bool]) -> NDArray[np.bool_]:
+    def spread(self, values: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """What is said of each run, of each row."""
         spread = np.zeros(len(self._order), np.bool_)
-        spread[self._order] = np.repeat(np.array(values, np.bool_), self.lengths)
+        spread[self._order] = np.repeat(values, self.lengths)
         return spread
 
     def spread_from(self, starts: Sequence[int]) -> NDArray[np.bool_]:
@@ -174,6 +155,16 @@ class Runs:
         since = np.arange(len(self._order)) - np.repeat(self._begins, self.lengths)
         spread[self._order] = since >= np.repeat(np.array(starts, np.int64), self.lengths)
         return spread
+
+
+def by_lane(lanes: NDArray[np.int32]) -> Indices:
+    """The order of rows by their lanes, and of each lane as they are; of small numbers NumPy has a fast sort."""
+    return np.argsort(lanes.astype(np.uint16), kind="stable")
+
+
+def numbers_of(began: Sequence[Began]) -> Indices:
+    """Of the episodes that began."""
+    return np.array([one.number for one in began], np.int64)
 
 
 def firsts(values: NDArray[Any]) -> NDArray[np.bool_]:

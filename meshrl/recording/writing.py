@@ -265,7 +265,7 @@ class SessionWriter:
             self._chunker.go_on(chunk)
             self._numbers[0] = int(chunk.first[chunk.first > 0].min(initial=found.seq))
         # An entry without episodes: what the other one would say of what it could not store is refused.
-        await self._store_entries(max(1, self._chunker.n), self._described, [], mark="t")
+        await self._store_entries(max(1, self._chunker.n), self._described, Ended.none(), mark="t")
         log.info("session %s: its recording goes on after chunk %d", self._recorded.session, self._chunker.n)
 
     async def _last_chunk(self, last: Stored) -> Stored | None:
@@ -288,7 +288,7 @@ class SessionWriter:
         chunk = read_chunk(found.body)
         lost.go_on(chunk)
         ended = lost.leave_all(LOST)
-        if not ended:
+        if not len(ended):
             return
         self._chunks.last, self._entries.last = last.seq, 0 if entry is None else entry.seq
         await self._describe(chunk.n)  # its worker can store nothing more
@@ -316,7 +316,7 @@ class SessionWriter:
             and time.monotonic() - self._described_at < DESCRIBED_S
         )
 
-    async def _store(self, chunk: Chunk, body: bytes, ended: list[Ended]) -> None:
+    async def _store(self, chunk: Chunk, body: bytes, ended: Ended) -> None:
         try:
             await self._store_packed(chunk, body, ended)
         except StreamMissing:
@@ -324,7 +324,7 @@ class SessionWriter:
             await self._store_packed(chunk, body, ended)
         self._storing.counts.recorded += len(chunk)
 
-    async def _store_packed(self, chunk: Chunk, body: bytes, ended: list[Ended]) -> None:
+    async def _store_packed(self, chunk: Chunk, body: bytes, ended: Ended) -> None:
         if not self._described:
             await self._storing.ready(self._recorded.name)
         if not self._is_described:
@@ -333,7 +333,7 @@ class SessionWriter:
         # Together: an entry whose chunk was not stored is found out by who looks for that; a chunk without its entry
         # would never be found.
         stored = [self._chunks.add(self._storing, body, self._id(f"{chunk.n}"))]
-        if ended:
+        if len(ended):
             stored.append(self._store_entries(chunk.n, after, ended))
         for result in await asyncio.gather(*stored, return_exceptions=True):
             if isinstance(result, BaseException):
@@ -348,15 +348,15 @@ class SessionWriter:
         """Of each lane the number in the stream of a message before which nothing of its episode is."""
         return np.array([self._numbers.get(n, 0) for n in chunk.first.tolist()], np.int64)
 
-    async def _store_entries(self, n: int, after: int, ended: list[Ended], *, mark: str = "") -> int:
+    async def _store_entries(self, n: int, after: int, ended: Ended, *, mark: str = "") -> int:
         for at in range(0, len(ended) or bool(mark), MAX_EPISODES):
-            entry = self._entry(n, after, ended[at : at + MAX_EPISODES])
+            entry = self._entry(n, after, ended.picked(slice(at, at + MAX_EPISODES)))
             await self._entries.add(self._storing, entry.to_stream(), self._id(f"{n}.{at}{mark}"))
         return self._entries.last
 
-    def _entry(self, n: int, after: int, ended: list[Ended]) -> Entry:
+    def _entry(self, n: int, after: int, ended: Ended) -> Entry:
         recorded = self._recorded
-        first = [self._numbers.get(one.first, after + 1) for one in ended]
+        first = [self._numbers.get(chunk, after + 1) for chunk in ended.first.tolist()]
         return Entry(
             session=recorded.session,
             chunk=n,
@@ -367,11 +367,11 @@ class SessionWriter:
             labels=recorded.labels,
             policy=recorded.policy,
             manifest=recorded.manifest,
-            lanes=np.array([one.lane for one in ended], np.int32),
-            numbers=np.array([one.number for one in ended], np.int64),
-            steps=np.array([one.steps for one in ended], np.int64),
-            returns=np.array([one.episode_return for one in ended], np.float64),
-            reasons=np.array([one.reason for one in ended], np.uint8),
+            lanes=ended.lanes.astype(np.int32),
+            numbers=ended.numbers,
+            steps=ended.steps,
+            returns=ended.returns,
+            reasons=ended.reasons.astype(np.uint8),
             first=np.array(first, np.int64),
         )
 

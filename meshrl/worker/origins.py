@@ -19,7 +19,6 @@ that is not known to, and only resets with a seed are origins.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -28,6 +27,7 @@ import numpy as np
 
 from meshrl.errors import MalformedMessage
 from meshrl.wire.codec import pack, unpack
+from meshrl.worker import generators
 from meshrl.worker.atari import is_atari, kind_of, put_state, state_of
 from meshrl.worker.sealing import StateKey
 
@@ -62,8 +62,6 @@ _FORGETFUL = frozenset(
         "DiscretizeAction",
     }
 )
-# State and increment of a PCG64, whether half of a number is left, and that half.
-_PCG64 = struct.Struct("<16s16s?I")
 
 
 class Outliving(NamedTuple):
@@ -170,8 +168,8 @@ def _emulator_of(bare: Any) -> Outliving | None:
         return None
 
     def put(state: bytes) -> None:
-        generator.put(state[: _PCG64.size])
-        put_state(bare, state[_PCG64.size :])
+        generator.put(state[: generators.PACKED.size])
+        put_state(bare, state[generators.PACKED.size :])
 
     return Outliving(lambda: generator.get() + state_of(bare), put, kind)
 
@@ -181,26 +179,8 @@ def _generator_of(bare: Any) -> Outliving | None:
     if not isinstance(getattr(bare, "np_random", None), np.random.Generator):
         return None
 
-    def get() -> bytes:
-        state: Any = bare.np_random.bit_generator.state
-        numbers = state["state"]
-        return _PCG64.pack(
-            numbers["state"].to_bytes(16, "little"),
-            numbers["inc"].to_bytes(16, "little"),
-            bool(state["has_uint32"]),
-            state["uinteger"],
-        )
-
     def put(packed: Any) -> None:
-        if type(packed) is not bytes or len(packed) != _PCG64.size:
-            raise MalformedMessage(f"the state of a generator is {_PCG64.size} bytes")
-        number, increment, has_half, half = _PCG64.unpack(packed)
-        if not increment[0] & 1:  # of no generator that was ever seeded; it may give the same number for ever
-            raise MalformedMessage("the increment of a generator is odd")
-        numbers = {"state": int.from_bytes(number, "little"), "inc": int.from_bytes(increment, "little")}
-        state: Any = {"bit_generator": "PCG64", "state": numbers, "has_uint32": int(has_half), "uinteger": half}
-        generator = np.random.PCG64(0)
-        generator.state = state
-        bare.np_random = np.random.Generator(generator)
+        bare.np_random = generators.unpacked(packed)
 
-    return Outliving(get, put) if type(bare.np_random.bit_generator) is np.random.PCG64 else None
+    is_pcg64 = type(bare.np_random.bit_generator) is np.random.PCG64
+    return Outliving(generators.packer(bare), put) if is_pcg64 else None
