@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from meshrl.protocol.chunks import Change, Chunk
 from meshrl.protocol.digests import chained
 from meshrl.protocol.joined import Noted, joined
+from meshrl.protocol.noted import Indices
 from meshrl.protocol.runs import CLOSED, CRASHED, RESET, Runs, ToldRows, by_lane, firsts, numbers_of
-from meshrl.protocol.transcript import Indices, Transcript
+from meshrl.protocol.transcript import Transcript
 
 # By why a session ended. Of any other nobody knows whether it does not go on elsewhere.
 ENDS = {"closed": CLOSED, "ended": CRASHED}

@@ -16,14 +16,8 @@ from numpy.typing import NDArray
 from meshrl.errors import MalformedMessage
 from meshrl.protocol.chunks import Column
 from meshrl.protocol.digests import Words, hashes_of
-from meshrl.protocol.transcript import (
-    Asked,
-    Began,
-    Indices,
-    Note,
-    One,
-    Transcript,
-)
+from meshrl.protocol.noted import Asked, Began, Indices, Note, One
+from meshrl.protocol.transcript import Transcript
 from meshrl.protocol.values import hashes_of_values, numbers_of, truths_of
 from meshrl.wire.batches import Batching
 from meshrl.wire.large import Rows, large_rows
@@ -102,7 +96,7 @@ def halves(transcript: Transcript, noted: Noted) -> tuple[Noted, Noted] | None:
 
 
 def _part(transcript: Transcript, note: Note, start: int, stop: int) -> Note:
-    """Some rows of a note, which are other lanes than the rest."""
+    """Some rows of a note."""
     size, hashes, actions = len(note.rewards), note.hashes, note.actions
     lanes = np.arange(transcript.count) if note.lanes is None else note.lanes
     if hashes is not None:
@@ -111,6 +105,7 @@ def _part(transcript: Transcript, note: Note, start: int, stop: int) -> Note:
     if actions is not None:
         actions = actions[start:stop] if type(actions) is list else transcript.actions.cut(actions, start, stop)
     return note._replace(
+        at=np.repeat(*_times([note]))[start:stop],
         lanes=lanes[start:stop],
         actions=actions,
         obs=None if note.obs is None else transcript.observations.cut(note.obs, start, stop),
@@ -151,6 +146,17 @@ def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
     )
 
 
+def _times(notes: Sequence[Note]) -> tuple[list[float], list[int]]:
+    """When each answer was, and of how many rows it is."""
+    at: list[float] = []
+    rows: list[int] = []
+    for note in notes:
+        times = note.at.tolist() if isinstance(note.at, np.ndarray) else [note.at]
+        at += times
+        rows += [len(note.rewards) // len(times)] * len(times)
+    return at, rows
+
+
 def _of_notes(transcript: Transcript, notes: Sequence[Note]) -> Told:
     told, sizes = Told(), [len(note.rewards) for note in notes]
     starts = (np.cumsum(sizes) - sizes).tolist()
@@ -160,7 +166,7 @@ def _of_notes(transcript: Transcript, notes: Sequence[Note]) -> Told:
     told.rewards = np.concatenate([note.rewards for note in notes])
     told.terminations = np.concatenate([note.terminations for note in notes])
     told.truncations = np.concatenate([note.truncations for note in notes])
-    told.at = np.repeat([note.at for note in notes], sizes)
+    told.at = np.repeat(*_times(notes))
     told.resets = np.zeros(count, np.bool_)
     finals: list[tuple[int, Any]] = []
     for start, size, note in zip(starts, sizes, notes, strict=True):

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from meshrl.protocol.chunks import Chunk, Column, Resets
 from meshrl.protocol.joined import Told, picked
-from meshrl.protocol.transcript import Began, Indices, Transcript
+from meshrl.protocol.noted import Began, Indices
+from meshrl.protocol.transcript import Transcript
 from meshrl.wire.codec import unpack
 
 # Why an episode ended: it terminated, was truncated, was reset before that, its session was closed, its env raised, or

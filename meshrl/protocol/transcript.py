@@ -15,22 +15,21 @@ import threading
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshrl.errors import UnencodableValue
-from meshrl.protocol.digests import Words, hashes_of
+from meshrl.protocol.block import MAX_ANSWER_BYTES, Block
+from meshrl.protocol.digests import hashes_of
+from meshrl.protocol.noted import Asked, Began, Indices, Info, Note, One, rows_in
 from meshrl.protocol.values import hashes_of_values, numbers_of, own, truths_of
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack
 from meshrl.wire.large import LARGE_BYTES, Rows
 
 Level = Literal["actions", "full"]
-Indices = NDArray[np.int64]
-Info = dict[str, Any]
-
 # Of one env, before it is taken in.
 _Untold = tuple[float, Any, Any, Any, Any, Any, Any, "Began | None"]
 
@@ -38,85 +37,6 @@ _Untold = tuple[float, Any, Any, Any, Any, Any, Any, "Began | None"]
 _NUMBER_BITS = 40
 # What may wait to be taken.
 MAX_NOTED_BYTES = 64 * 1024 * 1024
-# What a row takes of a chunk beside its action and observation.
-ROW_BYTES = 32
-
-
-@dataclass(slots=True)
-class Began:
-    """A reset.
-
-    Attributes:
-        number: of the episode that begins.
-        seed: that it was given.
-        state: what outlived a reset without one, if that is known.
-        options: that it was given.
-    """
-
-    number: int
-    seed: int | None
-    state: bytes | None
-    options: Info | None
-
-
-class Note(NamedTuple):
-    """An answer to some lanes.
-
-    Attributes:
-        at: when, in monotonic seconds.
-        lanes: of each row; None where each lane has one.
-        actions: a batch, one a row, or a list of them; None of an explicit reset.
-        obs: a batch of what was told; None once it is hashed and not kept.
-        rewards: as told.
-        terminations: as told.
-        truncations: as told.
-        begun: the rows that show an observation of a reset, with what that was given.
-        finals: the rows that show a reset where a step has ended, with that step's observation.
-        infos: of rows, packed, and whether it is that of a final.
-        policy: the version of whoever chose the actions, where that is said; a list of one a row where they differ.
-        nbytes: about what it takes of a chunk.
-        hashes: of the rows and of the finals behind them, where observations are too large to be kept.
-    """
-
-    at: float
-    lanes: Indices | None
-    actions: Any
-    obs: Any
-    rewards: NDArray[np.float64]
-    terminations: NDArray[np.bool_]
-    truncations: NDArray[np.bool_]
-    begun: dict[int, Began]
-    finals: Sequence[tuple[int, Any]]
-    infos: Sequence[tuple[int, bool, bytes]]
-    policy: int | list[int | None] | None
-    nbytes: int
-    hashes: Words | None = None
-
-
-class One(NamedTuple):
-    """An answer to the only lane of a session of one env: its own values, a row of a :class:`Note`."""
-
-    at: float
-    action: Any
-    obs: Any
-    reward: Any
-    terminated: Any
-    truncated: Any
-    info: bytes | None
-    begun: Began | None
-    policy: int | None
-    nbytes: int
-    hash: int | None
-
-
-@dataclass(slots=True)
-class Asked:
-    """Something else that was asked of a lane and changes its env: ``call`` or ``set_attr``."""
-
-    lane: int
-    op: str
-    given: Info
-    nbytes: int = ROW_BYTES
 
 
 @dataclass(slots=True)
@@ -157,7 +77,8 @@ class Transcript:
     _taken_bytes: int = 0
     _began: dict[int, Began] = field(default_factory=dict)
     _numbers: list[int] = field(default_factory=list)
-    _noted: deque[Note | One | Asked] = field(default_factory=deque)
+    _noted: deque[Block | Note | One | Asked] = field(default_factory=deque)
+    _block: Block | None = None  # the last of them, where that is one which goes on
     _unsettled: list[Note] = field(default_factory=list)
     _unsettled_ones: list[_Untold] = field(default_factory=list)
 
@@ -236,11 +157,38 @@ class Transcript:
                 told = _packed(infos, {row for row, _ in finals})
         nbytes = (len(rewards) + len(finals)) * self.row_bytes + sum([len(info) for _, _, info in told])
         policy = self.policy if policies is None else policies
+        if (
+            lanes is None
+            and type(obs) is np.ndarray
+            and type(actions) is np.ndarray
+            and not self.hashes_at_once
+            and actions.nbytes + obs.nbytes <= MAX_ANSWER_BYTES
+        ):
+            if self._takes(len(rewards)):
+                block = self._block_for(actions, obs)
+                block.add(at, actions, obs, rewards, terminations, truncations, begun, finals, told, nbytes)
+                self._noted_bytes += nbytes
+            return
         note = Note(at, lanes, actions, obs, rewards, terminations, truncations, begun, finals, told, policy, nbytes)
         if self.hashes_at_once or type(obs) is Rows:
             self._unsettled.append(note)
         else:
             self._keep(note)
+
+    def _block_for(self, actions: NDArray[Any], obs: NDArray[Any]) -> Block:
+        """Where the next answer to all lanes is written."""
+        block = self._block
+        if block is None or not block.fits(actions, obs, self.policy):
+            self._close_block()
+            block = self._block = Block(actions, obs, self.policy)
+            self._noted.append(block)
+        return block
+
+    def _close_block(self) -> None:
+        """What is noted next stands behind it."""
+        if self._block is not None:
+            self._block.closed = True
+            self._block = None
 
     def note_one(
         self, at: float, action: Any, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any, *, reset: bool
@@ -324,13 +272,19 @@ class Transcript:
         self._keep(One(at, action, obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_))
 
     def _keep(self, note: Note | One | Asked) -> None:
+        if self._takes(rows_in(note)):
+            self._close_block()
+            self._noted.append(note)
+            self._noted_bytes += note.nbytes
+
+    def _takes(self, rows: int) -> bool:
+        """Whether these can be noted."""
         if self.closed:
-            return
+            return False
         if self.nbytes > MAX_NOTED_BYTES:
-            self.missed += rows_in(note)
-            return
-        self._noted.append(note)
-        self._noted_bytes += note.nbytes
+            self.missed += rows
+            return False
+        return True
 
     def _hashed(self, note: Note) -> Note:
         """The same with hashes in place of observations, of the rows and of the finals behind them."""
@@ -348,14 +302,28 @@ class Transcript:
         """What was noted, the oldest first, at most about so much of it; at least one note if there is any."""
         taken: list[Note | One | Asked] = []
         size = 0
-        for _ in range(len(self._noted)):
-            if taken and size + self._noted[0].nbytes > limit_bytes:
-                break
-            one = self._noted.popleft()
+        while (one := self._first(limit_bytes - size, least=not taken)) is not None:
             size += one.nbytes
             taken.append(one)
         self._taken_bytes += size
         return taken
+
+    def _first(self, limit_bytes: int, *, least: bool) -> Note | One | Asked | None:
+        """What was noted first, if that is no more than so much; ``least``: or as little as can be had."""
+        while self._noted:
+            first = self._noted[0]
+            if not isinstance(first, Block):
+                if not (least or first.nbytes <= limit_bytes):
+                    return None
+                self._noted.popleft()
+                return first
+            closed = first.closed  # looked at first: nothing is written after it
+            if (note := first.taken(limit_bytes, least=least)) is not None:
+                return note
+            if not (closed and first.exhausted):
+                return None
+            self._noted.popleft()
+        return None
 
     def dropped(self) -> tuple[set[int], int]:
         """Forget what was noted, where nobody could keep it; gives the lanes that miss something now, and the rows."""
@@ -371,13 +339,6 @@ class Transcript:
             else:
                 lanes.update(range(self.count) if one.lanes is None else one.lanes.tolist())
         return lanes, rows
-
-
-def rows_in(noted: Note | One | Asked) -> int:
-    """How many steps and resets that is."""
-    if isinstance(noted, Note):
-        return len(noted.rewards)
-    return 1 if isinstance(noted, One) else 0
 
 
 def _packed(infos: Sequence[tuple[int, Info]], finals: Collection[int]) -> list[tuple[int, bool, bytes]]:

@@ -27,8 +27,8 @@ from meshrl.errors import (
 )
 from meshrl.protocol.chunks import Chunk, Column, read_chunk
 from meshrl.protocol.joined import checked, joined_columns, picked
+from meshrl.protocol.noted import Indices
 from meshrl.protocol.runs import REASONS
-from meshrl.protocol.transcript import Indices
 from meshrl.recording.episodes import Described, EpisodeId, EpisodeSummary, RecordedEpisode
 from meshrl.recording.streams import EPISODES, stream_of
 from meshrl.recording.writing import is_description

@@ -15,8 +15,9 @@ from meshrl.errors import BusClosed, MeshError, RequestTimeout, StreamMissing
 from meshrl.protocol.chunking import ENDS, Chunker, Ended
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
 from meshrl.protocol.joined import Noted, halves
+from meshrl.protocol.noted import rows_in
 from meshrl.protocol.runs import LOST
-from meshrl.protocol.transcript import MAX_NOTED_BYTES, Transcript, rows_in
+from meshrl.protocol.transcript import MAX_NOTED_BYTES, Transcript
 from meshrl.recording.chain import Chain, Rival, Storing
 from meshrl.recording.streams import EPISODES, stream_of
 from meshrl.wire.recorded import MAX_EPISODES, Entry, Recorded

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from meshrl.protocol.transcript import ROW_BYTES, Info, Level, Transcript
+from meshrl.protocol.noted import ROW_BYTES, Info
+from meshrl.protocol.transcript import Level, Transcript
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.messages import Description, Open

@@ -1,0 +1,102 @@
+"""What a transcript notes: resets, answers, and whatever else changes an env."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshrl.protocol.digests import Words
+
+Indices = NDArray[np.int64]
+Info = dict[str, Any]
+
+# What a row takes of a chunk beside its action and observation.
+ROW_BYTES = 32
+
+
+@dataclass(slots=True)
+class Began:
+    """A reset.
+
+    Attributes:
+        number: of the episode that begins.
+        seed: that it was given.
+        state: what outlived a reset without one, if that is known.
+        options: that it was given.
+    """
+
+    number: int
+    seed: int | None
+    state: bytes | None
+    options: Info | None
+
+
+class Note(NamedTuple):
+    """An answer to some lanes, or several one after another.
+
+    Attributes:
+        at: when, in monotonic seconds; of several one each, which are of as many rows.
+        lanes: of each row; None where each lane has one.
+        actions: a batch, one a row, or a list of them; None of an explicit reset.
+        obs: a batch of what was told; None once it is hashed and not kept.
+        rewards: as told.
+        terminations: as told.
+        truncations: as told.
+        begun: the rows that show an observation of a reset, with what that was given.
+        finals: the rows that show a reset where a step has ended, with that step's observation.
+        infos: of rows, packed, and whether it is that of a final.
+        policy: the version of whoever chose the actions, where that is said; a list of one a row where they differ.
+        nbytes: about what it takes of a chunk.
+        hashes: of the rows and of the finals behind them, where observations are too large to be kept.
+    """
+
+    at: float | NDArray[np.float64]
+    lanes: Indices | None
+    actions: Any
+    obs: Any
+    rewards: NDArray[np.float64]
+    terminations: NDArray[np.bool_]
+    truncations: NDArray[np.bool_]
+    begun: dict[int, Began]
+    finals: Sequence[tuple[int, Any]]
+    infos: Sequence[tuple[int, bool, bytes]]
+    policy: int | list[int | None] | None
+    nbytes: int
+    hashes: Words | None = None
+
+
+class One(NamedTuple):
+    """An answer to the only lane of a session of one env: its own values, a row of a :class:`Note`."""
+
+    at: float
+    action: Any
+    obs: Any
+    reward: Any
+    terminated: Any
+    truncated: Any
+    info: bytes | None
+    begun: Began | None
+    policy: int | None
+    nbytes: int
+    hash: int | None
+
+
+@dataclass(slots=True)
+class Asked:
+    """Something else that was asked of a lane and changes its env: ``call`` or ``set_attr``."""
+
+    lane: int
+    op: str
+    given: Info
+    nbytes: int = ROW_BYTES
+
+
+def rows_in(noted: Note | One | Asked) -> int:
+    """How many steps and resets that is."""
+    if isinstance(noted, Note):
+        return len(noted.rewards)
+    return 1 if isinstance(noted, One) else 0
