@@ -14,7 +14,6 @@ step that ended the episode before.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,8 +37,6 @@ _STEP = np.uint64(0x94D049BB133111EB)
 _INVERSE = np.uint64(pow(int(_STEP), -1, 1 << 64))
 # Reward, terminated and truncated take two words behind the observation's.
 _BEHIND = 2
-# Powers of the step, and of its inverse, that are kept once they were made.
-_KEPT_POWERS = 1 << 16
 
 
 def _weights(count: int) -> Words:
@@ -163,16 +160,6 @@ def chained(hashes: Words, begins: NDArray[np.int64], before: Words) -> Words:
 
 def _powers(base: np.uint64, count: int) -> Words:
     """Its powers from 0 on."""
-    return _kept_powers(base)[:count] if count <= _KEPT_POWERS else _made_powers(base, count)
-
-
-@functools.cache
-def _kept_powers(base: np.uint64) -> Words:
-    """The first of them, which most chunks do with: they take a third of the time of :func:`chained`."""
-    return _made_powers(base, _KEPT_POWERS)
-
-
-def _made_powers(base: np.uint64, count: int) -> Words:
     powers = np.full(count, base, np.uint64)
     powers[0] = 1
     return np.cumprod(powers, dtype=np.uint64)

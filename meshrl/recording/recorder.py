@@ -29,7 +29,7 @@ from meshrl.wire.subjects import Subjects
 log = logging.getLogger("meshrl.recording")
 
 # Between looks whose turn it is.
-LOOK_S = 0.1
+LOOK_S = 0.2
 # A worker that ends has so long to write what is left.
 LAST_S = 5.0
 # Chunks under way at once, each of another session.

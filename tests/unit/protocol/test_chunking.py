@@ -367,7 +367,9 @@ def test_a_closed_session_ends_what_is_under_way() -> None:
     chunk, ended = made
     assert chunk.end == "closed"
     open_now = [i for i in range(2) if not lanes.over[i] and lanes.rows[i][-1]["action"] is not None]
-    assert [(one.lane, REASONS[one.reason]) for one in rows_of(ended) if one.reason == 3] == [(i, "closed") for i in open_now]
+    assert [(one.lane, REASONS[one.reason]) for one in rows_of(ended) if one.reason == 3] == [
+        (i, "closed") for i in open_now
+    ]
     assert open_now
 
 

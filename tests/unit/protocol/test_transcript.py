@@ -1,0 +1,111 @@
+"""What a transcript gives back is what was noted, in order, whoever takes it meanwhile."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from meshrl.protocol.block import ANSWERS
+from meshrl.protocol.joined import Noted, joined
+from meshrl.protocol.noted import Asked, Note, One
+from meshrl.protocol.transcript import Transcript
+from meshrl.wire.batches import batching
+
+LANES = 3
+ROW_BYTES = 50
+
+
+def transcript() -> Transcript:
+    obs = batching(spaces.Box(-np.inf, np.inf, (2,), np.float32))
+    return Transcript(LANES, obs, batching(spaces.Discrete(2**31)), "full", False, ROW_BYTES, 8)
+
+
+def answer(noted: Transcript, n: int, dtype: type = np.int64) -> None:
+    """Every seventh answer shows a reset of a lane."""
+    if n % 7 == 0:
+        noted.began(n % LANES, n, None, None)
+    rewards = np.arange(LANES, dtype=np.float64) + 10 * n
+    flags = np.array([n % 5 == 0] * LANES)
+    infos = [(1, {"n": n})] if n % 3 == 0 else []
+    obs = np.full((LANES, 2), n, np.float32)
+    noted.note(float(n), None, np.full(LANES, n, dtype), obs, rewards, flags, ~flags, infos)
+
+
+def check(noted: Transcript, taken: Noted, count: int) -> None:
+    told = joined(noted, taken)
+    numbers = np.repeat(np.arange(count), LANES)
+    assert told.at.tolist() == numbers.tolist()
+    assert told.lanes.tolist() == list(range(LANES)) * count
+    assert told.rewards.tolist() == [row % LANES + 10.0 * (row // LANES) for row in range(count * LANES)]
+    assert told.terminations.tolist() == (numbers % 5 == 0).tolist()
+    assert told.truncations.tolist() == (numbers % 5 != 0).tolist()
+    assert told.observations is not None
+    assert told.observations.values[:, 0].tolist() == numbers.tolist()
+    began = {n * LANES + n % LANES: n for n in range(0, count, 7)}
+    assert {row: one.seed for row, one in told.begun.items()} == began
+    assert told.actions.values.tolist() == [n for row, n in enumerate(numbers.tolist()) if row not in began]
+    assert [(row, final) for row, final, _ in told.infos] == [(n * LANES + 1, False) for n in range(0, count, 3)]
+
+
+def test_one_thread_notes_while_another_takes() -> None:
+    noted, count, done = transcript(), 4000, threading.Event()
+    taken: list[Note | One | Asked] = []
+
+    def note() -> None:
+        for n in range(count):
+            answer(noted, n)
+        done.set()
+
+    thread = threading.Thread(target=note)
+    thread.start()
+    rng = np.random.default_rng(1)
+    while True:
+        over = done.is_set()
+        taken += noted.taken(int(rng.integers(1, 40 * LANES * ROW_BYTES)))
+        if over and not noted.nbytes:
+            break
+    thread.join()
+    check(noted, taken, count)
+
+
+@pytest.mark.parametrize("limit", [1, 5 * LANES * ROW_BYTES, 1 << 62])
+def test_no_more_is_taken_than_was_asked_for_but_always_one_answer(limit: int) -> None:
+    noted, count = transcript(), 2 * ANSWERS + 5
+    taken: list[Note | One | Asked] = []
+    for n in range(count):
+        answer(noted, n)
+    before = noted.nbytes
+    while part := noted.taken(limit):
+        size = sum(one.nbytes for one in part)
+        assert size <= limit or sum(len(one.rewards) for one in part if isinstance(one, Note)) == LANES
+        taken += part
+    assert sum(one.nbytes for one in taken) == before
+    assert noted.nbytes == 0
+    check(noted, taken, count)
+
+
+def test_what_comes_between_stays_between() -> None:
+    """A call, and actions of another dtype, which is kept."""
+    noted = transcript()
+    for n in range(3):
+        answer(noted, n)
+    noted.asked(1, "call", {"name": "f"})
+    answer(noted, 3)
+    answer(noted, 4, np.int32)
+    noted.policy = 9
+    answer(noted, 5, np.int32)
+    taken = noted.taken(1 << 62)
+    kinds = [
+        (type(one), one.actions.dtype.name, one.policy, len(one.rewards)) if isinstance(one, Note) else type(one)
+        for one in taken
+    ]
+    assert kinds == [
+        (Note, "int64", None, 3 * LANES),
+        Asked,
+        (Note, "int64", None, LANES),
+        (Note, "int32", None, LANES),
+        (Note, "int32", 9, LANES),
+    ]

@@ -1,0 +1,47 @@
+"""The packed state of a generator is the same, however it is read."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+
+from meshrl.errors import MalformedMessage
+from meshrl.worker import generators
+
+
+def test_a_state_is_read_in_place_where_ci_runs() -> None:
+    assert generators.lies_as_expected()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_generator_made_of_a_packed_state_goes_on_as_the_other_does(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generators, "lies_as_expected", lambda: in_place)
+    env = gymnasium.make("CartPole-v1").unwrapped
+    get = generators.packer(env)
+    for seed in (1, 2):  # each seeded reset makes another generator
+        env.reset(seed=seed)
+        for _ in range(3):
+            env.np_random.integers(0, 9, dtype=np.uint32)  # leaves half of a number, every other time
+            again = generators.unpacked(get())
+            expected = generators.unpacked(get())
+            assert again.bit_generator.state == env.np_random.bit_generator.state
+            drawn = [*again.integers(0, 9, 5, dtype=np.uint32).tolist(), again.random()]
+            assert drawn == [*expected.integers(0, 9, 5, dtype=np.uint32).tolist(), expected.random()]
+
+
+def test_both_ways_give_the_same_bytes() -> None:
+    generator = np.random.PCG64(3)
+    for _ in range(4):
+        np.random.Generator(generator).integers(0, 9, dtype=np.uint32)
+        in_place, by_dict = generators._in_place(generator)(), generators._by_dict(generator)()
+        assert in_place == by_dict
+        assert len(in_place) == generators.PACKED.size
+
+
+@pytest.mark.parametrize("packed", [b"", b"\0" * 37, b"\0" * 38, "text", None])
+def test_what_is_no_state_is_refused(packed: object) -> None:
+    with pytest.raises(MalformedMessage):
+        generators.unpacked(packed)
