@@ -18,7 +18,7 @@
     │   ├── EpisodeUnknown (LookupError), EpisodeTorn, EpisodeDiverged
     └── WorkerError           the worker: it answered, with an error
         ├── UnknownName (LookupError), MeshFull (TimeoutError), WorkerDraining, WorkerCondemned
-        ├── SessionUnknown (LookupError), SessionExpired, SessionLost, ReplayDiverged
+        ├── SessionUnknown (LookupError), SessionExpired, SessionLost, ReplayDiverged, NotRecorded
         ├── EnvError, AgentError          an exception in remote code, with its traceback
         └── EnvProcessDied, LimitExceeded, DeadlineExceeded (TimeoutError)
                                           an EnvError each: its process ended, or went over what the operator set
@@ -392,6 +392,15 @@ class ReplayDiverged(WorkerError):
     """A worker did again what a lost session had been asked, and was told something else than that had told."""
 
     code = "replay_diverged"
+
+
+class NotRecorded(WorkerError):
+    """A session that is recorded strictly has done what could not be stored; it is over, and nobody was told of that.
+
+    ``details["why"]`` says why not.
+    """
+
+    code = "not_recorded"
 
 
 class EnvError(WorkerError):

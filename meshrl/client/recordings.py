@@ -26,7 +26,7 @@ from meshrl.wire.record import RECORD_LEVELS, Record
 if TYPE_CHECKING:
     from meshrl.client.context import Context
 
-RecordWish = Literal["off", "actions", "full"]
+RecordWish = Literal["off", "actions", "full", "strict"]
 
 
 def record_of(

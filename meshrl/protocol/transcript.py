@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,7 +53,8 @@ class Transcript:
         shown_bytes: of one observation.
 
     Attributes:
-        closed: nobody takes what is noted, so that nothing is.
+        closed: nobody takes what is noted, so that nothing is; see :meth:`close`.
+        strict: somebody waits for all that is noted, so that it is stored at once.
         missed: rows that were not noted, since too many were not taken.
         policy: the version of whoever chooses the actions from now on, where that is said.
         redone: whether its session was brought back by a replay.
@@ -69,9 +70,11 @@ class Transcript:
     shown_bytes: int = 0
     policy: int | None = None
     closed: bool = False
+    strict: bool = False
     missed: int = 0
     redone: bool = False
     begun: int = 1
+    _waiting: deque[tuple[int, Callable[[str | None], None]]] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _noted_bytes: int = 0
     _taken_bytes: int = 0
@@ -324,6 +327,32 @@ class Transcript:
                 return None
             self._noted.popleft()
         return None
+
+    # ---------------------------------------------------------------- whether it is stored
+
+    def when_stored(self, told: Callable[[str | None], None]) -> None:
+        """Call ``told``, on any thread, when all that was noted so far is stored: with None, or with why it is not."""
+        with self._lock:
+            self._waiting.append((self._noted_bytes, told))
+        if self.closed:
+            self.settled("it is recorded no more")
+        elif not self.nbytes:
+            self.settled(None)
+
+    def settled(self, why: str | None) -> None:
+        """All that was taken is stored, or, where it is said why, is not."""
+        ready = []
+        with self._lock:
+            until = self._noted_bytes if self.closed else self._taken_bytes
+            while self._waiting and self._waiting[0][0] <= until:
+                ready.append(self._waiting.popleft()[1])
+        for told in ready:
+            told(why)
+
+    def close(self) -> None:
+        """Note nothing more: nobody takes it."""
+        self.closed = True
+        self.settled("it is recorded no more")
 
     def dropped(self) -> tuple[set[int], int]:
         """Forget what was noted, where nobody could keep it; gives the lanes that miss something now, and the rows."""

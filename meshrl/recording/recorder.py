@@ -80,7 +80,7 @@ class Recorder:
     def begin(self, transcript: Transcript, recorded: Recorded, epoch: int) -> None:
         """Record a session from now on."""
         if self._ended_for_good:
-            transcript.closed = True
+            transcript.close()
             return
         self._added.append((transcript, recorded, epoch))
         if self._thread is None:
@@ -120,7 +120,7 @@ class Recorder:
         finally:
             self._ended_for_good = True
             for transcript in (*(one for one, _, _ in self._added), *(w.transcript for w in self._writers.values())):
-                transcript.closed = True
+                transcript.close()
 
     async def _main(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
@@ -186,7 +186,8 @@ class Recorder:
         self._wake.set()
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.error("worker %s: %r failed", self._worker, self._writers[key], exc_info=exc)
-            self._writers[key].over = self._writers[key].transcript.closed = True
+            self._writers[key].over = True
+            self._writers[key].transcript.close()
 
     def _take_in(self, storing: Storing) -> None:
         while self._added:
@@ -204,4 +205,5 @@ async def _write(writer: SessionWriter, turn: asyncio.Semaphore) -> None:
         try:
             await writer.write()
         except BusClosed:
-            writer.over = writer.transcript.closed = True
+            writer.over = True
+            writer.transcript.close()

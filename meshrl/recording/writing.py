@@ -115,7 +115,7 @@ class SessionWriter:
         if self.over:
             return False
         noted = self.transcript.nbytes
-        if self.end is not None or noted >= self._size.limit:
+        if self.end is not None or noted >= self._size.limit or (noted and self.transcript.strict):
             return True
         if not noted:
             self._due_at = 0.0
@@ -154,7 +154,12 @@ class SessionWriter:
         except MeshError as exc:
             self._drop(exc.message)
         if end is not None:
-            self.over = self.transcript.closed = True
+            self._end()
+
+    def _end(self) -> None:
+        """Write nothing more."""
+        self.over = True
+        self.transcript.close()
 
     async def _write(self, end: str | None) -> None:
         if self.transcript.missed:
@@ -164,6 +169,7 @@ class SessionWriter:
         while noted := self.transcript.taken(self._size.limit):
             last = end is not None and not self.transcript.nbytes
             await self._store_noted(noted, end if last and end in ENDS else "")
+            self.transcript.settled(None)
             if last:
                 return
             if end is None and self.transcript.nbytes < self._size.limit:
@@ -212,7 +218,7 @@ class SessionWriter:
     def _stop(self, why: str) -> None:
         """Write nothing more: somebody else does."""
         log.info("session %s: %s", self._recorded.session, why)
-        self.over = self.transcript.closed = True
+        self._end()
 
     # ---------------------------------------------------------------- where it goes on
 
@@ -394,3 +400,4 @@ class SessionWriter:
         self._chunker.lose(lanes)
         self._storing.counts.missed(rows + self._lost, why, time.monotonic())
         self._lost = 0
+        self.transcript.settled(why)

@@ -6,8 +6,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-# Nothing; seeds, actions, rewards and flags, from which observations can be made again; or those and infos as well.
-RecordLevel = Literal["off", "actions", "full"]
+# Nothing; seeds, actions, rewards and flags, from which observations can be made again; those and infos as well; or the
+# same, with no answer that is not stored.
+RecordLevel = Literal["off", "actions", "full", "strict"]
 RECORD_LEVELS: tuple[RecordLevel, ...] = get_args(RecordLevel)
 Label = Annotated[str, StringConstraints(max_length=256)]
 Labels = Annotated[dict[Annotated[str, StringConstraints(min_length=1, max_length=64)], Label], Field(max_length=32)]

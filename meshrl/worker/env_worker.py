@@ -24,14 +24,14 @@ from meshrl.recording.recorder import Recorder
 from meshrl.recording.streams import Retention
 from meshrl.wire import spaces
 from meshrl.wire.messages import Description, Open, Vectors
-from meshrl.wire.record import RECORD_LEVELS, Record, RecordLevel
+from meshrl.wire.record import RecordLevel
 from meshrl.worker.children import Children
 from meshrl.worker.constructing import construct_all
 from meshrl.worker.describe import describe_env, encodable
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.enforcing import Enforcing
 from meshrl.worker.factories import EnvSource, Factory, as_factory, registered
-from meshrl.worker.hold import CLOSE_S, Held, Hold
+from meshrl.worker.hold import CLOSE_S, Held
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import HostedVector
@@ -41,7 +41,7 @@ from meshrl.worker.process_env import ProcessEnv, picklable
 from meshrl.worker.proof import says_digests
 from meshrl.worker.pulse import SWEEP_S
 from meshrl.worker.raised import EndsSession, described
-from meshrl.worker.recording import Recording
+from meshrl.worker.records import Records
 from meshrl.worker.sealing import StateKey
 from meshrl.worker.service import Service, valid_names
 from meshrl.worker.vector_implementations import HostedImplementation, describe_implementation, make_implementation
@@ -93,7 +93,8 @@ class EnvWorker(Service):
         state_key: what workers share that seal envs' states for one another, as a file or the key itself; without one
             no state of ALE's envs is told to clients (see :mod:`~meshrl.worker.sealing`).
         record: how much of a session is recorded whose client does not say: ``off``; ``actions``, which is what it
-            takes to run an episode again; or ``full``, observations and infos too.
+            takes to run an episode again; ``full``, observations and infos too; or ``strict``, the same, and no answer
+            leaves before it is stored.
         retention: of the streams of recordings that this worker makes; one that is there is left as it is.
         last_resort: ends this process; to be given where somebody then starts another one. With it, a worker that holds
             env code which it cannot end (a thread that hangs) condemns itself: it takes no new sessions, and
@@ -170,12 +171,9 @@ class EnvWorker(Service):
                 end_late=lambda *late: self._threads.back(self._execution.end_late, *late),
                 condemn=None if last_resort is None else self.condemn,
             )
-        if record not in RECORD_LEVELS:
-            raise UsageError(f"record is one of {', '.join(RECORD_LEVELS)}, not {record!r}")
-        self._record = record
         self._retention = retention or Retention()
-        self._recorder: Recorder | None = None
-        self._admission.on_constructed = self._begin_recording
+        self._records = Records(self.id, record, self._make_recorder, self._state_key)
+        self._admission.on_constructed = self._records.begin
         self.table.on_ending = self._session_ends
         self._inline = isolation == "inline"
         self._vectors = vectors
@@ -195,8 +193,7 @@ class EnvWorker(Service):
         return [] if self._enforcing is None else self._enforcing.look(now)
 
     def _let_all_go(self) -> None:
-        if self._recorder is not None:
-            self._recorder.stop()
+        self._records.stop()
         if self._children is not None:
             self._children.stop()
 
@@ -327,6 +324,8 @@ class EnvWorker(Service):
             raise UnknownName(f"worker {self.id} serves no env {open_.name!r}", name=open_.name)
         implementation = self._implementation(open_.name)
         if open_.form == "vector" and implementation != "meshrl":
+            if self._records.level(open_) == "strict":
+                raise UsageError(f"vectors of {open_.name} are hosted by {implementation}, which is not recorded")
             return self._construct_implementation(open_, description, factory, implementation)
         envs = construct_all(
             open_.name,
@@ -348,9 +347,7 @@ class EnvWorker(Service):
 
     def _hosted(self, open_: Open, envs: list[Any]) -> HostedEnv | HostedVector | HostedPool:
         hosted = self._host(open_, envs)
-        level = self._level(open_)
-        if level != "off":
-            hosted.record(Recording(envs, level, self._state_key))
+        self._records.join(hosted, envs, open_)
         return hosted
 
     def _host(self, open_: Open, envs: list[Any]) -> HostedEnv | HostedVector | HostedPool:
@@ -375,33 +372,14 @@ class EnvWorker(Service):
     @property
     def recorded(self) -> Counts:
         """What became of what its sessions did, as far as it was to be recorded."""
-        return Counts() if self._recorder is None else self._recorder.counts
+        return self._records.counts
 
-    def _level(self, open_: Open) -> RecordLevel:
-        return (open_.record or Record()).level or self._record
-
-    def _begin_recording(self, session: Session, open_: Open, description: Description) -> None:
-        recording: Recording | None = session.held.recording
-        if recording is None:
-            if self._level(open_) != "off":
-                log.warning(
-                    "worker %s: session %s is not recorded: those of vector implementations are not",
-                    self.id,
-                    session.id,
-                )
-            return
-        if self._recorder is None:
-            self._recorder = Recorder(self.id, self._address, self.subjects, self._credentials, self._retention)
-        recording.transcript.begun = open_.epoch
-        recorded = recording.recorded(open_, session.user, self.id, description)
-        self._recorder.begin(recording.transcript, recorded, open_.epoch)
+    def _make_recorder(self) -> Recorder:
+        return Recorder(self.id, self._address, self.subjects, self._credentials, self._retention)
 
     def _session_ends(self, session: Session, reason: str, last: Last | None) -> None:
         self.audit.ended(session, reason, last)
-        hold: Hold | None = session.held
-        if self._recorder is not None and hold is not None and hold.recording is not None:
-            hold.recording.transcript.settle()
-            self._recorder.end(hold.recording.transcript, reason)
+        self._records.ends(session, reason)
 
     def _construct_implementation(
         self, open_: Open, description: Description, factory: Factory, implementation: str

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from meshrl.errors import (
@@ -19,6 +20,7 @@ from meshrl.errors import (
     MalformedMessage,
     MeshError,
     MessageTooLarge,
+    NotRecorded,
     SessionExpired,
     SessionUnknown,
     UnencodableValue,
@@ -205,6 +207,20 @@ class Execution:
         return task
 
     def _answer(self, session: Session, lane: Lane, frame: Frame) -> None:
+        hold: Hold = session.held
+        if hold.withhold is not None and "error" not in frame:
+            hold.withhold(partial(self._stored, session, lane, frame))
+        else:
+            self._send(session, lane, frame)
+
+    def _stored(self, session: Session, lane: Lane, frame: Frame, why: str | None) -> None:
+        """What an answer tells is stored, or is not: then it is never told."""
+        if why is None:
+            self._send(session, lane, frame)
+        else:
+            self._end_crashed(session, lane, session.held.op, self.unrecorded(session, why))
+
+    def _send(self, session: Session, lane: Lane, frame: Frame) -> None:
         frame["seq"] = lane.seq
         hold: Hold = session.held
         try:
@@ -227,6 +243,11 @@ class Execution:
         self._replies.send(self._table.answered(lane, packed), packed, 0, seq)
         self._table.ending(session, "ended", last=(session.epoch, 0, seq, packed))
         self.dispose(session)
+
+    def unrecorded(self, session: Session, why: str) -> EndsSession:
+        """What ends a session that is recorded strictly, and could not be."""
+        text = f"session {session.id} is recorded strictly, and its last step could not be: {why}; it is over, open a new one when that is mended"
+        return EndsSession(NotRecorded(text, session=session.id, why=why))
 
     def crashed(self, what: str, op: str, exc: BaseException) -> WorkerError:
         """The error for an exception of remote code, with its traceback."""

@@ -14,6 +14,7 @@ from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import HostedVector
 from meshrl.worker.process_env import ProcessEnv
 from meshrl.worker.recording import Recording
+from meshrl.worker.strict import Strict
 from meshrl.worker.vector_implementations import HostedImplementation
 
 # What a coroutine that closes an env may take; one that takes longer is left behind, and the slot is free. An env in a
@@ -68,9 +69,23 @@ class Hold:
         counts: takes what it told into its digests; to be called when that was given to the socket, and before more is
             asked of it. None where there is nothing to do.
         recording: of the session; None where it is not recorded.
+        withhold: keeps an answer back until what it tells is stored, where the session is recorded so strictly.
     """
 
-    __slots__ = ("counts", "envs", "held", "op", "paces", "pack", "pool", "processes", "recording", "task", "vector")
+    __slots__ = (
+        "counts",
+        "envs",
+        "held",
+        "op",
+        "paces",
+        "pack",
+        "pool",
+        "processes",
+        "recording",
+        "task",
+        "vector",
+        "withhold",
+    )
 
     def __init__(self, held: Held | HostedPool, codec: Codec) -> None:
         self.held = None if isinstance(held, HostedPool) else held
@@ -92,6 +107,7 @@ class Hold:
             self.recording = held.recording
         if self.recording is not None and self.recording.transcript.settles:
             self.counts = _both(self.counts, self.recording.transcript.settle)
+        self.withhold: Strict | None = None
         self.task: asyncio.Task[None] | None = None
         self.op = ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,6 +98,19 @@ class Pooling:
             pool.spread(op, lanes, given, told)
 
     def _answer(self, session: Session, lanes: Indices, frame: Frame, alone: Alone | None = None) -> None:
+        if session.held.withhold is not None and "error" not in frame:
+            session.held.withhold(partial(self._stored, session, lanes, frame, alone))
+        else:
+            self._send(session, lanes, frame, alone)
+
+    def _stored(self, session: Session, lanes: Indices, frame: Frame, alone: Alone | None, why: str | None) -> None:
+        """What an answer tells is stored, or is not: then it is never told."""
+        if why is None:
+            self._send(session, lanes, frame, alone)
+        else:
+            self._end_crashed(session, lanes, "step", self._execution.unrecorded(session, why))
+
+    def _send(self, session: Session, lanes: Indices, frame: Frame, alone: Alone | None = None) -> None:
         assert session.lanes is not None, "a pool has lanes"
         seqs = session.lanes.seqs[lanes]
         named: dict[str, Any] = {"lanes": lanes, "seqs": seqs}
@@ -105,7 +119,7 @@ class Pooling:
         except UnencodableValue as exc:
             if alone is not None and len(lanes) > 1:  # one lane's info must not cost the others their results
                 for k in range(len(lanes)):
-                    self._answer(session, lanes[k : k + 1], alone(k))
+                    self._send(session, lanes[k : k + 1], alone(k))
                 return
             env_id = session.held.pool.first + int(lanes[0])
             whose = UnencodableValue(exc.message, **{**exc.details, "env_id": env_id})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 
-from meshrl.errors import EnvError
+from meshrl.errors import EnvError, NotRecorded
 
 
 class RaisedInside(Exception):
@@ -32,7 +32,7 @@ class EndsSession(Exception):
         error: what its client is told.
     """
 
-    def __init__(self, error: EnvError) -> None:
+    def __init__(self, error: EnvError | NotRecorded) -> None:
         super().__init__(error.message)
         self.error = error
 

@@ -457,6 +457,17 @@ async def an_episode_whose_stream_is_gone(stage: Stage) -> None:
     await stage.mesh.episode(id_)
 
 
+@case(errors.NotRecorded, "maximum messages.*open a new one")
+async def a_session_that_is_recorded_strictly_where_there_is_no_room(stage: Stage) -> None:
+    full = {"subjects": [SUBJECTS.recording("counter", "*")], "max_msgs": 1, "discard": "new", "allow_direct": True}
+    await make_stream(stage.raw, stream_of(SUBJECTS, "counter"), full)
+    try:
+        env = await stage.mesh.env("counter", record="strict")
+        await env.reset()
+    finally:
+        await stage.raw.ask(f"$JS.API.STREAM.DELETE.{stream_of(SUBJECTS, 'counter')}", b"{}", 20.0)
+
+
 @case(errors.EpisodeDiverged, r"record='full'\) needs no rerun")
 async def an_episode_of_an_env_that_draws_elsewhere(stage: Stage) -> None:
     async with EnvWorker({"uncertain": Uncertain}, stage.url):
