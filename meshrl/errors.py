@@ -15,7 +15,7 @@
     │   ├── SubjectNotPermitted (PermissionError), BusClosed (ConnectionError)
     │   ├── StreamMissing (LookupError), StorageRefused, WrongSequence
     ├── RecordingError        what was recorded: it is not there, or not whole
-    │   ├── EpisodeUnknown (LookupError), EpisodeTorn, EpisodeDiverged
+    │   ├── EpisodeUnknown (LookupError), EpisodeTorn, EpisodeDiverged, EpisodeNotRendered
     └── WorkerError           the worker: it answered, with an error
         ├── UnknownName (LookupError), MeshFull (TimeoutError), WorkerDraining, WorkerCondemned
         ├── SessionUnknown (LookupError), SessionExpired, SessionLost, ReplayDiverged, NotRecorded
@@ -328,6 +328,12 @@ class EpisodeDiverged(RecordingError):
     """The episode was run again, and did not go as it was recorded; ``details`` say from which step on, and in what."""
 
     code = "episode_diverged"
+
+
+class EpisodeNotRendered(RecordingError):
+    """There are no pictures of the episode: its env gives none, or the worker that ran it again sent none."""
+
+    code = "episode_not_rendered"
 
 
 # --------------------------------------------------------------------------- the worker

@@ -298,6 +298,11 @@ def requests() -> Iterator[Entry]:
         ("act", {"obs": 1}, MALFORMED),
         ("observe", {}, MALFORMED),
         ("fly", {}, MALFORMED),
+        ("rerun", {}, MALFORMED),
+        ("rerun", {"reset": 5, "actions": ["items", []]}, MALFORMED),
+        ("rerun", {"actions": ["batch", 5]}, MALFORMED),
+        ("rerun", {"actions": ["items", []], "render": 1}, MALFORMED),
+        ("rerun", {"actions": ["items", [0]], "render": True}, "reset_needed"),
     )
     for number, (op, fields, expect) in enumerate(operations):
         yield _one(f"{op} that is {expect}, {number}", f"env:{op}", {**LANE, **fields}, expect)

@@ -145,6 +145,10 @@ SINGLE_OPS: dict[str, Op] = {
                 },
             },
             "actions": COLUMN,
+            "render": {
+                "type": "boolean",
+                "description": "Render the env after each of them; the answer has fewer where frames are large.",
+            },
         },
         ["actions"],
         {
@@ -153,6 +157,7 @@ SINGLE_OPS: dict[str, Op] = {
             "terminated": _LISTED,
             "truncated": _LISTED,
             "infos": {"type": "array", "items": {"type": "object"}},
+            "frames": {**_LISTED, "description": "As render gives them, after the reset and each step; if asked for."},
             "digest": _DIGEST,
             "seed": {"type": "integer", "minimum": 0},
             "state": _STATE,

@@ -17,6 +17,7 @@ from meshrl.client.episode import Episode, Transition, episode_of
 from meshrl.client.experience import ExperienceFeed
 from meshrl.client.recorded_forks import fork_of
 from meshrl.client.recovery import OnLoss
+from meshrl.client.rendered import EpisodeFrame, rendered
 from meshrl.client.rerunning import rerun
 from meshrl.client.verifying import Verdict, diverged, judge
 from meshrl.errors import UsageError
@@ -139,6 +140,32 @@ class Recordings(ABC):
                 at = told if at is None else at
                 await asyncio.sleep(max(0.0, began + (told - at) / speed - time.monotonic()))
             yield transition
+
+    async def frames(
+        self, episode_id: str, *, wait: float = 30.0, where: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[EpisodeFrame]:
+        """What a recorded episode looked like: after its reset, and after each step.
+
+        It is run again in an env that is opened with ``render_mode="rgb_array"``, however it was opened when it was
+        recorded. Each frame comes when it is proved that the episode went as it was recorded up to there; some
+        megabytes of them are held at once.
+
+        Args:
+            episode_id: of :meth:`episodes`.
+            wait: seconds to wait for a worker and a slot.
+            where: capabilities that the worker must have.
+
+        Raises:
+            EpisodeNotRendered: its env gives no such pictures, said before anything is run where its metadata says
+                so; or the worker is of a version that renders nothing of what it runs again.
+            EpisodeDiverged: it went another way, as that of an env does whose ``render`` changes what comes next.
+            InvalidName, EpisodeUnknown, EpisodeTorn: as of :meth:`episode`.
+            MeshError: as of :meth:`meshrl.Mesh.env`.
+        """
+        context = self._open()
+        read = await (await context.library()).episode(episode_id)
+        async for frame in rendered(context, read, wait=wait, where=where):
+            yield frame
 
     async def verify(self, episode_id: str, *, wait: float = 30.0, where: Mapping[str, Any] | None = None) -> Verdict:
         """Run a recorded episode again in a fresh env of the mesh, and say whether it is the same.

@@ -77,9 +77,14 @@ async def rerun(
 
 
 async def opened(
-    context: Context, episode: RecordedEpisode, *, wait: float, where: Mapping[str, Any] | None
+    context: Context,
+    episode: RecordedEpisode,
+    *,
+    wait: float,
+    where: Mapping[str, Any] | None,
+    render_mode: str | None = None,
 ) -> RemoteSession:
-    """A session of the same env, which is not recorded."""
+    """A session of the same env, which is not recorded; in another render mode, if one is given."""
     recorded = episode.recorded
     return await context.open(
         "env",
@@ -87,14 +92,20 @@ async def opened(
         recorded.kwargs,
         where,
         wait,
-        render_mode=recorded.render_mode,
+        render_mode=render_mode or recorded.render_mode,
         digests="large",  # so that what outlived a reset can be put there
         record=Record(level="off"),
     )
 
 
-async def frames(session: RemoteSession, episode: RecordedEpisode) -> AsyncIterator[Frame]:
+async def frames(session: RemoteSession, episode: RecordedEpisode, *, render: bool = False) -> AsyncIterator[Frame]:
     """What a fresh env tells of the episode, some steps at a time; ends with it.
+
+    Args:
+        session: of the env, of which nothing was asked but what came before the episode.
+        episode: to be run again.
+        render: render the env after the reset and each step, too. A worker that knows nothing of that sends no
+            ``frames``.
 
     Raises:
         MalformedMessage: its worker's answer is none.
@@ -109,16 +120,21 @@ async def frames(session: RemoteSession, episode: RecordedEpisode) -> AsyncItera
         until = min(size, at + count)
         part = _cut(batches, left, at, until)
         began = time.monotonic()
-        frame = await session.request(
-            "rerun", {"actions": [part.form, part.values], **({} if begin is None else {"reset": begin})}
-        )
-        _check(frame, until - at, reset=begin is not None)
-        yield frame
-        if len(frame["rewards"]) < until - at:
-            return
+        asked: Frame = {"actions": [part.form, part.values]}
+        asked |= {} if begin is None else {"reset": begin}
+        asked |= {"render": True} if render else {}
+        frame = await session.request("rerun", asked)
+        told = _check(frame, until - at, reset=begin is not None)
         took = max(1e-4, time.monotonic() - began)
-        count = max(1, min(MAX_STEPS, 2 * count, int(count * REQUEST_S / took)))
-        begin, at = None, until
+        yield frame
+        if told and (frame["terminated"][-1] or frame["truncated"][-1]):
+            return
+        if told < until - at and not render:
+            return
+        if not told and begin is None:
+            raise MalformedMessage("the answer to a rerun has no step of those that were asked for")
+        count = max(1, min(MAX_STEPS, 2 * count, int(max(1, told) * REQUEST_S / took)))
+        begin, at = None, at + told
 
 
 def actions_of(episode: RecordedEpisode, start: int, stop: int) -> list[Any]:
@@ -146,7 +162,8 @@ def _cut(batches: Any, column: Column, start: int, stop: int) -> Column:
     return Column("batch", batches.cut(column.values, start, stop))
 
 
-def _check(frame: Frame, steps: int, *, reset: bool) -> None:
+def _check(frame: Frame, steps: int, *, reset: bool) -> int:
+    """How many steps an answer tells of."""
     names = ("rewards", "terminated", "truncated")
     lists = [frame.get(name) for name in ("obs", "infos", *names)]
     if not all(type(one) is list for one in lists):
@@ -154,3 +171,4 @@ def _check(frame: Frame, steps: int, *, reset: bool) -> None:
     told = len(frame["rewards"])
     if told > steps or [len(one) for one in lists if one is not None] != [told + reset, told + reset, told, told, told]:
         raise MalformedMessage("the answer to a rerun has as many values as steps")
+    return told

@@ -11,7 +11,9 @@ import numpy as np
 
 from meshrl.client.rerunning import Rerun
 from meshrl.errors import EpisodeDiverged
+from meshrl.protocol.chunks import Column
 from meshrl.protocol.digests import chained
+from meshrl.protocol.joined import picked
 from meshrl.protocol.values import hashes_of_values, numbers_of, truths_of
 from meshrl.recording.episodes import RecordedEpisode
 from meshrl.wire.batches import Batching
@@ -70,12 +72,14 @@ def judge(episode: RecordedEpisode, again: Rerun) -> Verdict:
     return Verdict(text, "diverged", step, what)
 
 
-def diverged(verdict: Verdict) -> EpisodeDiverged:
-    """The error of an episode that was run again for its observations, and went another way."""
+def diverged(
+    verdict: Verdict, remedy: str = "a recording with observations (record='full') needs no rerun"
+) -> EpisodeDiverged:
+    """The error of an episode that was run again for what was not recorded, and went another way."""
     why = f" ({', '.join(verdict.reasons)})" if verdict.reasons else ""
     return EpisodeDiverged(
         f"episode {verdict.episode_id} was run again, and its {verdict.field} of step {verdict.step} is another than "
-        f"the recorded one{why}; a recording with observations (record='full') needs no rerun",
+        f"the recorded one{why}; {remedy}",
         episode_id=verdict.episode_id,
         status=verdict.status,
         step=verdict.step,
@@ -90,42 +94,69 @@ def prefix_differs(episode: RecordedEpisode, again: Rerun) -> tuple[int, str] | 
 
 
 def _first_difference(episode: RecordedEpisode, again: Rerun, *, whole: bool = True) -> tuple[int, str] | None:
-    batches = episode.described.observations
-    rewards, terminations, truncations = (
-        numbers_of(again.rewards),
-        truths_of(again.terminated),
-        truths_of(again.truncated),
-    )
-    zero: list[Any] = [0.0]
-    flag: list[Any] = [False]
-    hashes = hashes_of_values(
-        batches, again.obs, zero + again.rewards, flag + again.terminated, flag + again.truncated, [0]
-    )
-    digests = chained(hashes, np.zeros(1, np.int64), np.zeros(1, np.uint64))
-    count = min(len(rewards), len(episode.rewards))
-    # The digest tells that something differs, also where rewards and flags do not.
-    steps = [_first(digests[: count + 1], episode.digests[: count + 1])]
-    for one, other in (
-        (rewards, episode.rewards),
-        (terminations, episode.terminations),
-        (truncations, episode.truncations),
-    ):
-        at = _first(one[:count], other[:count])
-        steps.append(None if at is None else at + 1)
-    shown = _first_observation(batches, episode, again, count)
-    differ = [(at, what) for at, what in zip(steps, _FIELDS, strict=True) if at is not None]
-    if shown is not None:
-        differ.append((shown, "observation"))
-    if differ:
-        first = min(at for at, _ in differ)
-        named = [what for at, what in differ if at == first]
-        return first, next((what for what in named if what != "observation"), "observation")
-    if whole and len(rewards) != len(episode.rewards):
-        return count + 1, "length"
-    return None
+    beside = Beside(episode)
+    return beside.add(again) or (beside.end() if whole else None)
 
 
-_FIELDS = ("observation", "reward", "terminated", "truncated")
+class Beside:
+    """A recorded episode, and beside it what a rerun tells, part by part: whether they are equal, and where not first.
+
+    Args:
+        episode: as it was recorded.
+    """
+
+    def __init__(self, episode: RecordedEpisode) -> None:
+        self._episode = episode
+        self._rows = 0  # that were told: the reset's, and one a step
+        self._digest = np.zeros(1, np.uint64)
+
+    def add(self, again: Rerun) -> tuple[int, str] | None:
+        """The next part; gives the first step of it that differs, counted from 1 (0: the reset), and in what."""
+        if not again.obs:
+            return None
+        episode, batches, first = self._episode, self._episode.described.observations, self._rows
+        self._rows += len(again.obs)
+        step = max(0, first - 1)  # so many were told before
+        rewards, terminations, truncations = (
+            numbers_of(again.rewards),
+            truths_of(again.terminated),
+            truths_of(again.truncated),
+        )
+        begun: list[int] = [] if first else [0]
+        zero, flag = [0.0] * len(begun), [False] * len(begun)
+        hashes = hashes_of_values(
+            batches, again.obs, zero + again.rewards, flag + again.terminated, flag + again.truncated, begun
+        )
+        digests = chained(hashes, np.zeros(1, np.int64), self._digest)
+        self._digest = digests[-1:]
+        recorded = episode.digests[first : first + len(digests)]
+        differ = []
+        # The digest tells that something differs, also where rewards and flags do not.
+        at = _first(digests[: len(recorded)], recorded)
+        if at is not None:
+            differ.append((first + at, "observation"))
+        for what, one, column in (
+            ("reward", rewards, episode.rewards),
+            ("terminated", terminations, episode.terminations),
+            ("truncated", truncations, episode.truncations),
+        ):
+            other = column[step : step + len(one)]
+            at = _first(one[: len(other)], other)
+            if at is not None:
+                differ.append((step + at + 1, what))
+        at = _first_observation(batches, episode, again, first)
+        if at is not None:
+            differ.append((first + at, "observation"))
+        if not differ:
+            return None
+        earliest = min(at for at, _ in differ)
+        named = [what for at, what in differ if at == earliest]
+        return earliest, next((what for what in named if what != "observation"), "observation")
+
+    def end(self) -> tuple[int, str] | None:
+        """Nothing more is told; gives the first step that only one of the two has."""
+        told, recorded = self._rows, len(self._episode.digests)
+        return None if told == recorded else (min(told, recorded), "length")
 
 
 def _first(one: Any, other: Any) -> int | None:
@@ -134,12 +165,13 @@ def _first(one: Any, other: Any) -> int | None:
     return None if not len(differs) else int(differs[0]) // int(one.itemsize)
 
 
-def _first_observation(batches: Batching, episode: RecordedEpisode, again: Rerun, count: int) -> int | None:
+def _first_observation(batches: Batching, episode: RecordedEpisode, again: Rerun, first: int) -> int | None:
     if episode.observations is None:
         return None
-    recorded = values_of(batches, episode)
-    for at, (one, other) in enumerate(zip(recorded[: count + 1], again.obs[: count + 1], strict=True)):
-        told = other if episode.observations.form == "items" else _as_row(batches, other)
+    count = max(0, min(len(again.obs), len(episode.digests) - first))
+    column = picked(batches, episode.observations, np.arange(first, first + count))
+    for at, (one, other) in enumerate(zip(_values(batches, column, count), again.obs, strict=False)):
+        told = other if column.form == "items" else _as_row(batches, other)
         if pack(one) != pack(told):
             return at
     return None
@@ -147,9 +179,12 @@ def _first_observation(batches: Batching, episode: RecordedEpisode, again: Rerun
 
 def values_of(batches: Batching, episode: RecordedEpisode) -> list[Any]:
     """The recorded observations, one by one."""
-    column = episode.observations
-    assert column is not None, "they were recorded"
-    return list(column.values) if column.form == "items" else list(batches.rows(column.values, len(episode.digests)))
+    assert episode.observations is not None, "they were recorded"
+    return _values(batches, episode.observations, len(episode.digests))
+
+
+def _values(batches: Batching, column: Column, count: int) -> list[Any]:
+    return list(column.values) if column.form == "items" else list(batches.rows(column.values, count))
 
 
 def _as_row(batches: Batching, value: Any) -> Any:

@@ -7,7 +7,7 @@ A request is ``{"epoch", "lane", "seq", ...}`` with the fields of its op beside 
     reset     seed?, options?             obs, info, seed?, state?, digest?
     step      action, policy?             obs, reward, terminated, truncated, info, digest?
     replay    journal, digest?
-    rerun     reset?, actions           obs, rewards, terminated, truncated, infos
+    rerun     reset?, actions, render?    obs, rewards, terminated, truncated, infos, frames?
     render                                frame
     state                                 state
     call      name, args, kwargs          value

@@ -165,7 +165,7 @@ class Execution:
         held: Held = session.held.held
         began = time.monotonic()
         try:
-            if op == "render" and not session.held.processes:
+            if (op == "render" or body.get("render")) and not session.held.processes:
                 with DRAWING:
                     frame = held.run(op, body)
             else:

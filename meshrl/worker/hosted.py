@@ -138,6 +138,8 @@ class HostedEnv:
             rerun = Rerun(body, self.env.action_space)
             for entry_op, entry in self._deeds(rerun):
                 rerun.took(entry_op, await self.run_async(entry_op, entry))
+                if rerun.renders:
+                    rerun.showed(await self.run_async("render", {}))
                 await asyncio.sleep(0)
             return rerun.frame
         frame = await self._calls(self.run, op, body)
@@ -340,6 +342,8 @@ class HostedEnv:
         rerun = Rerun(body, self.env.action_space)
         for op, entry in self._deeds(rerun):
             rerun.took(op, self.run(op, entry))
+            if rerun.renders:
+                rerun.showed(self.run("render", {}))
         return rerun.frame
 
     def _deeds(self, rerun: Rerun) -> Iterator[tuple[str, Frame]]:

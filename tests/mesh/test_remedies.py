@@ -468,6 +468,12 @@ async def a_session_that_is_recorded_strictly_where_there_is_no_room(stage: Stag
         await stage.raw.ask(f"$JS.API.STREAM.DELETE.{stream_of(SUBJECTS, 'counter')}", b"{}", 20.0)
 
 
+@case(errors.EpisodeNotRendered, "serve it with one that has")
+async def an_episode_of_an_env_that_draws_no_pictures(stage: Stage) -> None:
+    async for _ in stage.mesh.frames(await recorded(stage, "counter")):
+        pass
+
+
 @case(errors.EpisodeDiverged, r"record='full'\) needs no rerun")
 async def an_episode_of_an_env_that_draws_elsewhere(stage: Stage) -> None:
     async with EnvWorker({"uncertain": Uncertain}, stage.url):
