@@ -1,14 +1,14 @@
 """Other libraries' interfaces over the same client.
 
-``meshrl.adapters.gymnasium`` and ``.vector`` are behind ``meshrl.make`` and ``meshrl.make_vec``; ``.sb3`` needs its
-extra.
+``meshrl.adapters.gymnasium`` and ``.vector`` are behind ``meshrl.make`` and ``meshrl.make_vec``; ``.sb3`` and
+``.videos`` need their extras.
 """
 
 import importlib
 from types import ModuleType
 
 # To be had as attributes, imported at the first look; the others are parts of these.
-_FACES = frozenset({"gymnasium", "vector", "sb3"})
+_FACES = frozenset({"gymnasium", "vector", "sb3", "videos"})
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -26,6 +26,7 @@ from meshrl.cli.secure import app as secure
 from meshrl.cli.serve import serve
 from meshrl.cli.serve_agent import serve_agent
 from meshrl.cli.up import up
+from meshrl.cli.videos import video
 from meshrl.errors import MeshError, WorkerCondemned
 from meshrl.worker.running import CONDEMNED_CODE
 
@@ -62,6 +63,7 @@ app.command("audit")(audit)
 app.command("episodes")(episodes)
 app.command("replay")(replay)
 app.command("verify")(verify)
+app.command("video")(video)
 app.command("recordings")(recordings)
 app.add_typer(secure, name="secure")
 

@@ -18,6 +18,7 @@ from meshrl.worker.running import run
 EXTRAS = (
     ("sb3", "stable-baselines3", "meshrl.adapters.sb3.MeshVecEnv"),
     ("envpool", "envpool", "meshrl serve --vectors envpool"),
+    ("video", "av", "meshrl video"),
 )
 STYLES: dict[Literal["ok", "warning", "error"], str] = {"ok": "green", "warning": "yellow", "error": "bold red"}
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,7 +144,7 @@ class Recordings(ABC):
 
     async def frames(
         self, episode_id: str, *, wait: float = 30.0, where: Mapping[str, Any] | None = None
-    ) -> AsyncIterator[EpisodeFrame]:
+    ) -> AsyncGenerator[EpisodeFrame, None]:
         """What a recorded episode looked like: after its reset, and after each step.
 
         It is run again in an env that is opened with ``render_mode="rgb_array"``, however it was opened when it was
@@ -164,8 +165,9 @@ class Recordings(ABC):
         """
         context = self._open()
         read = await (await context.library()).episode(episode_id)
-        async for frame in rendered(context, read, wait=wait, where=where):
-            yield frame
+        async with aclosing(rendered(context, read, wait=wait, where=where)) as shown:
+            async for frame in shown:
+                yield frame
 
     async def verify(self, episode_id: str, *, wait: float = 30.0, where: Mapping[str, Any] | None = None) -> Verdict:
         """Run a recorded episode again in a fresh env of the mesh, and say whether it is the same.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class EpisodeFrame:
 
 async def rendered(
     context: Context, episode: RecordedEpisode, *, wait: float, where: Mapping[str, Any] | None
-) -> AsyncIterator[EpisodeFrame]:
+) -> AsyncGenerator[EpisodeFrame, None]:
     """Its frames, of the reset and of each step, in order; of each it is proved that the episode went so up to there.
 
     Raises:

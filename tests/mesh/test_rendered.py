@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from typing import Any
 
 import gymnasium
@@ -10,6 +12,7 @@ import pytest
 from gymnasium import spaces
 
 from meshrl import EnvWorker, Mesh
+from meshrl.cli import main
 from meshrl.errors import EpisodeDiverged, EpisodeNotRendered
 from meshrl.worker import rerun
 from meshrl.worker.hosted import HostedEnv
@@ -92,7 +95,7 @@ async def test_frames_that_nobody_looks_at_any_more_hold_no_slot(url: str) -> No
         (summary,) = await listed(m, "cart", 1)
         frames = m.frames(summary.episode_id)
         assert (await anext(frames)).step == 0
-        await frames.aclose()  # type: ignore[attr-defined]
+        await frames.aclose()
         async with await m.env("cart", wait=5.0):
             pass
 
@@ -176,3 +179,12 @@ async def test_what_has_no_pictures_says_so(url: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(Rerun, "__init__", ignorant)
         with pytest.raises(EpisodeNotRendered, match="does not render what it runs again; upgrade it"):
             await shown(m, await one_episode(m, "bare"))
+
+
+async def test_a_video_without_its_library_names_the_extra(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setenv("MESHRL_URL", url)
+    assert await asyncio.to_thread(main, ["video", "abc.0.0"]) == 1
+    assert capsys.readouterr().err == "error: videos need PyAV: pip install 'meshrl[video]'\n"

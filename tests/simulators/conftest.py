@@ -1,8 +1,8 @@
-"""Without Box2D and MuJoCo, or without ALE and OpenCV, the tests that need them are not collected."""
+"""Without Box2D and MuJoCo, ALE and OpenCV, or PyAV, the tests that need them are not collected."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-NEEDS = {"test_resume.py": ("Box2D", "mujoco"), "test_atari.py": ("ale_py", "cv2")}
+NEEDS = {"test_resume.py": ("Box2D", "mujoco"), "test_atari.py": ("ale_py", "cv2"), "test_videos.py": ("av",)}
 collect_ignore_glob = [file for file, modules in NEEDS.items() if not all(map(find_spec, modules))]

@@ -16,5 +16,5 @@ def test_an_extra_whose_package_is_missing_has_its_remedy(monkeypatch: pytest.Mo
     assert (there.what, there.status, there.remedy) == ("extra there", "ok", "")
 
 
-def test_the_extras_for_trainers_and_vectors_have_rows() -> None:
-    assert [row.what for row in doctor.extras()] == ["extra sb3", "extra envpool"]
+def test_the_extras_for_trainers_vectors_and_videos_have_rows() -> None:
+    assert [row.what for row in doctor.extras()] == ["extra sb3", "extra envpool", "extra video"]

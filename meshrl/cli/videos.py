@@ -1,0 +1,96 @@
+"""``meshrl video``: recorded episodes as MP4 or GIF."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from meshrl.adapters.videos import MAX_FPS, VideoFormat, format_of, pyav, write_video
+from meshrl.bus.locate import locate
+from meshrl.cli.options import CredentialsFile, Namespace, Url
+from meshrl.cli.recordings import WaitForWorker
+from meshrl.client.mesh import Mesh
+from meshrl.errors import UsageError
+from meshrl.worker.running import run
+
+Told = Callable[[int, int], None]
+
+
+def video(
+    episode: Annotated[list[str], typer.Argument(help="Ids, as meshrl episodes shows them.", metavar="EPISODE...")],
+    format_: Annotated[
+        str | None, typer.Option("--format", help="mp4 or gif; as FILE says when left out, else mp4.", metavar="FORMAT")
+    ] = None,
+    to: Annotated[Path, typer.Option(help="A file, or a directory for EPISODE.mp4.", metavar="FILE_OR_DIR")] = Path(),
+    speed: Annotated[float, typer.Option(help="How many times as fast.", metavar="X")] = 1.0,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Steps shown a second; as the env says when left out, or 30.", metavar="N"),
+    ] = None,
+    wait: WaitForWorker = 30.0,
+    url: Url = None,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """Show recorded episodes as videos: each is run again in an env that renders, and proved to be the same."""
+    files = files_of(episode, format_, to)
+
+    async def write() -> None:
+        address = await locate(url, credentials=credentials, namespace=namespace, start=False)
+        async with Mesh(address, namespace=namespace, credentials=credentials) as mesh:
+            await write_videos(mesh, files, fps=fps, speed=speed, wait=wait)
+
+    run(write())
+
+
+async def write_videos(
+    mesh: Mesh, files: Sequence[tuple[str, Path, VideoFormat]], *, fps: float | None, speed: float, wait: float
+) -> None:
+    """Write a file for each episode, with a bar of how far it is.
+
+    Args:
+        mesh: of their envs.
+        files: of :func:`files_of`.
+        fps: as of :func:`~meshrl.adapters.videos.write_video`.
+        speed: the same.
+        wait: the same.
+    """
+    for id_, path, kind in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _bar(path.name) as told:
+            written = await write_video(mesh, id_, path, format=kind, fps=fps, speed=speed, wait=wait, progress=told)
+        print(f"{path}: {written.frames} frames, {written.width}x{written.height}, {written.fps:g} a second")
+
+
+def files_of(episodes: Sequence[str], format_: str | None, to: Path) -> list[tuple[str, Path, VideoFormat]]:
+    """The file of each episode, and its format.
+
+    Args:
+        episodes: their ids.
+        format_: of all of them; None goes by ``to``.
+        to: a file, where there is one episode and it has a format's suffix; else a directory, made where there is none.
+
+    Raises:
+        UsageError: there is no such format, several episodes are to become one file, or PyAV is missing.
+    """
+    pyav()
+    suffix = to.suffix[1:].lower()
+    is_file = not to.is_dir() and bool(suffix)
+    kind = format_of(format_ or (suffix if is_file else "mp4"))
+    if is_file and suffix in MAX_FPS and suffix != kind:
+        raise UsageError(f"{to} would be a {kind} by --format; give one of the two")
+    if is_file and len(episodes) > 1:
+        raise UsageError(f"{len(episodes)} episodes are no one file {to}; give --to a directory")
+    return [(id_, to if is_file else to / f"{id_}.{kind}", kind) for id_ in episodes]
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Told]:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
