@@ -56,7 +56,8 @@ STYLES = {
 
 
 @asynccontextmanager
-async def _mesh(url: str | None, namespace: str, credentials: Path | None) -> AsyncIterator[Mesh]:
+async def mesh_at(url: str | None, namespace: str, credentials: Path | None) -> AsyncIterator[Mesh]:
+    """The mesh that is there; none is started."""
     address = await locate(url, credentials=credentials, namespace=namespace, start=False)
     async with Mesh(address, namespace=namespace, credentials=credentials) as mesh:
         yield mesh
@@ -79,7 +80,7 @@ def episodes(
     """List recorded episodes, the newest last."""
 
     async def look() -> list[EpisodeSummary]:
-        async with _mesh(url, namespace, credentials) as mesh:
+        async with mesh_at(url, namespace, credentials) as mesh:
             found = [
                 one
                 async for one in mesh.episodes(
@@ -125,7 +126,7 @@ def replay(
     """Show a recorded episode step by step."""
 
     async def show() -> None:
-        async with _mesh(url, namespace, credentials) as mesh:
+        async with mesh_at(url, namespace, credentials) as mesh:
             async for one in mesh.replay(episode, start, speed, wait=wait):
                 print(json.dumps(_step(one)) if as_json else _line(one), flush=speed is not None)
 
@@ -153,7 +154,7 @@ def verify(
 
     async def judge() -> Counter[str]:
         counts: Counter[str] = Counter()
-        async with _mesh(url, namespace, credentials) as mesh:
+        async with mesh_at(url, namespace, credentials) as mesh:
             wanted = [(episode, "")] if episode else [(one.episode_id, one.env) async for one in mesh.episodes(env)]
             unserved: set[str] = set()  # what was waited for in vain
             for n, (id_, name) in enumerate(wanted, 1):

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meshrl.adapters.videos import MAX_FPS, VideoFormat, format_of, pyav, write_video
-from meshrl.bus.locate import locate
 from meshrl.cli.options import CredentialsFile, Namespace, Url
-from meshrl.cli.recordings import WaitForWorker
+from meshrl.cli.recordings import WaitForWorker, mesh_at
 from meshrl.client.mesh import Mesh
 from meshrl.errors import UsageError
 from meshrl.worker.running import run
@@ -40,8 +39,7 @@ def video(
     files = files_of(episode, format_, to)
 
     async def write() -> None:
-        address = await locate(url, credentials=credentials, namespace=namespace, start=False)
-        async with Mesh(address, namespace=namespace, credentials=credentials) as mesh:
+        async with mesh_at(url, namespace, credentials) as mesh:
             await write_videos(mesh, files, fps=fps, speed=speed, wait=wait)
 
     run(write())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from meshrl.client.playing import play
 from meshrl.errors import MeshError, MeshFull, UsageError
 
 if TYPE_CHECKING:
@@ -128,18 +129,11 @@ async def _episode(env: Any, agent: Any, seed: int, deterministic: bool) -> Epis
     obs, info = await env.reset(seed=seed)
     if agent.stateful:
         await agent.reset(seed=seed)
-    total, length, terminated, truncated = 0.0, 0, False, False
-    while not (terminated or truncated):
-        action = await agent.act(obs, info, deterministic, seed=seed, step=length)
-        obs, reward, terminated, truncated, info = await env.step(action)
-        if agent.stateful:
-            await agent.observe(reward, terminated, truncated)
-        total += float(reward)
-        length += 1
+    played = await play(env, agent, obs, info, seed=seed, deterministic=deterministic)
     return EpisodeReport(
         seed=seed,
-        episode_return=total,
-        length=length,
-        truncated=bool(truncated and not terminated),
+        episode_return=played.episode_return,
+        length=played.steps,
+        truncated=played.end != "terminated",
         worker=env.worker,
     )

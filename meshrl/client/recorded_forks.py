@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshrl.client.env import RemoteEnv
 from meshrl.client.recovery import OnLoss, Recovery
@@ -21,15 +21,29 @@ if TYPE_CHECKING:
     from meshrl.client.context import Context
 
 
+class Forked(NamedTuple):
+    """A live env in the state of an episode.
+
+    Attributes:
+        env: it.
+        observation: that it told last.
+        info: that came with that.
+    """
+
+    env: RemoteEnv
+    observation: Any
+    info: dict[str, Any]
+
+
 async def fork_of(
     context: Context,
     episode: RecordedEpisode,
     step: int | None,
     *,
     wait: float,
-    where: Mapping[str, Any] | None,
-    on_loss: OnLoss,
-) -> RemoteEnv:
+    where: Mapping[str, Any] | None = None,
+    on_loss: OnLoss = "resume",
+) -> Forked:
     """A live env in the state of an episode after so many steps (None: all of them).
 
     Raises:
@@ -66,7 +80,8 @@ async def fork_of(
         found = prefix_differs(part, told)
         if found is not None:
             raise diverged(Verdict(str(episode.id), "diverged", *found))
-        return RemoteEnv(session, render_mode=recorded.render_mode, check_actions="normal")
+        env = RemoteEnv(session, render_mode=recorded.render_mode, check_actions="normal")
+        return Forked(env, told.obs[-1], told.infos[-1])
     except BaseException:
         await shielded(session.close())
         raise

@@ -210,7 +210,7 @@ class Recordings(ABC):
         """
         context = self._open()
         read = await (await context.library()).episode(episode_id)
-        return await fork_of(context, read, step, wait=wait, where=where, on_loss=on_loss)
+        return (await fork_of(context, read, step, wait=wait, where=where, on_loss=on_loss)).env
 
     def experience(
         self,

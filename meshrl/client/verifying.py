@@ -103,12 +103,13 @@ class Beside:
 
     Args:
         episode: as it was recorded.
+        after: how many steps are known to be equal, the reset before them too; None for not even that.
     """
 
-    def __init__(self, episode: RecordedEpisode) -> None:
+    def __init__(self, episode: RecordedEpisode, after: int | None = None) -> None:
         self._episode = episode
-        self._rows = 0  # that were told: the reset's, and one a step
-        self._digest = np.zeros(1, np.uint64)
+        self._rows = 0 if after is None else after + 1  # that were told: the reset's, and one a step
+        self._digest = np.zeros(1, np.uint64) if after is None else episode.digests[after : after + 1]
 
     def add(self, again: Rerun) -> tuple[int, str] | None:
         """The next part; gives the first step of it that differs, counted from 1 (0: the reset), and in what."""
