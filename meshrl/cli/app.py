@@ -20,6 +20,7 @@ from meshrl.cli.check import check
 from meshrl.cli.demo import demo
 from meshrl.cli.doctor import doctor
 from meshrl.cli.drain import drain
+from meshrl.cli.experiment import experiment
 from meshrl.cli.fork import fork
 from meshrl.cli.ls import ls
 from meshrl.cli.recordings import episodes, recordings, replay, verify
@@ -66,6 +67,7 @@ app.command("replay")(replay)
 app.command("verify")(verify)
 app.command("video")(video)
 app.command("fork")(fork)
+app.command("experiment")(experiment)
 app.command("recordings")(recordings)
 app.add_typer(secure, name="secure")
 

@@ -1,6 +1,5 @@
 """``meshrl fork``: recorded episodes gone on with from the middle, in as many live envs as wanted."""
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from meshrl.client.mesh import Mesh
 from meshrl.client.playing import Played, end_of, play
 from meshrl.client.recorded_forks import Forked, fork_of
 from meshrl.client.rerunning import Rerun, actions_of
+from meshrl.client.together import together
 from meshrl.client.verifying import Beside
 from meshrl.errors import UsageError
 from meshrl.recording.episodes import RecordedEpisode
@@ -78,7 +78,7 @@ def fork(
                 else _by_agent(mesh, name, fork, seed=seed, copy=n, step=step, most=steps, wait=wait)
                 for n, fork in enumerate(forks)
             )
-            return read, await _all(goes_on)
+            return read, await together(goes_on)
 
     read, rests = run(go_on())
     told = _told(read, step, name, seed, rests)
@@ -99,18 +99,7 @@ def _check(read: RecordedEpisode, step: int) -> None:
 
 async def _forks(mesh: Mesh, read: RecordedEpisode, step: int, count: int, wait: float) -> list[Forked]:
     """All of them, opened at once; the mesh closes them."""
-    return await _all(fork_of(context_of(mesh), read, step, wait=wait) for _ in range(count))
-
-
-async def _all(works: Any) -> list[Any]:
-    """What all of them give, or the first error; then none of them goes on."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await together(fork_of(context_of(mesh), read, step, wait=wait) for _ in range(count))
 
 
 async def _by_agent(

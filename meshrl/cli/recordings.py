@@ -72,6 +72,9 @@ def episodes(
     min_return: Annotated[float | None, typer.Option(help="Those with at least that return.", metavar="R")] = None,
     label: Label = None,
     policy: Annotated[str | None, typer.Option(help="Those of that policy.", metavar="NAME")] = None,
+    manifest: Annotated[
+        str | None, typer.Option(help="Those of an experiment, by the beginning of its hash.", metavar="HASH")
+    ] = None,
     as_json: Json = False,
     url: Url = None,
     namespace: Namespace = "default",
@@ -84,7 +87,12 @@ def episodes(
             found = [
                 one
                 async for one in mesh.episodes(
-                    env, since=_since(since), min_return=min_return, labels=_labels(label), policy=policy
+                    env,
+                    since=_since(since),
+                    min_return=min_return,
+                    labels=_labels(label),
+                    policy=policy,
+                    manifest=manifest,
                 )
             ]
             return found[-last:] if last else found
@@ -266,6 +274,7 @@ def _plain(one: EpisodeSummary) -> dict[str, Any]:
         "user": one.user,
         "labels": dict(one.labels),
         "policy": one.policy,
+        "manifest": one.manifest,
     }
 
 

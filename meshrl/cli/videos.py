@@ -1,22 +1,18 @@
 """``meshrl video``: recorded episodes as MP4 or GIF."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meshrl.adapters.videos import MAX_FPS, VideoFormat, format_of, pyav, write_video
+from meshrl.cli.bars import bar
 from meshrl.cli.options import CredentialsFile, Namespace, Url
 from meshrl.cli.recordings import WaitForWorker, mesh_at
 from meshrl.client.mesh import Mesh
 from meshrl.errors import UsageError
 from meshrl.worker.running import run
-
-Told = Callable[[int, int], None]
 
 
 def video(
@@ -59,7 +55,7 @@ async def write_videos(
     """
     for id_, path, kind in files:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _bar(path.name) as told:
+        with bar(path.name) as told:
             written = await write_video(mesh, id_, path, format=kind, fps=fps, speed=speed, wait=wait, progress=told)
         print(f"{path}: {written.frames} frames, {written.width}x{written.height}, {written.fps:g} a second")
 
@@ -84,11 +80,3 @@ def files_of(episodes: Sequence[str], format_: str | None, to: Path) -> list[tup
     if is_file and len(episodes) > 1:
         raise UsageError(f"{len(episodes)} episodes are no one file {to}; give --to a directory")
     return [(id_, to if is_file else to / f"{id_}.{kind}", kind) for id_ in episodes]
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Told]:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

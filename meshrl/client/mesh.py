@@ -15,6 +15,7 @@ from meshrl.client.agent import RemoteAgent, open_agent
 from meshrl.client.context import Context
 from meshrl.client.env import RemoteEnv
 from meshrl.client.evaluate import Report, evaluate
+from meshrl.client.manifest import Experiment
 from meshrl.client.opening import Opening
 from meshrl.client.pool import RemotePool
 from meshrl.client.recordings import Recordings, RecordWish, record_of
@@ -47,6 +48,11 @@ class Mesh(Recordings):
             a third of it, though not before 10 s (or before ``timeout``, where that is shorter): so after 10 s by
             default, and after 40 s with 120. A stateless ``act`` is given up after all of it, answers being all that
             there is to hear of one.
+        experiment: for which it records, whatever is opened; None for the one whose script this process runs, if it
+            is one of `meshrl experiment`.
+
+    Attributes:
+        experiment: the same.
 
     Raises:
         MeshUnreachable: no NATS server answers.
@@ -60,6 +66,7 @@ class Mesh(Recordings):
         namespace: str = "default",
         credentials: str | Path | Credentials | None = None,
         timeout: float = 30.0,
+        experiment: Experiment | None = None,
     ) -> None:
         if timeout <= 0:
             raise UsageError(f"timeout is a number of seconds above 0, not {timeout!r}")
@@ -68,6 +75,7 @@ class Mesh(Recordings):
         self._timeout = timeout
         self._subjects = Subjects(namespace)
         self._context: Context | None = None
+        self.experiment = Experiment.from_environment() if experiment is None else experiment
 
     def __repr__(self) -> str:
         context = self._context
@@ -186,7 +194,7 @@ class Mesh(Recordings):
         """
         remote_mode = "rgb_array" if render_mode == "human" else render_mode
         on_loss = _on_loss(on_loss)
-        asked = record_of(record, record_every, labels, policy)
+        asked = record_of(record, record_every, labels, policy, self.experiment)
         session = await self._open().open(
             "env", name, kwargs, where, wait, on_loss=on_loss, render_mode=remote_mode, record=asked
         )
@@ -264,7 +272,7 @@ class Mesh(Recordings):
             autoreset_mode=mode.value,
             seeding=seeding,
             render_mode=render_mode,
-            record=record_of(record, record_every, labels, policy),
+            record=record_of(record, record_every, labels, policy, self.experiment),
         )
         try:
             return RemoteVectorEnv(
@@ -328,7 +336,7 @@ class Mesh(Recordings):
             on_loss=_on_loss(on_loss),
             form="pool",
             seeding=seeding,
-            record=record_of(record, record_every, labels, policy),
+            record=record_of(record, record_every, labels, policy, self.experiment),
         )
         try:
             return RemotePool(sessions, context.flights, seeding=seeding, fair=fair, check_actions=check_actions)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from meshrl.client.env import RemoteEnv
 from meshrl.client.episode import Episode, Transition, episode_of
 from meshrl.client.experience import ExperienceFeed
+from meshrl.client.manifest import Experiment
 from meshrl.client.recorded_forks import fork_of
 from meshrl.client.recovery import OnLoss
 from meshrl.client.rendered import EpisodeFrame, rendered
@@ -32,19 +33,27 @@ RecordWish = Literal["off", "actions", "full", "strict"]
 
 
 def record_of(
-    level: RecordWish | None, every: int = 1, labels: Mapping[str, str] | None = None, policy: str | None = None
+    level: RecordWish | None,
+    every: int = 1,
+    labels: Mapping[str, str] | None = None,
+    policy: str | None = None,
+    experiment: Experiment | None = None,
 ) -> Record | None:
-    """What an open says of its recording; None where its user said nothing.
+    """What an open says of its recording; None where its user said nothing, and it is done for no experiment.
 
     Raises:
         UsageError: there is no such level, or a label that is too long or no text.
     """
     if level is not None and level not in RECORD_LEVELS:
         raise UsageError(f"record is one of {', '.join(RECORD_LEVELS)}, not {level!r}")
-    if level is None and every == 1 and not labels and policy is None:
+    if level is None and every == 1 and not labels and policy is None and experiment is None:
         return None
+    manifest = None
+    if experiment is not None:
+        manifest, labels = experiment.hash, {**(labels or {}), **experiment.labels}
+        level, policy = level or experiment.manifest.record, policy or experiment.manifest.agent
     try:
-        return Record(level=level, every=every, labels=dict(labels or {}), policy=policy)
+        return Record(level=level, every=every, labels=dict(labels or {}), policy=policy, manifest=manifest)
     except ValueError as exc:
         raise UsageError(
             "record_every is a number from 1, labels are at most 32 short texts by name, and policy is a short text"
@@ -67,6 +76,7 @@ class Recordings(ABC):
         min_return: float | None = None,
         labels: Mapping[str, str] | None = None,
         policy: str | None = None,
+        manifest: str | None = None,
     ) -> AsyncIterator[EpisodeSummary]:
         """The recorded episodes that have ended, the oldest first.
 
@@ -77,6 +87,7 @@ class Recordings(ABC):
             min_return: those whose rewards add up to as much.
             labels: those of sessions with all of these.
             policy: those with actions of that policy.
+            manifest: those of the experiment whose manifest has that hash, or one that begins so.
 
         Raises:
             MeshUnreachable, RequestTimeout: the server is away, or does not answer.
@@ -90,6 +101,7 @@ class Recordings(ABC):
                 (min_return is None or summary.episode_return >= min_return)
                 and wanted <= summary.labels.items()
                 and policy in {None, summary.policy}
+                and (manifest is None or (summary.manifest or "").startswith(manifest.lower()))
             ):
                 yield summary
 

@@ -66,6 +66,7 @@ class EpisodeSummary:
         user: whose session it was.
         labels: of the session.
         policy: whose actions they are, by name.
+        manifest: the hash of the manifest of the experiment that it is of.
     """
 
     episode_id: str
@@ -78,6 +79,7 @@ class EpisodeSummary:
     user: str
     labels: Mapping[str, str]
     policy: str | None
+    manifest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

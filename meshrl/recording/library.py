@@ -339,6 +339,7 @@ def _summary(stored: Stored, entry: Entry, row: int) -> EpisodeSummary:
         user=entry.user,
         labels=entry.labels,
         policy=entry.policy,
+        manifest=entry.manifest,
     )
 
 
