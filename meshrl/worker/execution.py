@@ -246,7 +246,10 @@ class Execution:
 
     def unrecorded(self, session: Session, why: str) -> EndsSession:
         """What ends a session that is recorded strictly, and could not be."""
-        text = f"session {session.id} is recorded strictly, and its last step could not be: {why}; it is over, open a new one when that is mended"
+        text = (
+            f"session {session.id} is recorded strictly, and its last step could not be: {why}; it is over, open a new "
+            "one when that is mended"
+        )
         return EndsSession(NotRecorded(text, session=session.id, why=why))
 
     def crashed(self, what: str, op: str, exc: BaseException) -> WorkerError:
