@@ -13,7 +13,7 @@
     ├── TransportError        the network: NATS, or the way to it
     │   ├── MeshUnreachable (ConnectionError), LoginRefused (PermissionError), RequestTimeout (TimeoutError)
     │   ├── SubjectNotPermitted (PermissionError), BusClosed (ConnectionError)
-    │   ├── StreamMissing (LookupError), StorageRefused, WrongSequence
+    │   ├── StreamMissing (LookupError), StorageRefused, WrongSequence, ViewerCut
     ├── RecordingError        what was recorded: it is not there, or not whole
     │   ├── EpisodeUnknown (LookupError), EpisodeTorn, EpisodeDiverged, EpisodeNotRendered
     └── WorkerError           the worker: it answered, with an error
@@ -304,6 +304,12 @@ class WrongSequence(StorageRefused):
 
 
 # --------------------------------------------------------------------------- what was recorded
+
+
+class ViewerCut(TransportError):
+    """Whoever watched episodes under way did not keep up, and is shown no more; ``details["behind_bytes"]`` waited."""
+
+    code = "viewer_cut"
 
 
 class RecordingError(MeshError):

@@ -61,6 +61,7 @@ class Context:
         subjects: Subjects,
         timeout: float,
     ) -> None:
+        self.url, self.credentials = url, credentials
         self.loop = asyncio.get_running_loop()
         self.connection = connection
         self.subjects = subjects
@@ -88,6 +89,11 @@ class Context:
         return self.hearing.registry
 
     # ---------------------------------------------------------------- life
+
+    @property
+    def ended(self) -> bool:
+        """Whether the mesh was closed, by its user."""
+        return self._ended
 
     def check_open(self) -> None:
         """Whether anything can still be done.

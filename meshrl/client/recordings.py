@@ -21,6 +21,7 @@ from meshrl.client.recorded_forks import fork_of
 from meshrl.client.recovery import OnLoss
 from meshrl.client.rendered import EpisodeFrame, rendered
 from meshrl.client.rerunning import rerun
+from meshrl.client.tap import Tapped, tapped
 from meshrl.client.verifying import Verdict, diverged, judge
 from meshrl.errors import UsageError
 from meshrl.recording.episodes import EpisodeSummary
@@ -223,6 +224,23 @@ class Recordings(ABC):
         context = self._open()
         read = await (await context.library()).episode(episode_id)
         return (await fork_of(context, read, step, wait=wait, where=where, on_loss=on_loss)).env
+
+    def tap(self, env: str | None = None, session: str | None = None) -> AsyncGenerator[Tapped, None]:
+        """The transitions of episodes that are under way, as they are recorded, without touching them.
+
+        What is recorded with ``actions`` has observations and infos here too. Nothing waits for a viewer: one that does
+        not keep up is cut off. Ends when the mesh is closed; leave it early with ``contextlib.aclosing``.
+
+        Args:
+            env: the name under which it is served, exactly; None for all.
+            session: of one alone, as in ``env.session_id``.
+
+        Raises:
+            ViewerCut: it was not taken in time.
+            SubjectNotPermitted: the login may not watch.
+            MeshError: the server is away.
+        """
+        return tapped(self._open(), env, session)
 
     def experience(
         self,

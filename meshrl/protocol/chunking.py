@@ -195,7 +195,7 @@ class Chunker:
         if not (len(rows.source) or told.asked or len(ended) or lost or end):
             self.n -= 1
             return None
-        full = self._transcript.level == "full"
+        full = self._transcript.level == "full" or (self._transcript.watched and told.observations is not None)
         touched = sorted(self._touched)
         self._touched.update(one.lane for _, one in told.asked)
         policy, self._policy = self._policy, told.policies[-1][1] if told.policies else self._policy

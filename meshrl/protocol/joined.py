@@ -68,7 +68,7 @@ def joined(transcript: Transcript, noted: Noted) -> Told:
     notes = [one for one in noted if isinstance(one, Note)]
     ones = [one for one in noted if isinstance(one, One)]
     told = _of_ones(transcript, ones) if ones else _of_notes(transcript, notes) if notes else Told()
-    if transcript.level != "full":
+    if not transcript.shows:
         told.observations = None
     row, policy = 0, None
     for one in noted:

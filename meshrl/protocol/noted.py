@@ -68,6 +68,11 @@ class Note(NamedTuple):
     nbytes: int
     hashes: Words | None = None
 
+    @property
+    def hashed(self) -> bool:
+        """Whether hashes stand for its observations."""
+        return self.hashes is not None
+
 
 class One(NamedTuple):
     """An answer to the only lane of a session of one env: its own values, a row of a :class:`Note`."""
@@ -84,6 +89,11 @@ class One(NamedTuple):
     nbytes: int
     hash: int | None
 
+    @property
+    def hashed(self) -> bool:
+        """Whether a hash stands for its observation."""
+        return self.hash is not None
+
 
 @dataclass(slots=True)
 class Asked:
@@ -93,6 +103,7 @@ class Asked:
     op: str
     given: Info
     nbytes: int = ROW_BYTES
+    hashed: None = None
 
 
 def rows_in(noted: Note | One | Asked) -> int:

@@ -75,7 +75,7 @@ def permissions(role: Role, user: str) -> Permissions:
     looks = (f"{_PREFIX}registry.ask",)
     if role == "observer":
         # A probe of nothing says in which namespace a worker is.
-        watches = (*looks, f"{_PREFIX}worker.*.probe.{user}", *_WHO_IS_THERE)
+        watches = (*looks, f"{_PREFIX}worker.*.probe.{user}", f"{_PREFIX}tapping.{user}", *_WHO_IS_THERE)
         return Permissions(watches, (*hears, f"{_PREFIX}tap.>"))
     asks: tuple[str, ...] = (
         *looks,
@@ -90,6 +90,7 @@ def permissions(role: Role, user: str) -> Permissions:
         (
             *asks,
             f"{_PREFIX}worker.*.*.{user}",
+            f"{_PREFIX}tapping.{user}",
             *_WHO_IS_THERE,
             *_STREAMS,
             *_RECORDINGS,
@@ -112,6 +113,7 @@ def _worker(kind: str, shared: str, user: str) -> Permissions:
             f"{_PREFIX}registry.ask",
             f"{_PREFIX}worker.*.*.*",
             f"{_PREFIX}session.*.*.*.*",
+            *((f"{_PREFIX}tapping.*",) if kind == "env" else ()),
             shared,
             "$SRV.*",
             f"$SRV.*.{service}",

@@ -57,6 +57,7 @@ class Transcript:
         strict: somebody waits for all that is noted, so that it is stored at once.
         missed: rows that were not noted, since too many were not taken.
         policy: the version of whoever chooses the actions from now on, where that is said.
+        watched: whether somebody watches, so that observations and infos are noted whatever the level is.
         redone: whether its session was brought back by a replay.
         begun: the epoch in which the recording began that it goes on with.
     """
@@ -72,6 +73,7 @@ class Transcript:
     closed: bool = False
     strict: bool = False
     missed: int = 0
+    watched: bool = False
     redone: bool = False
     begun: int = 1
     _waiting: deque[tuple[int, Callable[[str | None], None]]] = field(default_factory=deque)
@@ -87,6 +89,11 @@ class Transcript:
 
     def __post_init__(self) -> None:
         self._numbers = [0] * self.count
+
+    @property
+    def shows(self) -> bool:
+        """Whether observations and infos are kept."""
+        return self.level == "full" or self.watched
 
     @property
     def settles(self) -> bool:
@@ -156,7 +163,7 @@ class Transcript:
                     for row, info in infos
                     if "final_obs" in info and row in begun and (terminations[row] or truncations[row])
                 ]
-            if self.level == "full":
+            if self.shows:
                 told = _packed(infos, {row for row, _ in finals})
         nbytes = (len(rewards) + len(finals)) * self.row_bytes + sum([len(info) for _, _, info in told])
         policy = self.policy if policies is None else policies
@@ -225,11 +232,11 @@ class Transcript:
             truths_of([ended[1]]),
             {} if begun is None else {0: begun},
             finals,
-            _packed([(0, info) for info in infos], {0} if finals else ()) if self.level == "full" else (),
+            _packed([(0, info) for info in infos], {0} if finals else ()) if self.shows else (),
             self.policy,
             (1 + len(finals)) * self.row_bytes,
         )
-        if self.level != "full" and self.hashes_at_once:
+        if self.hashes_at_once and not self.shows:
             note = self._hashed(note)
         with self._lock:
             self._keep(note)
@@ -238,7 +245,7 @@ class Transcript:
         """Take in what envs may write to again, when the answer has left and before more is asked of them."""
         unsettled, self._unsettled = self._unsettled, []
         for note in unsettled:
-            if self.level != "full" and self.hashes_at_once:
+            if self.hashes_at_once and not self.shows:
                 self._keep(self._hashed(note))
             else:
                 self._keep(note._replace(obs=note.obs.stacked()) if type(note.obs) is Rows else note)
@@ -258,10 +265,10 @@ class Transcript:
         begun: Began | None,
     ) -> None:
         packed, hash_, nbytes = None, None, self.row_bytes
-        if self.level == "full":
+        if self.shows:
             packed = (_told(info) or None) if info else None
             nbytes += len(packed or b"")
-        if self.level != "full" and self.hashes_at_once:
+        if self.hashes_at_once and not self.shows:
             hash_, obs = (
                 int(
                     hashes_of_values(
@@ -302,21 +309,25 @@ class Transcript:
         return note._replace(hashes=hashes, obs=None, finals=[(row, None) for row, _ in note.finals])
 
     def taken(self, limit_bytes: int) -> list[Note | One | Asked]:
-        """What was noted, the oldest first, at most about so much of it; at least one note if there is any."""
+        """What was noted, the oldest first, at most about so much of it; at least one note if there is any.
+
+        Where somebody began to watch, or does no more, it ends.
+        """
         taken: list[Note | One | Asked] = []
-        size = 0
-        while (one := self._first(limit_bytes - size, least=not taken)) is not None:
+        size, hashed = 0, None
+        while (one := self._first(limit_bytes - size, hashed, least=not taken)) is not None:
             size += one.nbytes
+            hashed = one.hashed if hashed is None else hashed
             taken.append(one)
         self._taken_bytes += size
         return taken
 
-    def _first(self, limit_bytes: int, *, least: bool) -> Note | One | Asked | None:
-        """What was noted first, if that is no more than so much; ``least``: or as little as can be had."""
+    def _first(self, limit_bytes: int, hashed: bool | None, *, least: bool) -> Note | One | Asked | None:
+        """What was noted first, if it is like what was before it, and no more than so much, or ``least``."""
         while self._noted:
             first = self._noted[0]
             if not isinstance(first, Block):
-                if not (least or first.nbytes <= limit_bytes):
+                if not (least or first.nbytes <= limit_bytes) or {hashed, first.hashed} == {True, False}:
                     return None
                 self._noted.popleft()
                 return first
@@ -358,15 +369,13 @@ class Transcript:
         """Forget what was noted, where nobody could keep it; gives the lanes that miss something now, and the rows."""
         lanes: set[int] = set()
         rows = 0
-        for one in self.taken(1 << 62):
-            if isinstance(one, Asked):
-                lanes.add(one.lane)
-                continue
-            rows += rows_in(one)
-            if isinstance(one, One):
-                lanes.add(0)
-            else:
-                lanes.update(range(self.count) if one.lanes is None else one.lanes.tolist())
+        while taken := self.taken(1 << 62):
+            rows += sum(map(rows_in, taken))
+            for one in taken:
+                if isinstance(one, Note):
+                    lanes.update(range(self.count) if one.lanes is None else one.lanes.tolist())
+                else:
+                    lanes.add(one.lane if isinstance(one, Asked) else 0)
         return lanes, rows
 
 

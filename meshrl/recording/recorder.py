@@ -22,6 +22,7 @@ from meshrl.errors import BusClosed, MeshError
 from meshrl.protocol.transcript import Transcript
 from meshrl.recording.chain import STORED_S, Counts, Storing
 from meshrl.recording.streams import Retention, make_streams
+from meshrl.recording.tapping import SHOWN_S, Watched
 from meshrl.recording.writing import SessionWriter
 from meshrl.wire.recorded import Recorded
 from meshrl.wire.subjects import Subjects
@@ -68,6 +69,7 @@ class Recorder:
         self._added: list[tuple[Transcript, Recorded, int]] = []
         self._writers: dict[int, SessionWriter] = {}  # by their transcript's id; the recorder's own
         self._ended: list[tuple[Transcript, str]] = []
+        self._watched: Watched | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
         self._stopping = self._ended_for_good = False
@@ -82,6 +84,8 @@ class Recorder:
         if self._ended_for_good:
             transcript.close()
             return
+        if self._watched is not None and self._watched.until(recorded) > time.monotonic():
+            transcript.watched = True  # from its first row on
         self._added.append((transcript, recorded, epoch))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"recorder-{self._worker}", daemon=True)
@@ -129,7 +133,10 @@ class Recorder:
             return
         try:
             async with Reader(connection, STORED_S) as reader:
-                await self._serve(Storing(connection, reader, self._subjects, self._maker(connection), self.counts))
+                storing = Storing(connection, reader, self._subjects, self._maker(connection), self.counts)
+                self._watched = watched = Watched(connection, self._subjects)
+                await watched.begin()
+                await self._serve(storing, watched)
         finally:
             await connection.close()
 
@@ -149,7 +156,7 @@ class Recorder:
 
         return make
 
-    async def _serve(self, storing: Storing) -> None:
+    async def _serve(self, storing: Storing, watched: Watched) -> None:
         assert self._wake is not None
         turn = asyncio.Semaphore(AT_ONCE)
         under_way: dict[int, asyncio.Task[None]] = {}
@@ -157,7 +164,10 @@ class Recorder:
         while True:
             now = time.monotonic()
             self._take_in(storing)
+            look_s = LOOK_S
             for key, writer in list(self._writers.items()):
+                if writer.watched(watched.until(writer.recorded), now):
+                    look_s = SHOWN_S / 2
                 if key in under_way:
                     continue
                 if writer.over:
@@ -171,7 +181,7 @@ class Recorder:
                 if now > stop_by or not (under_way or self._added or self._ended):
                     break
             try:
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(look_s):
                     await self._wake.wait()
             except TimeoutError:
                 continue

@@ -20,6 +20,7 @@ from meshrl.protocol.runs import LOST
 from meshrl.protocol.transcript import MAX_NOTED_BYTES, Transcript
 from meshrl.recording.chain import Chain, Rival, Storing
 from meshrl.recording.streams import EPISODES, stream_of
+from meshrl.recording.tapping import SHOWN_S, Tap
 from meshrl.wire.recorded import MAX_EPISODES, Entry, Recorded
 
 log = logging.getLogger("meshrl.recording")
@@ -100,6 +101,7 @@ class SessionWriter:
         self._numbers: dict[int, int] = {}  # chunks' numbers in the stream, by their own
         self._due_at = 0.0
         self._lost = 0  # rows of a chunk that could not be stored, to be told with what was dropped for it
+        self._tap: Tap | None = None
         self._placed = False  # whether it is known where it goes on
 
     def _chains(self, recording: str) -> tuple[Chain, Chain]:
@@ -109,6 +111,29 @@ class SessionWriter:
 
     def __repr__(self) -> str:
         return f"<SessionWriter of {self._recorded.session}, chunk {self._chunker.n}>"
+
+    # ---------------------------------------------------------------- who watches
+
+    def watched(self, until: float, now: float) -> bool:
+        """Somebody watches until then; gives whether it is shown."""
+        if self.over or until <= now:
+            self._tap, self.transcript.watched = None, False
+        elif self._tap is None:
+            first = self._chunker.n + (1 if self.transcript.watched else 2)  # what was noted so far is of the next
+            self._tap = Tap(self._storing, self._recorded, until, first)
+            self._tap.describe()
+            self.transcript.watched = True
+        elif until > self._tap.until:  # somebody else may have come
+            self._tap.until = until
+            self._tap.describe()
+        return self._tap is not None
+
+    @property
+    def recorded(self) -> Recorded:
+        """What the recording says of itself."""
+        return self._recorded
+
+    # ---------------------------------------------------------------- writing
 
     def due(self, now: float) -> bool:
         """Whether there is something to be written."""
@@ -120,7 +145,7 @@ class SessionWriter:
         if not noted:
             self._due_at = 0.0
         elif not self._due_at:
-            self._due_at = now + CHUNK_S
+            self._due_at = now + (CHUNK_S if self._tap is None else SHOWN_S)
         return bool(self._due_at) and now >= self._due_at
 
     async def write(self) -> None:
@@ -189,13 +214,16 @@ class SessionWriter:
             return
         if made is None:
             return
-        chunk, ended = replace(made[0], first=self._where_they_began(made[0])), made[1]
+        shown, ended = replace(made[0], first=self._where_they_began(made[0])), made[1]
+        chunk = shown if self._recorded.level == "full" else replace(shown, observations=None, infos=None)
         try:
             body = pack_chunk(chunk)
             self._size.seen(sum(one.nbytes for one in noted), len(body))
             too_large = len(body) > self._storing.connection.max_headed
             parts = halves(self.transcript, noted) if too_large else None
             if parts is None:
+                if self._tap is not None:
+                    self._tap.show(shown)
                 await self._store(chunk, body, ended)
         except MeshError:
             self._lost += len(chunk)

@@ -361,6 +361,20 @@ class Probed(Message):
     states: list[Literal["unknown", "not_received", "running", "parked", "answered"]]
 
 
+class Watch(Message):
+    """Somebody watches sessions that are recorded, for some seconds from now on; said again as long as that lasts.
+
+    Attributes:
+        env: the served name; None for any.
+        session: its id; None for any.
+        seconds: for how long.
+    """
+
+    env: str | None = None
+    session: str | None = None
+    seconds: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)]
+
+
 class Drain(Message):
     """Has a worker leave: its sessions move to others, and it ends when none is left or the time is over.
 

@@ -122,6 +122,17 @@ class Subjects:
         """Where a session of an env is recorded; ``*`` for all of that env."""
         return f"{self.prefix}rec.{token(name)}.{session}"
 
+    def tapped(self, name: str, session: str, what: str) -> str:
+        """Where a session of an env is shown while somebody watches: its ``about``, and its ``rows`` as they come.
+
+        ``*`` for all sessions, or for both.
+        """
+        return f"{self.prefix}tap.{'*' if name == '*' else token(name)}.{session}.{what}"
+
+    def tapping(self, user: str) -> str:
+        """Where a user says that somebody watches; ``*`` for what workers hear."""
+        return f"{self.prefix}tapping.{user}"
+
     def position(self, user: str, name: str, consumer: str) -> str:
         """Where a user's consumer of the experience of an env says how far it has come."""
         return f"{self.prefix}position.{user}.{token(name)}.{token(consumer)}"

@@ -1,0 +1,103 @@
+"""Tapping: what recorded sessions do, shown to whoever watches at this moment, and stored for nobody.
+
+A viewer says again and again that it watches. As long as that lasts, a worker cuts the chunks of the session more
+often, keeps observations and infos in them whatever the level of the recording is, and publishes each as it is made. No
+step waits for that, and the server cuts off a viewer that does not keep up.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from meshrl.bus.connection import Connection
+from meshrl.errors import MeshError, SubjectNotPermitted
+from meshrl.protocol.chunks import Chunk, pack_chunk
+from meshrl.recording.chain import Storing
+from meshrl.wire.messages import Watch, parse
+from meshrl.wire.recorded import Recorded
+from meshrl.wire.subjects import Subjects
+
+log = logging.getLogger("meshrl.recording")
+
+# Between chunks of a session that is watched.
+SHOWN_S = 0.1
+# Of different things that are watched at once.
+MAX_WATCHES = 1000
+
+
+@dataclass(slots=True)
+class Tap:
+    """The viewers of one session.
+
+    Attributes:
+        storing: of its worker.
+        recorded: what the recording says of itself.
+        until: when they are believed to be gone, in monotonic seconds.
+        first: the number of the first chunk that is shown: of the one before not all was noted for viewers.
+    """
+
+    storing: Storing
+    recorded: Recorded
+    until: float
+    first: int
+
+    def describe(self) -> None:
+        """Say what it is; to those who watch already, once more."""
+        self._publish("about", self.recorded.to_stream())
+
+    def show(self, chunk: Chunk) -> None:
+        """Show a chunk; one that is too large for a message is a gap to its viewers."""
+        if chunk.n < self.first or chunk.observations is None:
+            return
+        try:
+            self._publish("rows", pack_chunk(chunk))
+        except MeshError as exc:
+            log.info("a chunk of session %s is not shown: %s", self.recorded.session, exc.message)
+
+    def _publish(self, what: str, body: bytes) -> None:
+        subject = self.storing.subjects.tapped(self.recorded.name, self.recorded.session, what)
+        self.storing.connection.publish(subject, body)
+
+
+class Watched:
+    """What viewers want to see of one worker's sessions.
+
+    Args:
+        connection: over which they say so.
+        subjects: of the worker.
+    """
+
+    def __init__(self, connection: Connection, subjects: Subjects) -> None:
+        self._connection = connection
+        self._subjects = subjects
+        self._until: dict[tuple[str | None, str | None], float] = {}  # by env and session
+
+    async def begin(self) -> None:
+        """Hear them from now on, as far as this login may."""
+        try:
+            await self._connection.subscribe(self._subjects.tapping("*"), self._on_watch)
+        except SubjectNotPermitted as exc:
+            log.info("nobody can watch: %s", exc.message)
+
+    def _on_watch(self, _subject: str, _reply: str, data: bytes) -> None:
+        now = time.monotonic()
+        try:
+            watch = parse(Watch, data)
+        except MeshError as exc:
+            log.info("%s", exc.message)
+            return
+        known = {wanted: until for wanted, until in self._until.items() if until > now}
+        wanted = watch.env, watch.session
+        if wanted in known or len(known) < MAX_WATCHES:
+            known[wanted] = max(known.get(wanted, 0.0), now + watch.seconds)
+        self._until = known  # another one: it is looked into on other threads
+
+    def until(self, recorded: Recorded) -> float:
+        """Until when somebody watches a session, in monotonic seconds; 0 if nobody ever did."""
+        name, session = recorded.name, recorded.session
+        asked = self._until
+        if not asked:
+            return 0.0
+        return max(asked.get(wanted, 0.0) for wanted in ((None, None), (name, None), (None, session), (name, session)))

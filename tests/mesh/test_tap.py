@@ -1,0 +1,238 @@
+"""Taps: episodes under way are seen as they go, whatever else is done with them, and nobody waits for a viewer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from meshrl import EnvWorker, Mesh, RemoteEnv
+from meshrl.client import tap
+from meshrl.client.context import context_of
+from meshrl.client.tap import Tapped, tapped
+from meshrl.errors import ViewerCut
+from tests.mesh.conftest import until
+from tests.mesh.recordings import Told, drive
+from tests.mesh.test_recordings import alike
+
+
+class Viewer:
+    """Takes whatever a tap shows."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tapped] = []
+        self.over = False
+
+    async def watch(self, mesh: Mesh, **which: str) -> None:
+        async with aclosing(mesh.tap(**which)) as shown:
+            async for one in shown:
+                self.seen.append(one)
+        self.over = True
+
+    def of(self, episode_id: str) -> list[Tapped]:
+        return [one for one in self.seen if one.episode_id == episode_id]
+
+
+@asynccontextmanager
+async def watching(mesh: Mesh, **which: str) -> AsyncIterator[Viewer]:
+    viewer = Viewer()
+    task = asyncio.create_task(viewer.watch(mesh, **which))
+    try:
+        yield viewer
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def seen(viewer: Viewer, env: RemoteEnv, before: int = 0) -> int:
+    """Play until that is shown; gives the number of the env's next episode, of which it had so many."""
+    number = before
+    while not viewer.seen:
+        await env.reset()
+        number += 1
+        over = False
+        while not over:
+            _, _, terminated, truncated, _ = await env.step(0)
+            over = terminated or truncated or bool(viewer.seen)
+            await asyncio.sleep(0.002)
+    return number
+
+
+async def stored(m: Mesh, episode_id: str) -> None:
+    """Wait until an episode is listed."""
+
+    async def is_listed() -> bool:
+        return any([one.episode_id == episode_id async for one in m.episodes("of")])
+
+    await until(is_listed, "it is listed")
+
+
+def same(shown: list[Tapped], told: Told, first: int = 0) -> None:
+    assert [one.transition.step for one in shown] == list(range(first, len(told.actions)))
+    for one in shown:
+        transition, t = one.transition, one.transition.step
+        assert alike(transition.observation, told.obs[t])
+        assert alike(transition.next_observation, told.obs[t + 1])
+        assert alike(transition.action, told.actions[t])
+        assert alike(transition.info, told.infos[t + 1])
+        assert transition.reward == told.rewards[t]
+        assert (transition.terminated, transition.truncated) == (told.terminations[t], told.truncations[t])
+
+
+@pytest.mark.parametrize("level", ["actions", "full"])
+async def test_whole_episodes_are_seen_with_observations_and_infos(url: str, level: str) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, url, record=level), Mesh(url) as m, Mesh(url) as other:  # type: ignore[arg-type]
+        async with await m.env("of") as env, watching(other, env="of") as viewer:
+            number = await seen(viewer, env)
+            told = await drive(env, 3, 2)
+            last = f"{env.session_id}.0.{number + 2}"
+            await until(lambda: len(viewer.of(last)) == len(told[2].actions), "the last episode is seen")
+            for n, one in enumerate(told, number):
+                shown = viewer.of(f"{env.session_id}.0.{n}")
+                same(shown, one)
+                assert {(view.session, view.env, view.env_id) for view in shown} == {(env.session_id, "of", 0)}
+        await stored(other, last)
+        assert (await other.episode(last)).remade == (level == "actions"), "what is stored has its own level"
+
+
+async def test_lanes_of_vectors_and_pools_are_told_apart(url: str) -> None:
+    async with EnvWorker(dict.fromkeys(("many", "pool"), "CartPole-v1"), url, record="actions"), Mesh(url) as m:
+        async with await m.vector("many", 3, shards=1) as envs, watching(m, env="many") as viewer:
+            obs, _ = await envs.reset(seed=1)
+            told, over, n = [], np.zeros(3, bool), 0
+            while len(viewer.seen) < 200:
+                before, n = obs, n + 1
+                obs, _, terminations, truncations, _ = await envs.step(np.full(3, n % 2))
+                told += [[*before[i].tolist(), *obs[i].tolist()] for i in np.flatnonzero(~over)]
+                over = terminations | truncations
+                await asyncio.sleep(0.001)
+            by_env: dict[int, int] = {}
+            for one in viewer.seen:
+                step = one.transition
+                row = [*step.observation.tolist(), *step.next_observation.tolist()]
+                assert row in told
+                by_env[one.env_id] = by_env.get(one.env_id, 0) + 1
+            assert by_env.keys() == {0, 1, 2}
+        async with await m.pool("pool", 3, shards=1) as pool, watching(m, env="pool") as viewer:
+            await pool.reset(seed=1)
+            last: dict[int, np.ndarray] = {}
+            pairs: dict[int, list[list[float]]] = {0: [], 1: [], 2: []}
+            while len(viewer.seen) < 200:
+                batch = await pool.recv(min=1, timeout=10.0)
+                for at, i in enumerate(batch.env_ids.tolist()):
+                    if not batch.first[at]:
+                        pairs[i].append(last[i].tolist())
+                    last[i] = batch.observations[at]
+                await pool.send(np.zeros(len(batch.env_ids), np.int64), batch.env_ids)
+                await asyncio.sleep(0)
+            for one in viewer.seen:
+                if not one.transition.terminated:
+                    assert one.transition.observation.tolist() in pairs[one.env_id]
+
+
+async def test_large_observations_are_kept_from_when_somebody_watches(url: str) -> None:
+    """Those are hashed at once otherwise, and what was noted before is of another kind than what comes then."""
+    async with EnvWorker({"of": Pictures}, url, record="actions"), Mesh(url) as m:
+        async with await m.env("of") as env:
+            await drive(env, 2, 1)
+            async with watching(m, session=env.session_id) as viewer:
+                number = await seen(viewer, env, 2)
+                session = env.session_id
+                (told,) = await drive(env, 1, 3)
+                await until(lambda: len(viewer.of(f"{session}.0.{number}")) == 40, "all of it is seen")
+                same(viewer.of(f"{session}.0.{number}"), told)
+            await drive(env, 2, 4)
+        await stored(m, f"{session}.0.{number + 2}")
+        for n in range(number + 3):
+            assert (await m.verify(f"{session}.0.{n}")).status == "exact"
+
+
+async def test_a_session_that_begins_while_somebody_watches_is_seen_from_its_first_step(url: str) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, url, record="actions"), Mesh(url) as m:
+        async with await m.env("of") as first, watching(m, env="of") as viewer:
+            await seen(viewer, first)
+            async with await m.env("of") as env:
+                (told,) = await drive(env, 1, 2)
+                id_ = f"{env.session_id}.0.0"
+                await until(lambda: len(viewer.of(id_)) == len(told.actions), "all of it is seen")
+                same(viewer.of(id_), told)
+
+
+async def test_who_does_not_keep_up_is_cut_off_and_stops_nobody(url: str) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, url, record="full"), Mesh(url) as m:
+        async with await m.env("of") as env, aclosing(tapped(context_of(m), "of", None, 20_000)) as shown:
+            await env.reset(seed=1)
+            first = asyncio.ensure_future(anext(shown))
+            while not first.done():
+                await drive(env, 1, 1)
+                await asyncio.sleep(0.005)
+            for n in range(30):  # and now it sleeps
+                await drive(env, 4, n)
+                await asyncio.sleep(0.05)
+            with pytest.raises(ViewerCut) as raised:
+                async for _ in shown:
+                    pass
+            assert raised.value.details["behind_bytes"] > 20_000
+            await drive(env, 1, 1)
+
+
+async def test_it_ends_with_the_mesh_and_nobody_is_shown_anything_then(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tap, "BELIEVED_S", 1.0)
+    monkeypatch.setattr(tap, "SAID_S", 0.2)
+    async with EnvWorker({"of": "CartPole-v1"}, url, record="actions") as worker, Mesh(url) as m:
+        async with await m.env("of") as env:
+            viewer = Viewer()
+            async with Mesh(url) as other:
+                task = asyncio.create_task(viewer.watch(other))
+                await seen(viewer, env)
+            await asyncio.wait_for(task, 10.0)
+            assert viewer.over
+            recorder = worker._records._recorder
+            assert recorder is not None
+            (writer,) = recorder._writers.values()
+            await until(lambda: not writer.transcript.watched, "it is recorded as before")
+            assert writer._tap is None
+
+
+async def test_what_is_not_recorded_is_not_shown(url: str) -> None:
+    async with EnvWorker(dict.fromkeys(("off", "on"), "CartPole-v1"), url), Mesh(url) as m:
+        async with (
+            await m.env("off", record="off") as unseen,
+            await m.env("on", record="actions") as env,
+            watching(m) as viewer,
+        ):
+            await unseen.reset(seed=1)
+            await unseen.step(0)
+            await seen(viewer, env)
+            assert {one.env for one in viewer.seen} == {"on"}
+
+
+class Pictures(gymnasium.Env[Any, Any]):
+    """Forty pictures an episode, in always the same array."""
+
+    observation_space = spaces.Box(0, 255, (40, 40, 3), np.uint8)
+    action_space = spaces.Discrete(4)
+    metadata = {"outlives_reset": "generator"}
+
+    def __init__(self) -> None:
+        self._picture = np.zeros((40, 40, 3), np.uint8)
+        self._left = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._left = 40
+        self._picture[:] = self.np_random.integers(0, 256, self._picture.shape)
+        return self._picture, {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._left -= 1
+        self._picture[action] = self._left
+        return self._picture, 1.0, not self._left, False, {"left": self._left}
