@@ -27,6 +27,7 @@ from meshrl.cli.recordings import episodes, recordings, replay, verify
 from meshrl.cli.secure import app as secure
 from meshrl.cli.serve import serve
 from meshrl.cli.serve_agent import serve_agent
+from meshrl.cli.tap import tap
 from meshrl.cli.up import up
 from meshrl.cli.videos import video
 from meshrl.errors import MeshError, WorkerCondemned
@@ -65,6 +66,7 @@ app.command("audit")(audit)
 app.command("episodes")(episodes)
 app.command("replay")(replay)
 app.command("verify")(verify)
+app.command("tap")(tap)
 app.command("video")(video)
 app.command("fork")(fork)
 app.command("experiment")(experiment)

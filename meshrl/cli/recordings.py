@@ -136,7 +136,7 @@ def replay(
     async def show() -> None:
         async with mesh_at(url, namespace, credentials) as mesh:
             async for one in mesh.replay(episode, start, speed, wait=wait):
-                print(json.dumps(_step(one)) if as_json else _line(one), flush=speed is not None)
+                print(json.dumps(step_of(one)) if as_json else line_of(one), flush=speed is not None)
 
     run(show())
 
@@ -217,17 +217,20 @@ def recordings(
 # --------------------------------------------------------------------------- texts
 
 
-def _line(one: Transition) -> str:
+def line_of(one: Transition) -> str:
+    """A step, in a line."""
     end = " terminated" if one.terminated else " truncated" if one.truncated else ""
-    return f"{one.step:5d}  {_short(one.observation)}  action {_short(one.action)}  reward {one.reward:g}{end}"
+    return f"{one.step:5d}  {short(one.observation)}  action {short(one.action)}  reward {one.reward:g}{end}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value, as far as it fits into a line."""
     text = np.array2string(value, precision=3, threshold=8) if isinstance(value, np.ndarray) else str(value)
     return " ".join(text.split())[:100]
 
 
-def _step(one: Transition) -> dict[str, Any]:
+def step_of(one: Transition) -> dict[str, Any]:
+    """A step, as JSON has it."""
     return {
         "step": one.step,
         "observation": plain(one.observation),
