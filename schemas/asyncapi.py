@@ -65,6 +65,13 @@ CHANNELS: dict[str, Channel] = {
     "episodes": Channel(
         "episodes.{name}.{session}", "A worker says which episodes a recording has; as above.", ["entry"]
     ),
+    "about": Channel(
+        "tap.{name}.{session}.about", "A worker says of what the rows are that it shows; to viewers.", ["recorded"]
+    ),
+    "rows": Channel(
+        "tap.{name}.{session}.rows", "A worker shows chunks of a recording as they are made; to viewers.", ["chunk"]
+    ),
+    "tapping": Channel("tapping.{user}", "Tells every env worker that somebody watches; nobody answers.", ["watch"]),
     "ask": Channel("registry.ask", "Asks every worker for its descriptions; several answer.", ["ask"]),
     "open": Channel(_AT_WORKER % "open", "Asks one worker for a session.", ["open"]),
     "probe": Channel(_AT_WORKER % "probe", "Asks one worker what became of requests.", ["probe"]),
@@ -90,6 +97,9 @@ OPERATIONS: dict[str, Operation] = {
     "audit": Operation("audit", "send", "Say who opened what, with which kwargs, and how it ended.", []),
     "record": Operation("recording", "send", "Record what sessions do, each message once, by one worker.", []),
     "index": Operation("episodes", "send", "Say which episodes have ended, and where they stand.", []),
+    "describe_shown": Operation("about", "send", "Say of what the rows are.", []),
+    "show": Operation("rows", "send", "Show what a session does, for as long as somebody watches.", []),
+    "watch": Operation("tapping", "receive", "Show what is recorded of some sessions, for some seconds.", []),
     "describe": Operation("ask", "receive", "Tell the descriptions that were asked for.", ["known", "error"]),
     "open": Operation(
         "open", "receive", "Grant a session, park the open, or say how full it is.", ["grant", "full", "error"]

@@ -224,6 +224,7 @@ def control() -> Iterator[tuple[str, m.Message]]:
     yield "Renewed", m.Renewed(lease_s=15.0, lost=[("s2", "session_expired")])
     yield "Probe", m.Probe(awaited=[("s1", 1, 0, 2)])
     yield "Probed", m.Probed(states=["running"])
+    yield "Watch", m.Watch(env="CartPole-v1", seconds=8.0)
     yield "Drain", m.Drain(seconds=60.0)
     yield "Drained", m.Drained(sessions=3)
     yield "Recorded", Recorded(session="s1", worker="e1", user="ann", name="CartPole-v1", description=description)

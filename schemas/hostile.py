@@ -224,6 +224,10 @@ CONTROL: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
         },
     ),
     "Ask": ({}, {"kind": ["worker", 1], "name": ["", 5, "a" * 129, []], "worker": ["", "a.b", ">", 5, b"w"]}),
+    "Watch": (
+        {"seconds": 1.0},
+        {"seconds": [None, "1", 0.0, -1.0, 61.0, True, [], ARRAY], "env": [1, [], b"w"], "session": [1, [], b"w"]},
+    ),
     "Drain": ({"seconds": 1.0}, {"seconds": [None, "1", -1.0, 1e9, True, [], ARRAY]}),
     "Close": ({"epoch": 1}, {"epoch": [None, "1", 1.0, True, [], ARRAY]}),
 }

@@ -90,6 +90,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "pool:reset": {**_SECOND_LANES, "seeds": [7, None, 9], "options": {"low": 0.1}},
     "pool:step": {**_SECOND_LANES, "actions": whole_numbers(1, 0, 1)},
     "Drain": {"seconds": 60.0},
+    "Watch": {"env": "n", "session": "s", "seconds": 8.0},
 }
 LOAD = {"slots": 4, "free": 3, "waiting": 1, "draining": False}
 AD = {"kind": "env", "name": "n", "worker": "w", "slots": 1, "free": 1, "description": "d"}

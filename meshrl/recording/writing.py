@@ -161,6 +161,7 @@ class SessionWriter:
                 self._placed = True
         except RequestTimeout as exc:  # the server is away: what was noted waits
             log.info("session %s: %s", self._recorded.session, exc.message)
+            await self._see_to_the_stream()
             if end is None:
                 return
         except Rival as exc:
@@ -180,6 +181,16 @@ class SessionWriter:
             self._drop(exc.message)
         if end is not None:
             self._end()
+
+    async def _see_to_the_stream(self) -> None:
+        """It may not be there, which somebody who hears everything hides: then the server says nothing."""
+        self._storing.forget(self._recorded.name)
+        try:
+            await self._storing.ready(self._recorded.name)
+        except BusClosed:
+            raise
+        except MeshError as exc:
+            log.info("session %s: %s", self._recorded.session, exc.message)
 
     def _end(self) -> None:
         """Write nothing more."""

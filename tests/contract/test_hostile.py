@@ -197,6 +197,7 @@ def listened_to(env: EnvWorker, agent: AgentWorker, user: str) -> dict[str, list
         "probe": [subjects.worker(worker, "probe", user) for worker in workers],
         "renew": [subjects.worker(worker, "renew", user) for worker in workers],
         "drain": [subjects.worker(worker, "drain", user) for worker in workers],
+        "watch": [subjects.tapping(user)],
         "act_at_worker": [subjects.worker(agent.id, "act", user)],
         "act_anywhere": [subjects.any_act("still", user)],
         **{
@@ -213,6 +214,7 @@ DECODER_OF = {
     "probe": "Probe",
     "renew": "Renew",
     "drain": "Drain",
+    "watch": "Watch",
     "act_at_worker": "act",
     "act_anywhere": "act",
     "session_close": "Close",
@@ -246,8 +248,8 @@ def _drains(entry: Entry) -> bool:
 
 
 def is_answered(operation: str, entry: Entry) -> bool:
-    """An ask for what a worker does not serve is for others to answer."""
-    if expected(operation, entry) == "ignored":
+    """An ask for what a worker does not serve is for others to answer; who watches is told nothing."""
+    if operation == "watch" or expected(operation, entry) == "ignored":
         return False
     try:
         ask = messages.parse(messages.Ask, bodies(entry)[-1])

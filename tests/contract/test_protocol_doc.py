@@ -43,6 +43,8 @@ def test_the_subjects_are_those_that_the_code_builds() -> None:
         at.recording("NAME", "SESSION").replace("NAME", "ENV"),
         at.episodes("NAME", "SESSION").replace("NAME", "ENV"),
         at.position("USER", "ENV", "CONSUMER"),
+        *(at.tapped("NAME", "SESSION", what).replace("NAME", "ENV") for what in ("about", "rows")),
+        at.tapping("USER"),
         *(at.worker("WORKER", op, "USER") for op in ("open", "renew", "probe", "drain", "act")),
         at.any_open("NAME", "USER"),
         at.any_act("NAME", "USER"),

@@ -275,6 +275,9 @@ BUILT: dict[str, str] = {
     "audit": SUBJECTS.audit("e1"),
     "recording": SUBJECTS.recording(NAME, "s1"),
     "episodes": SUBJECTS.episodes(NAME, "s1"),
+    "about": SUBJECTS.tapped(NAME, "s1", "about"),
+    "rows": SUBJECTS.tapped(NAME, "s1", "rows"),
+    "tapping": SUBJECTS.tapping("anon"),
     "ask": SUBJECTS.ask,
     "open": SUBJECTS.worker("e1", "open", "anon"),
     "probe": SUBJECTS.worker("e1", "probe", "anon"),
@@ -292,6 +295,8 @@ HEARD: dict[str, set[str]] = {
     SUBJECTS.session_prefix("e1") + ">": {name for name in BUILT if name.startswith("session_")},
     **{SUBJECTS.at_worker("e1", op): {op} for op in ("open", "probe", "renew", "drain")},
     SUBJECTS.at_worker("e1", "act"): {"act_at_worker"},
+    SUBJECTS.tapped("*", "*", "*"): {"about", "rows"},
+    SUBJECTS.tapping("*"): {"tapping"},
     SUBJECTS.prefix + ">": set(BUILT),
 }
 
@@ -315,7 +320,7 @@ def test_no_builder_of_subjects_is_forgotten_here() -> None:
     assert public == {
         *("namespace", "prefix", "advertisement", "advertisements", "ask", "audit", "worker", "at_worker"),
         *("any_open", "any_act", "session", "session_prefix", "sessions"),
-        *("recording", "episodes", "position"),
+        *("recording", "episodes", "position", "tapped", "tapping"),
     }
 
 
@@ -359,5 +364,5 @@ def test_every_channel_has_an_operation_and_every_request_a_reply() -> None:
     used = {operation["channel"]["$ref"].rpartition("/")[2] for operation in operations.values()}
     assert used == set(asyncapi()["channels"]) - {"replies"}
     assert {name for name, operation in operations.items() if "reply" not in operation} == {
-        *("advertise", "audit", "record", "index"),
+        *("advertise", "audit", "record", "index", "describe_shown", "show", "watch"),
     }

@@ -102,6 +102,8 @@ MATRIX: list[tuple[str, str, Subject, set[Any]]] = [
     ("read recordings", "publish", lambda _: "$JS.API.DIRECT.GET.MESHRL_EPISODES", {E, O}),
     ("hear a recording as it is made", "subscribe", lambda _: AT.recording("counter", "s"), set()),
     ("show a live view", "publish", lambda _: f"{AT.prefix}tap.counter.s", {E}),
+    ("say that somebody watches", "publish", lambda u: AT.tapping(u.me), {B, O}),
+    ("hear who watches", "subscribe", lambda _: AT.tapping("*"), {E}),
     ("see a live view", "subscribe", lambda _: f"{AT.prefix}tap.counter.s", {B, O}),
     ("say what was done", "publish", lambda _: f"{AT.prefix}audit.e1", WORKERS),
     ("hear what was done", "subscribe", lambda _: f"{AT.prefix}audit.*", {O}),

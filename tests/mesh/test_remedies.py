@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from meshrl.bus.connection import Connection
 from meshrl.bus.storing import store
 from meshrl.bus.streams import make_stream
 from meshrl.cli.supervisor import Supervisor, WorkerProcess
+from meshrl.client.context import context_of
+from meshrl.client.tap import tapped
 from meshrl.errors import MeshError, from_wire
 from meshrl.recording.streams import stream_of
 from meshrl.wire.codec import pack, unpack
@@ -455,6 +457,19 @@ async def an_episode_whose_stream_is_gone(stage: Stage) -> None:
     id_ = await recorded(stage, "counter")
     await stage.raw.ask(f"$JS.API.STREAM.DELETE.{stream_of(SUBJECTS, 'counter')}", b"{}", 20.0)
     await stage.mesh.episode(id_)
+
+
+@case(errors.ViewerCut, "take them faster")
+async def a_viewer_that_sleeps(stage: Stage) -> None:
+    env = await stage.mesh.env("counter", record="full")
+    async with aclosing(tapped(context_of(stage.mesh), "counter", None, 1)) as seen:
+        first = asyncio.ensure_future(anext(seen))
+        await env.reset()
+        while not first.done():
+            await env.step(0)
+            await asyncio.sleep(0.01)
+        await first
+        await anext(seen)
 
 
 @case(errors.NotRecorded, "maximum messages.*open a new one")
