@@ -11,6 +11,7 @@ import numpy as np
 
 from meshrl.protocol.noted import ROW_BYTES, Info
 from meshrl.protocol.transcript import Level, Transcript
+from meshrl.protocol.values import own
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.messages import Description, Open
@@ -82,7 +83,8 @@ class Recording:
     def began(self, i: int, seed: int | None, options: Info | None) -> int:
         """Sub-environment ``i`` is about to be reset, on the thread that does it; gives what a replay says of that."""
         state = self._states[i] if seed is None else None
-        return self.transcript.nth(self.transcript.began(i, seed, None if state is None else state(), options))
+        given = None if options is None else own(options)  # its env may take things out of them
+        return self.transcript.nth(self.transcript.began(i, seed, None if state is None else state(), given))
 
     def begins_from(self, i: int, origin: Info) -> None:
         """The next reset of sub-environment ``i`` is that with which a journal begins."""

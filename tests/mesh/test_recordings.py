@@ -16,7 +16,7 @@ from meshrl.wire.codec import pack
 from tests.mesh.conftest import until
 from tests.mesh.envs import Counter, Nested
 from tests.mesh.gymnasium_ids import TAXI
-from tests.mesh.recordings import Told, drive, drive_pool, drive_vector, listed, listed_in_the_end
+from tests.mesh.recordings import Told, copied, drive, drive_pool, drive_vector, listed, listed_in_the_end
 
 NAMES = ["CartPole-v1", "FrozenLake-v1", "Pendulum-v1", "Blackjack-v1", TAXI]
 
@@ -190,3 +190,35 @@ async def test_an_attribute_that_was_set_long_ago_is_a_reason(url: str) -> None:
         verdicts = [await m.verify(one.episode_id) for one in found]
     assert [verdict.status for verdict in verdicts] == ["exact", "unverifiable", "unverifiable"]
     assert [verdict.reasons for verdict in verdicts[1:]] == [("warm",), ("warm",)]
+
+
+class TakesOut(Counter):
+    """Takes what it uses out of its options, and puts something else into them."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        self.start = 0 if options is None else options.pop("start", 0)
+        if options is not None:
+            options["nested"].append(self.start)
+        return super().reset(seed=seed)
+
+
+@pytest.mark.parametrize("kind", ["single", "vector", "pool"])
+async def test_options_are_recorded_as_they_were_given(url: str, kind: str) -> None:
+    given = {"start": 5, "nested": [1, 2]}
+    async with EnvWorker({"of": TakesOut}, url), Mesh(url) as m:
+        remote: Any = await (
+            m.env("of", record="actions") if kind == "single" else getattr(m, kind)("of", 1, record="actions")
+        )
+        async with remote:
+            await remote.reset(seed=1, options=copied(given))
+            if kind == "pool":
+                await remote.recv()
+                await remote.send(np.ones(1, np.int64), [0])
+                assert (await remote.recv()).observations.tolist() == [6]
+            else:
+                obs, *_ = await remote.step(1 if kind == "single" else np.ones(1, np.int64))
+                assert obs == 6
+        (found,) = await listed(m, "of", 1)
+        episode = await m.episode(found.episode_id)
+        assert episode.options == given
+        assert episode.observations.tolist() == [5, 6]
