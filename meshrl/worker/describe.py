@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Collection, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gymnasium
@@ -13,7 +18,7 @@ from meshrl.errors import UnencodableValue
 from meshrl.wire import spaces
 from meshrl.wire.codec import pack
 from meshrl.wire.messages import Description, Vectors
-from meshrl.worker.fingerprint import fingerprint_of
+from meshrl.worker.fingerprint import chain_of, fingerprint_of
 from meshrl.worker.origins import unsealed
 
 
@@ -57,15 +62,55 @@ def describe_env(
 
 
 def versions(thing: object) -> dict[str, str]:
-    """Versions of Python, meshrl, Gymnasium, NumPy and the package that ``thing``'s class comes from."""
-    package = type(getattr(thing, "unwrapped", thing)).__module__.partition(".")[0]
-    found = {"python": platform.python_version()}
-    for name in ("meshrl", "gymnasium", "numpy", package):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    """Versions of what ``thing`` does depends on, as far as can be seen.
+
+    They are those of Python, its C library, meshrl, Gymnasium and NumPy; and of the packages that the classes of
+    ``thing``, and of all that it wraps, come from and import: a simulator is seldom the package that has the env.
+    """
+    found = {"python": platform.python_version(), **_libc()}
+    for name in dict.fromkeys(("meshrl", "gymnasium", "numpy", *sorted(_packages_of(thing)))):
+        known = _version(name)
+        if known is not None:
+            found[name] = known
     return found
+
+
+def _packages_of(thing: object) -> set[str]:
+    """The top-level packages that its classes are of, and that their modules import."""
+    packages = set()
+    for one in chain_of(thing):
+        for module in {cls.__module__ for cls in type(one).__mro__} - sys.stdlib_module_names:
+            packages.add(module.partition(".")[0])
+            # Gymnasium's own machinery computes nothing.
+            if not module.startswith("gymnasium.") or module.startswith("gymnasium.envs."):
+                packages |= {
+                    _home_of(value) for value in list(getattr(sys.modules.get(module), "__dict__", {}).values())
+                }
+    return packages - sys.stdlib_module_names
+
+
+def _home_of(value: object) -> str:
+    name = getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", None)
+    return name.partition(".")[0] if isinstance(name, str) else ""
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Of the distribution that a package is of, most of which have its name; None where it is of none."""
+    with suppress(PackageNotFoundError, ValueError):
+        return version(package)
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    if not {"site-packages", "dist-packages"} & set(Path(file).parts):
+        return None  # somebody's own, which is not worth a tenth of a second
+    names = packages_distributions().get(package)
+    return version(names[0]) if names else None
+
+
+@cache
+def _libc() -> dict[str, str]:
+    """What numpy and others compute sines with."""
+    text = " ".join(platform.libc_ver()).strip()
+    return {"libc": text} if text else {}
 
 
 def encodable(values: Mapping[Any, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 
 # Whatever an env says of what it wraps, it ends somewhere.
 MAX_WRAPPERS = 100
-# It carries an env's values and computes none of them.
-_IGNORED = frozenset({"meshrl"})
+# The first carries an env's values and computes none of them. Releases of the other differ in hardly anything, and
+# machines are updated one by one: the digest of a replay is the proof.
+_IGNORED = frozenset({"meshrl", "libc"})
 
 
 def fingerprint_of(
@@ -38,13 +39,8 @@ def fingerprint_of(
         arguments: those that the operator made it with, which an env without a spec does not tell.
         sealed_by: the id of the key without which its origins cannot be read; None where there is none.
     """
-    chain: list[str] = []
-    inner = env
-    while inner is not None and len(chain) < MAX_WRAPPERS:
-        chain.append(f"{type(inner).__module__}:{type(inner).__qualname__}")
-        inner = getattr(inner, "env", None) if inner is not getattr(inner, "unwrapped", inner) else None
     facts: dict[str, Any] = {
-        "chain": chain,
+        "chain": [f"{type(one).__module__}:{type(one).__qualname__}" for one in chain_of(env)],
         "spec": spec,
         "arguments": {name: repr(value) for name, value in arguments.items()},
         "versions": {name: version for name, version in versions.items() if name not in _IGNORED},
@@ -54,6 +50,16 @@ def fingerprint_of(
         facts["sealed_by"] = sealed_by
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def chain_of(env: object) -> Iterator[object]:
+    """An env and what it wraps, from the outermost to the last."""
+    inner: Any = env
+    for _ in range(MAX_WRAPPERS):
+        yield inner
+        inner = getattr(inner, "env", None) if inner is not getattr(inner, "unwrapped", inner) else None
+        if inner is None:
+            return
 
 
 @cache
