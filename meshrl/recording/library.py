@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -136,7 +136,7 @@ class Library:
         found: list[Located] = []
         with contextlib.suppress(StreamMissing):
             async for stored in self.reader.get(EPISODES, self._subjects.episodes("*", wanted.session)):
-                found += [one for one in _located(stored) if one.summary.episode_id == text]
+                found += _located(stored, wanted)
         torn: EpisodeTorn | None = None
         for one in reversed(found):  # of one that was taken over the last one counts
             try:
@@ -318,12 +318,17 @@ def _runs(chunk: Chunk, order: Indices, started: Indices) -> dict[tuple[int, int
     return dict(zip(keys, zip(begins.tolist(), ends.tolist(), strict=True), strict=True))
 
 
-def _located(stored: Stored) -> list[Located]:
+def _located(stored: Stored, wanted: EpisodeId | None = None) -> list[Located]:
+    """What is in an entry of the index, or of that one episode; nothing where it cannot be read."""
     try:
         entry = Entry.from_stream(stored.body)
     except MeshError:
         return []
-    return [Located(_summary(stored, entry, row), entry, row) for row in range(len(entry.lanes))]
+    rows: Iterable[int] = range(len(entry.lanes))
+    if wanted is not None:
+        rows = np.flatnonzero((entry.lanes == wanted.lane) & (entry.numbers == wanted.number)).tolist()
+        rows = rows if entry.session == wanted.session else ()
+    return [Located(_summary(stored, entry, row), entry, row) for row in rows]
 
 
 def _summary(stored: Stored, entry: Entry, row: int) -> EpisodeSummary:
