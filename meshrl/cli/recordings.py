@@ -1,10 +1,11 @@
 """``meshrl episodes``, ``replay``, ``verify``: what was recorded, read and run again; ``recordings`` makes streams."""
 
+import asyncio
 import json
 import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +46,8 @@ Env = Annotated[
 Label = Annotated[list[str] | None, typer.Option(help="KEY=VALUE of their sessions; repeatable.", metavar="KEY=VALUE")]
 Last = Annotated[int, typer.Option(help="The newest N; 0 for all.", min=0, metavar="N")]
 WaitForWorker = Annotated[float, typer.Option(help="Seconds to wait for a worker, to run it again.", metavar="S")]
+# Episodes that are run again at once: most of the time of a short one is spent on waiting for its session.
+AT_ONCE = 16
 STYLES = {
     "exact": "green",
     "close": "yellow",
@@ -163,32 +166,63 @@ def verify(
     async def judge() -> Counter[str]:
         counts: Counter[str] = Counter()
         async with mesh_at(url, namespace, credentials) as mesh:
-            wanted = [(episode, "")] if episode else [(one.episode_id, one.env) async for one in mesh.episodes(env)]
-            unserved: set[str] = set()  # what was waited for in vain
-            for n, (id_, name) in enumerate(wanted, 1):
-                try:
-                    told = _verdict(await mesh.verify(id_, wait=0.0 if name in unserved else wait))
-                except (RecordingError, WorkerError) as exc:
-                    if episode is not None:
-                        raise
-                    if isinstance(exc, UnknownName):
-                        unserved.add(name)
-                    status = "torn" if isinstance(exc, EpisodeTorn) else "failed"
-                    told = {"episode_id": id_, "status": status, "code": exc.code, "why": exc.message}
+            if episode is not None:
+                told = _verdict(await mesh.verify(episode, wait=wait))
                 counts[told["status"]] += 1
-                if as_json:
-                    print(json.dumps(told), flush=True)
-                elif told["status"] != "exact" or episode is not None:
-                    console.print(_told(told))
-                elif sys.stderr.isatty():
-                    print(f"\r{n} of {len(wanted)}", end="", file=sys.stderr, flush=True)
+                show(told)
+                return counts
+            wanted = [(one.episode_id, one.env) async for one in mesh.episodes(env)]
+            async with aclosing(_verdicts(mesh, wanted, wait)) as verdicts:
+                async for told in verdicts:
+                    counts[told["status"]] += 1
+                    show(told)
+                    if not as_json and sys.stderr.isatty():
+                        print(f"\r{counts.total()} of {len(wanted)}", end="", file=sys.stderr, flush=True)
         return counts
+
+    def show(told: dict[str, Any]) -> None:
+        if as_json:
+            print(json.dumps(told), flush=True)
+        elif told["status"] != "exact" or episode is not None:
+            console.print(_told(told))
 
     counts = run(judge())
     if all_ and not as_json:
         console.print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "no episodes")
     if counts["diverged"] or counts["torn"] or counts["failed"]:
         raise typer.Exit(1)
+
+
+async def _verdicts(mesh: Mesh, wanted: list[tuple[str, str]], wait: float) -> AsyncGenerator[dict[str, Any], None]:
+    """What comes of each episode, in order; some are under way at once, where workers have room for them."""
+    free: Counter[str] = Counter()
+    for one in await mesh.envs():
+        free[one.name] += one.free
+    room = {name: asyncio.Semaphore(min(AT_ONCE, max(1, free[name]))) for _, name in wanted}
+    unserved: set[str] = set()  # what was waited for in vain
+
+    async def verdict(id_: str, name: str) -> dict[str, Any]:
+        async with room[name]:
+            try:
+                return _verdict(await mesh.verify(id_, wait=0.0 if name in unserved else wait))
+            except (RecordingError, WorkerError) as exc:
+                if isinstance(exc, UnknownName):
+                    unserved.add(name)
+                status = "torn" if isinstance(exc, EpisodeTorn) else "failed"
+                return {"episode_id": id_, "status": status, "code": exc.code, "why": exc.message}
+
+    under_way: deque[asyncio.Task[dict[str, Any]]] = deque()
+    try:
+        for id_, name in wanted:
+            under_way.append(asyncio.create_task(verdict(id_, name)))
+            if len(under_way) == AT_ONCE:
+                yield await under_way.popleft()
+        while under_way:
+            yield await under_way.popleft()
+    finally:
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
 
 
 def recordings(

@@ -14,6 +14,7 @@ from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.streams import bounds
 from meshrl.cli import main
 from tests.mesh.recordings import Told, drive, listed
+from tests.mesh.resumed_envs import Slow
 
 
 @pytest.fixture
@@ -126,3 +127,18 @@ async def test_an_operator_makes_the_streams(
     assert capsys.readouterr().out.count("already") == 2
     async with connect(server.url) as connection:
         assert await bounds(connection, "MESHRL_REC_default~cartpole") == (1, 0)
+
+
+async def test_where_there_is_room_for_one_at_a_time_they_do_not_wait_for_each_other_in_vain(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MESHRL_URL", server.url)
+    async with EnvWorker({"slow": Slow}, server.url, slots=1), Mesh(server.url) as m:
+        async with await m.env("slow", record="actions") as env:
+            session = env.session_id
+            for seed in range(4):
+                await drive(env, 1, seed, max_steps=25)
+        await listed(m, "slow", 4)
+        assert await meshrl("verify", "--all", "--wait", "1", "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"episode_id": f"{session}.0.{n}", "status": "exact"} for n in range(4)]
