@@ -3,7 +3,7 @@
 ::
 
     async with restarted(tmp_path, served, play, "SIGTERM") as (m, told):
-        told.check({id_: await m.episode(id_) for id_ in told.episodes})
+        told.check(await of_all(m.episode, told.episodes))
 
 Whatever else gives recordings back is tried on them in the same way.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import gymnasium
 import numpy as np
@@ -33,6 +33,7 @@ from tests.mesh.worker_process import WorkerProcess
 Signal = Literal["SIGTERM", "SIGKILL"]
 Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
 Options = dict[str, Any] | None
+T = TypeVar("T")
 
 
 @dataclass
@@ -141,6 +142,18 @@ def batch_of(space: gymnasium.Space[Any], values: list[Any]) -> Any:
     return concatenate(space, values, out)
 
 
+async def of_all(ask: Callable[[str], Awaitable[T]], ids: Iterable[str]) -> dict[str, T]:
+    """What is answered of each episode; some are asked for at once."""
+    turn = asyncio.Semaphore(16)
+
+    async def one(id_: str) -> T:
+        async with turn:
+            return await ask(id_)
+
+    ids = list(ids)
+    return dict(zip(ids, await asyncio.gather(*map(one, ids)), strict=True))
+
+
 class Lanes:
     """What the sub-environments of a vector or pool told, each for itself.
 
@@ -229,13 +242,14 @@ async def play_vector(
     steps: int,
     *,
     mode: AutoresetMode = AutoresetMode.NEXT_STEP,
+    num_envs: int = 3,
     options: Options = None,
     seed: int | None = SEED,
     **kwargs: Any,
 ) -> Learned:
     """Steps of a vector; in the middle one sub-environment is reset, and with DISABLED each that has ended."""
-    async with await m.vector(env, 3, autoreset_mode=mode, record=level, **kwargs) as envs:
-        lanes, ended = Lanes(envs, env), np.zeros(3, np.bool_)
+    async with await m.vector(env, num_envs, autoreset_mode=mode, record=level, **kwargs) as envs:
+        lanes, ended = Lanes(envs, env), np.zeros(num_envs, np.bool_)
         envs.action_space.seed(SEED)
 
         async def reset(mask: Any, given: Options, seed: int | None = None) -> None:
@@ -247,7 +261,7 @@ async def play_vector(
                 infos,
                 [
                     lanes.began(i, one, options=given, seed=None if seed is None else seed + i) if mask[i] else None
-                    for i, one in enumerate(lanes.rows(obs, 3))
+                    for i, one in enumerate(lanes.rows(obs, num_envs))
                 ],
             )
             ended[mask] = False
@@ -255,14 +269,14 @@ async def play_vector(
         await reset(~ended, options, seed)
         for n in range(steps):
             if n == steps // 2:
-                await reset(np.array([False, True, False]) | ended, options)
+                await reset((np.arange(num_envs) == 1) | ended, options)
             elif mode is AutoresetMode.DISABLED and ended.any():
                 await reset(ended.copy(), None)
             actions = envs.action_space.sample()
             obs, *columns, infos = await envs.step(actions)
             rows: list[Row | None] = []
             for i, (one, action) in enumerate(
-                zip(lanes.rows(obs, 3), iterate(envs.action_space, actions), strict=True)
+                zip(lanes.rows(obs, num_envs), iterate(envs.action_space, actions), strict=True)
             ):
                 facts = [column[i] for column in columns]
                 over = facts[1] or facts[2]
@@ -278,15 +292,23 @@ async def play_vector(
 
 
 async def play_pool(
-    m: Mesh, env: str, level: Any, results: int, *, options: Options = None, seed: int | None = SEED, **kwargs: Any
+    m: Mesh,
+    env: str,
+    level: Any,
+    results: int,
+    *,
+    num_envs: int = 3,
+    options: Options = None,
+    seed: int | None = SEED,
+    **kwargs: Any,
 ) -> Learned:
     """So many results of a pool, of whose first sub-environment an episode is cut short by a reset."""
-    async with await m.pool(env, 3, record=level, **kwargs) as pool:
+    async with await m.pool(env, num_envs, record=level, **kwargs) as pool:
         lanes, space = Lanes(pool, env), pool.single_action_space
         space.seed(SEED)
         acted: dict[int, Any] = {}
         begun: dict[int, tuple[int | None, Options]] = {
-            i: (None if seed is None else seed + i, options) for i in range(3)
+            i: (None if seed is None else seed + i, options) for i in range(num_envs)
         }
         await pool.reset(seed=seed, options=options)
         got, cut = 0, results // 2

@@ -13,7 +13,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from meshrl import Mesh
-from tests.mesh.restarting import Learned, Signal, play_one, play_pool, play_vector, restarted
+from tests.mesh.restarting import Learned, Signal, of_all, play_one, play_pool, play_vector, restarted
 from tests.mesh.test_vector_parity import different
 
 SERVED = {
@@ -48,10 +48,10 @@ async def play(m: Mesh) -> Learned:
 async def test_what_was_told_is_there_when_all_that_told_it_is_gone(tmp_path: Path, how: Signal) -> None:
     async with restarted(tmp_path, SERVED, play, how, slots=64) as (m, told):
         assert sorted([one.episode_id async for one in m.episodes()]) == sorted(told.episodes)
-        read = dict(zip(told.episodes, await asyncio.gather(*map(m.episode, told.episodes)), strict=True))
+        read = await of_all(m.episode, told.episodes)
         told.check(read)
         for id_, episode in list(read.items())[::9]:
             replayed = [transition async for transition in m.replay(id_, 3)]
             assert not different(list(map(astuple, replayed)), list(map(astuple, episode.transitions(3))))
-        for verdict in await asyncio.gather(*map(m.verify, told.episodes)):
+        for verdict in (await of_all(m.verify, told.episodes)).values():
             assert verdict.status == "exact", verdict
