@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshrl.client.env import RemoteEnv
 from meshrl.client.recovery import OnLoss, Recovery
-from meshrl.client.rerunning import Rerun, actions_of, frames, reset_of
+from meshrl.client.rerunning import LAST_SEED, Rerun, actions_of, frames, reset_of
 from meshrl.client.resumable import ResumableSession
 from meshrl.client.shielded import shielded
 from meshrl.client.verifying import Verdict, diverged, prefix_differs
@@ -94,6 +94,8 @@ def _note(recovery: Recovery, part: RecordedEpisode, frame: Frame, at: int, *, b
     if not begun:
         answer: Frame = {"obs": next(obs), "info": next(infos)}
         answer |= {name: frame[name] for name in ("seed", "state") if name in frame}
+        if "state" in answer and recovery.seed is None:
+            recovery.seed = LAST_SEED
         recovery.note("reset", pack(reset_of(part)), pack(answer), {**answer, **digest}, 0.0)
     actions = actions_of(part, at, at + len(frame["rewards"]))
     told = zip(actions, obs, frame["rewards"], frame["terminated"], frame["truncated"], infos, strict=True)

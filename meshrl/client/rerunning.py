@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FIRST_STEPS = 32
 REQUEST_S = 0.25
 MAX_STEPS = 4096
+# Of an env that goes on with what outlived a reset, the last seed is nobody's any more; it is said to have been this.
+LAST_SEED = 0
 
 
 @dataclass(slots=True)
@@ -150,7 +152,7 @@ def reset_of(episode: RecordedEpisode) -> Frame:
     if episode.seed is not None:
         fields["seed"] = episode.seed
     elif episode.state is not None:
-        fields |= {"state": episode.state, "last_seed": 0}
+        fields |= {"state": episode.state, "last_seed": LAST_SEED}
     if episode.options is not None:
         fields["options"] = episode.options
     return fields
