@@ -48,6 +48,12 @@ def is_description(stored: Stored) -> bool:
     return stored.message_id.endswith(DESCRIPTION)
 
 
+def epoch_of(stored: Stored) -> int:
+    """That of the session, in which a message of its recording was stored; 0 where it does not say so."""
+    epoch = stored.message_id.rpartition(":")[0].rpartition(":")[2]
+    return int(epoch) if epoch.isascii() and epoch.isdigit() and len(epoch) < 16 else 0
+
+
 @dataclass(slots=True)
 class Size:
     """How much is noted until a chunk is full.
@@ -276,12 +282,16 @@ class SessionWriter:
         if begun > 1:
             self._recorded = recorded.model_copy(update={"session": f"{recorded.session}-{begun}"})
             self._chunks, self._entries = self._chains(self._recorded.session)
-        last = await self._last_of(self._chunks)
-        if last is None:
-            return
-        if begun == self._epoch or not await self._is_ours():
-            raise Rival(f"somebody else's recording is on {self._chunks.subject}")
-        await self._take_over(last)
+        while (last := await self._last_of(self._chunks)) is not None:
+            if begun == self._epoch or epoch_of(last) > self._epoch or not await self._is_ours():
+                raise Rival(f"somebody else's recording is on {self._chunks.subject}")
+            try:
+                await self._take_over(last)
+            except Rival:  # one that was thought dead may store until somebody newer has
+                if (now := await self._last_of(self._chunks)) is None or now.seq == last.seq:
+                    raise
+            else:
+                return
 
     async def _last_of(self, chain: Chain) -> Stored | None:
         try:
@@ -325,7 +335,7 @@ class SessionWriter:
     async def _end_lost(self) -> None:
         """Say of the episodes of the session's first recording that nobody goes on with them."""
         last = await self._last_of(self._chunks)
-        if last is None or not await self._is_ours():
+        if last is None or epoch_of(last) > self._epoch or not await self._is_ours():
             return
         found, entry = await self._last_chunk(last), await self._last_of(self._entries)
         if found is None:

@@ -33,6 +33,8 @@ from tests.mesh.worker_process import WorkerProcess
 Signal = Literal["SIGTERM", "SIGKILL"]
 Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
 Options = dict[str, Any] | None
+# What happens meanwhile: it is given the env, vector or pool, and how many steps or results there were.
+Meanwhile = Callable[[Any, int], Awaitable[None]]
 T = TypeVar("T")
 
 
@@ -212,8 +214,19 @@ class Lanes:
 SEED = 11
 
 
+async def nothing(_: Any, __: int) -> None:
+    """What happens mostly."""
+
+
 async def play_one(
-    m: Mesh, env: str, level: Any, steps: int, *, options: Options = None, seed: int | None = SEED
+    m: Mesh,
+    env: str,
+    level: Any,
+    steps: int,
+    *,
+    options: Options = None,
+    seed: int | None = SEED,
+    meanwhile: Meanwhile = nothing,
 ) -> Learned:
     """Steps of a single env, whose resets but the first have no seed, and every other one options."""
     learned = Learned()
@@ -221,7 +234,8 @@ async def play_one(
         remote.action_space.seed(SEED)
         spaces = remote.observation_space, remote.action_space
         now: ToldEpisode | None = None
-        for _ in range(steps):
+        for n in range(steps):
+            await meanwhile(remote, n)
             if now is None or now.ended:
                 given = options if len(learned.episodes) % 2 else None
                 seed, own = None, seed
@@ -245,6 +259,7 @@ async def play_vector(
     num_envs: int = 3,
     options: Options = None,
     seed: int | None = SEED,
+    meanwhile: Meanwhile = nothing,
     **kwargs: Any,
 ) -> Learned:
     """Steps of a vector; in the middle one sub-environment is reset, and with DISABLED each that has ended."""
@@ -268,6 +283,7 @@ async def play_vector(
 
         await reset(~ended, options, seed)
         for n in range(steps):
+            await meanwhile(envs, n)
             if n == steps // 2:
                 await reset((np.arange(num_envs) == 1) | ended, options)
             elif mode is AutoresetMode.DISABLED and ended.any():
@@ -300,6 +316,7 @@ async def play_pool(
     num_envs: int = 3,
     options: Options = None,
     seed: int | None = SEED,
+    meanwhile: Meanwhile = nothing,
     **kwargs: Any,
 ) -> Learned:
     """So many results of a pool, of whose first sub-environment an episode is cut short by a reset."""
@@ -313,6 +330,7 @@ async def play_pool(
         await pool.reset(seed=seed, options=options)
         got, cut = 0, results // 2
         while acted or begun or got < results:
+            await meanwhile(pool, got)
             batch = await pool.recv(min=1, timeout=20)
             got += len(batch)
             rows: list[Row | None] = []

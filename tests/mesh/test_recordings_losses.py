@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 
-from meshrl import EnvWorker, Mesh
+from meshrl import EnvWorker, Mesh, RemoteEnv
 from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
-from meshrl.bus.storing import Reader
+from meshrl.bus.storing import Reader, Stored
 from meshrl.client.context import context_of
 from meshrl.protocol.chunks import Chunk, read_chunk
 from meshrl.recording.streams import stream_of
-from meshrl.recording.writing import is_description
+from meshrl.recording.writing import SessionWriter, is_description
 from meshrl.wire.subjects import Subjects
+from tests.mesh.conftest import until
 from tests.mesh.losing import Workers
 from tests.mesh.recordings import Told, copied, listed, listed_in_the_end
+from tests.mesh.restarting import Learned, of_all, play_one, play_pool, play_vector
 from tests.mesh.test_recordings import same_as
 
 
@@ -90,39 +93,131 @@ async def test_an_episode_that_outlives_its_workers_is_one_recording(
             assert await m.verify(summary.episode_id)
 
 
-@pytest.mark.parametrize("kind", ["vector", "pool"])
-async def test_a_shard_that_outlives_its_worker_is_one_recording(
-    server: EmbeddedServer, workers: Workers, kind: str
+async def one_recording(m: Mesh, server: EmbeddedServer, name: str, told: Learned) -> None:
+    """All that was told of one session is one recording, and nothing else is in it."""
+    found = await listed_in_the_end(m, name, len(told.episodes))
+    assert sorted(one.episode_id for one in found) == sorted(told.episodes)
+    (session,) = {id_.split(".")[0] for id_ in told.episodes}
+    check_gapless(await chunks_of(server, name, session))
+    told.check(await of_all(m.episode, told.episodes))
+    for verdict in (await of_all(m.verify, told.episodes)).values():
+        assert verdict.status == "exact", verdict
+
+
+def worker_of(envs: Any) -> str:
+    return str(envs.worker if isinstance(envs, RemoteEnv) else envs.shards[0][0])
+
+
+@pytest.mark.parametrize("level", ["actions", "full"])
+@pytest.mark.parametrize("form", [play_vector, play_pool])
+async def test_a_shard_that_outlives_its_workers_is_one_recording(
+    server: EmbeddedServer, workers: Workers, form: Any, level: Any
 ) -> None:
-    name, ended = "CartPole-v1", 0
     workers.start(2)
-    rng = np.random.default_rng(1)
+    # Some of it is stored, and then some more is not; and again, when the next worker has hardly stored anything.
+    happens = iter([(80, "wait"), (90, "kill"), (120, "kill"), (1 << 30, "")])
+    at, what = next(happens)
+
+    async def lose(envs: Any, n: int) -> None:
+        nonlocal at, what
+        if n < at:
+            return
+        if what == "wait":
+            await asyncio.sleep(1.3)
+        else:
+            await workers.kill(worker_of(envs))
+            workers.start()
+        at, what = next(happens)
+
     async with Mesh(server.url) as m:
-        open_: Any = m.vector if kind == "vector" else m.pool
-        async with await open_(name, 4, record="full", shards=1) as envs:
-            (remote,) = envs._sessions
-            await envs.reset(seed=5)
-            for n in range(250):
-                if kind == "vector":
-                    _, _, terminations, truncations, _ = await envs.step(rng.integers(0, 2, 4))
-                else:
-                    batch = await envs.recv(min=4, timeout=20)
-                    terminations, truncations = batch.terminations, batch.truncations
-                    await envs.send(rng.integers(0, 2, len(batch.env_ids)), batch.env_ids)
-                ended += int((terminations | truncations).sum())
-                if n in {80, 160}:
-                    await asyncio.sleep(1.3)  # until some of it is stored, and then some more
-                if n in {90, 170}:
-                    await workers.kill(remote.grant.worker)
-                    workers.start()
-            session = remote.grant.session
-        found = await listed_in_the_end(m, name, ended)
-        check_gapless(await chunks_of(server, name, session))
-        whole = [one for one in found if one.reason in {"terminated", "truncated"}]
-        assert len(whole) in range(ended, ended + 5), "and those that nobody has received any more"
-        assert {one.reason for one in found} <= {"terminated", "truncated", "closed"}
-        for one in found[::5]:
-            assert (await m.verify(one.episode_id)).status == "exact"
+        told = await form(m, "CartPole-v1", level, 200, num_envs=4, shards=1, meanwhile=lose)
+        await one_recording(m, server, "CartPole-v1", told)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "level"),
+    [(play_one, "Pendulum-v1", "actions"), (partial(play_vector, shards=1), "CartPole-v1", "full")],
+)
+async def test_who_comes_late_to_write_pushes_out_nobody_who_came_after(
+    server: EmbeddedServer, workers: Workers, monkeypatch: pytest.MonkeyPatch, form: Any, name: str, level: Any
+) -> None:
+    """A worker goes on with a session, and writes nothing of it until another one has gone on and written."""
+    go, place = threading.Event(), SessionWriter._place
+
+    async def late(writer: SessionWriter) -> None:
+        await asyncio.to_thread(go.wait, 30)
+        await place(writer)
+
+    monkeypatch.setattr(SessionWriter, "_place", late)  # of this process alone
+    workers.start()
+    async with AsyncExitStack() as stack:
+        slow = EnvWorker({name: name}, server.url)
+
+        async def meanwhile(envs: Any, n: int) -> None:
+            if n in {30, 80}:
+                await asyncio.sleep(1.3)  # until some of it is stored
+            if n == 40:
+                await stack.enter_async_context(slow)
+                await workers.kill(worker_of(envs))
+            if n == 60:
+                assert worker_of(envs) == slow.id
+                workers.start()
+                slow.leave(30)
+                await until(lambda: worker_of(envs) in workers.running, "it has moved")
+            if n == 90:
+                go.set()
+                await stack.aclose()  # it writes what it has left, if it may
+
+        async with Mesh(server.url) as m:
+            told = await form(m, name, level, 120, meanwhile=meanwhile)
+            await one_recording(m, server, name, told)
+
+
+async def test_who_came_after_goes_on_where_an_older_one_writes_at_the_same_moment(
+    server: EmbeddedServer, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, turn, wrote = "Pendulum-v1", threading.Event(), threading.Event()
+    place, take_over = SessionWriter._place, SessionWriter._take_over
+    wrote_by: list[int] = []
+
+    async def placed(writer: SessionWriter) -> None:
+        if writer._epoch == 2:
+            await asyncio.to_thread(turn.wait, 30)
+        await place(writer)
+
+    async def taken_over(writer: SessionWriter, last: Stored) -> None:
+        if writer._epoch == 3:  # it has seen what the first has left
+            turn.set()
+            await asyncio.to_thread(wrote.wait, 30)
+        try:
+            await take_over(writer, last)
+        finally:
+            wrote_by.append(writer._epoch)
+            wrote.set()
+
+    monkeypatch.setattr(SessionWriter, "_place", placed)  # of this process alone
+    monkeypatch.setattr(SessionWriter, "_take_over", taken_over)
+    workers.start()
+    async with AsyncExitStack() as stack:
+        second, third = (EnvWorker({name: name}, server.url) for _ in range(2))
+
+        async def meanwhile(env: Any, n: int) -> None:
+            if n == 30:
+                await asyncio.sleep(1.3)  # until some of it is stored
+            if n == 40:
+                await stack.enter_async_context(second)
+                await workers.kill(env.worker)
+            if n == 60:
+                assert env.worker == second.id
+                await stack.enter_async_context(third)
+                second.leave(30)
+                await until(lambda: env.worker == third.id, "it has moved")
+
+        async with Mesh(server.url) as m:
+            told = await play_one(m, name, "full", 120, meanwhile=meanwhile)
+            await until(lambda: len(wrote_by) == 3, "the third has tried again")
+            assert wrote_by == [2, 3, 3]
+            await one_recording(m, server, name, told)
 
 
 async def test_of_a_session_that_could_not_be_resumed_what_is_stored_ends_as_lost(
