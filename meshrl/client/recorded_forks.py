@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshrl.client.env import RemoteEnv
 from meshrl.client.recovery import OnLoss, Recovery
-from meshrl.client.rerunning import LAST_SEED, Rerun, actions_of, frames, reset_of
+from meshrl.client.rerunning import LAST_SEED, Rerun, actions_of, chained, reset_of
 from meshrl.client.resumable import ResumableSession
 from meshrl.client.shielded import shielded
 from meshrl.client.verifying import Verdict, diverged, prefix_differs
@@ -58,7 +58,6 @@ async def fork_of(
             f"episode {episode.id} has {size} steps, so that it can be forked after 0 to {size}, not {step!r}"
         )
     recorded = episode.recorded
-    chain = await (await context.library()).chain(episode)
     session = await context.open(
         "env",
         recorded.name,
@@ -71,13 +70,15 @@ async def fork_of(
     )
     try:
         recovery = session.recovery if isinstance(session, ResumableSession) else None
-        for part in (*chain[:-1], episode.until(step)):
-            told = Rerun(session.grant.description, [], [], [], [], [])
-            async for frame in frames(session, part):
-                if recovery is not None:
-                    _note(recovery, part, frame, len(told.rewards), begun=bool(told.obs))
-                told.add(frame)
-        found = prefix_differs(part, told)
+        whole = episode.until(step)
+        told, of = Rerun(session.grant.description), None
+        async for part, frame in chained(context, session, whole):
+            if part is not of:
+                told, of = Rerun(session.grant.description), part
+            if recovery is not None:
+                _note(recovery, part, frame, len(told.rewards), begun=bool(told.obs))
+            told.add(frame)
+        found = prefix_differs(whole, told)
         if found is not None:
             raise diverged(Verdict(str(episode.id), "diverged", *found))
         env = RemoteEnv(session, render_mode=recorded.render_mode, check_actions="normal")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from meshrl.client.session import RemoteSession
@@ -43,11 +43,11 @@ class Rerun:
     """
 
     description: Description
-    obs: list[Any]
-    infos: list[dict[str, Any]]
-    rewards: list[Any]
-    terminated: list[Any]
-    truncated: list[Any]
+    obs: list[Any] = field(default_factory=list)
+    infos: list[dict[str, Any]] = field(default_factory=list)
+    rewards: list[Any] = field(default_factory=list)
+    terminated: list[Any] = field(default_factory=list)
+    truncated: list[Any] = field(default_factory=list)
 
     def add(self, frame: Frame) -> None:
         """It told that, too."""
@@ -66,16 +66,42 @@ async def rerun(
     Raises:
         MeshError: as of :meth:`meshrl.Mesh.env`, or what the env's code raised.
     """
-    chain = await (await context.library()).chain(episode)
     session = await opened(context, episode, wait=wait, where=where)
+    told = Rerun(session.grant.description)
     try:
-        for one in chain:
-            told = Rerun(session.grant.description, [], [], [], [], [])
-            async for frame in frames(session, one):
+        async for part, frame in chained(context, session, episode):
+            if part.id == episode.id:
                 told.add(frame)
         return told
     finally:
         await shielded(session.close())
+
+
+async def chained(
+    context: Context, session: RemoteSession, episode: RecordedEpisode
+) -> AsyncIterator[tuple[RecordedEpisode, Frame]]:
+    """What a fresh env tells of the episodes that have to be run before it, and then of it, each with whose it is.
+
+    What outlived a reset may be sealed for other workers, or unknown to these: then they go back to one with a seed.
+
+    Raises:
+        MalformedMessage: the worker's answer is none.
+        MeshError: the session's, or as of :meth:`~meshrl.recording.library.Library.chain`.
+    """
+    library = await context.library()
+    chain = await library.chain(episode)
+    begun = False
+    try:
+        for part in chain:
+            async for frame in frames(session, part):
+                begun = True
+                yield part, frame
+    except MalformedMessage:
+        if begun or chain[0].state is None:
+            raise
+        for part in await library.chain(episode, seeded=True):
+            async for frame in frames(session, part):
+                yield part, frame
 
 
 async def opened(

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -151,25 +152,33 @@ class Library:
             episode_id=text,
         )
 
-    async def chain(self, episode: RecordedEpisode) -> list[RecordedEpisode]:
+    async def chain(self, episode: RecordedEpisode, *, seeded: bool = False) -> list[RecordedEpisode]:
         """The episode, and before it those of the same env back to one of which is known how its reset began.
 
         That of an env whose generator went on is run again with all of them. Where one of them is not to be had, it is
         the episode alone.
 
+        Args:
+            episode: with which the chain ends.
+            seeded: go back to a seed, also where it is known what outlived a reset.
+
         Raises:
             MeshError: as of :class:`~meshrl.bus.storing.Reader`.
         """
         chain = [episode]
-        while chain[0].seed is None and chain[0].state is None and chain[0].id.number:
+        while chain[0].seed is None and (seeded or chain[0].state is None):
+            if not chain[0].id.number:
+                break
             before = chain[0].id._replace(number=chain[0].id.number - 1)
             try:
                 chain.insert(0, await self.episode(str(before)))
             except (EpisodeTorn, EpisodeUnknown):
-                return [episode]
+                chain = chain[-1:]
+                break
             if sum(len(one.rewards) for one in chain) > MAX_CHAIN_STEPS:
-                return [episode]
-        return chain
+                chain = chain[-1:]
+                break
+        return [replace(one, state=None) for one in chain] if seeded else chain
 
     async def read(self, located: Located) -> RecordedEpisode:
         """One that was found.

@@ -190,11 +190,11 @@ class HostedEnv:
     def _about_to_reset(self, body: Frame, seed: int | None) -> None:
         """Keep what outlives the reset, or put it there where that is done again."""
         self._outlived = None
+        if seed is None and self._redoing and "state" in body:
+            if self._outliving is None or type(body["state"]) is not bytes:
+                raise MalformedMessage("what outlives a reset is packed, and for envs of which that is known here")
+            self._outliving.put(body["state"])
         if seed is None and self._outliving is not None:
-            if self._redoing and "state" in body:
-                if type(body["state"]) is not bytes:
-                    raise MalformedMessage("what outlives a reset is packed")
-                self._outliving.put(body["state"])
             self._outlived = self._outliving.get()
         if self.recording is not None:
             if self._redoing:

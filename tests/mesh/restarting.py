@@ -362,7 +362,13 @@ async def play_pool(
 
 @asynccontextmanager
 async def restarted(
-    store: Path, served: Mapping[str, str], play: Callable[[Mesh], Awaitable[Learned]], how: Signal, **kwargs: Any
+    store: Path,
+    served: Mapping[str, str],
+    play: Callable[[Mesh], Awaitable[Learned]],
+    how: Signal,
+    *,
+    then: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> AsyncIterator[tuple[Mesh, Learned]]:
     """A mesh of a new server on a store, new workers and a new client, and what was recorded there before.
 
@@ -371,6 +377,7 @@ async def restarted(
         served: what workers serve; factories as texts.
         play: steps envs, which it closes, and gives what they told.
         how: workers and server end: in good order, right after the last session; or killed, once all is stored.
+        then: what of ``kwargs`` is another for the new workers.
         kwargs: of the workers.
 
     Yields:
@@ -396,7 +403,7 @@ async def restarted(
             for worker in workers:
                 await asyncio.to_thread(worker.stop)
     with EmbeddedServer.start(store=store) as server:
-        workers = _workers(server, served, kwargs)
+        workers = _workers(server, served, {**kwargs, **(then or {})})
         try:
             async with Mesh(server.url) as m:
                 yield m, told
