@@ -133,11 +133,7 @@ class Library:
             EpisodeTorn: a part of it is there no more, or cannot be read.
             MeshError: as of :class:`~meshrl.bus.storing.Reader`.
         """
-        wanted = EpisodeId.parse(text)
-        found: list[Located] = []
-        with contextlib.suppress(StreamMissing):
-            async for stored in self.reader.get(EPISODES, self._subjects.episodes("*", wanted.session)):
-                found += _located(stored, wanted)
+        found = await self._found(EpisodeId.parse(text))
         torn: EpisodeTorn | None = None
         for one in reversed(found):  # of one that was taken over the last one counts
             try:
@@ -151,6 +147,31 @@ class Library:
             "`meshrl episodes` list those that there are",
             episode_id=text,
         )
+
+    async def _found(self, wanted: EpisodeId) -> list[Located]:
+        found: list[Located] = []
+        with contextlib.suppress(StreamMissing):
+            async for stored in self.reader.get(EPISODES, self._subjects.episodes("*", wanted.session)):
+                found += _located(stored, wanted)
+        return found
+
+    async def _before(self, id_: EpisodeId, listed: RecordedEpisode) -> RecordedEpisode:
+        """The episode before one; it may have had no step, and is not listed then, as a later one of its lane is.
+
+        Raises:
+            EpisodeTorn, MeshError: as of :meth:`read`.
+        """
+        before = id_._replace(number=id_.number - 1)
+        try:
+            return await self.episode(str(before))
+        except EpisodeUnknown:
+            found = await self._found(listed.id)
+            if not found or listed.recorded.every > 1:
+                raise _torn(before, "it was not recorded, or the index has lost what came after it") from None
+            summary, entry, row = found[-1]
+            bare = replace(summary, episode_id=str(before), steps=0, episode_return=0.0, reason="reset")
+            anywhere = entry.model_copy(update={"first": np.ones_like(entry.first)})
+            return await self.read(Located(bare, anywhere, row))
 
     async def chain(self, episode: RecordedEpisode, *, seeded: bool = False) -> list[RecordedEpisode]:
         """The episode, and before it those of the same env back to one of which is known how its reset began.
@@ -166,13 +187,10 @@ class Library:
             MeshError: as of :class:`~meshrl.bus.storing.Reader`.
         """
         chain = [episode]
-        while chain[0].seed is None and (seeded or chain[0].state is None):
-            if not chain[0].id.number:
-                break
-            before = chain[0].id._replace(number=chain[0].id.number - 1)
+        while chain[0].seed is None and (seeded or chain[0].state is None) and chain[0].id.number:
             try:
-                chain.insert(0, await self.episode(str(before)))
-            except (EpisodeTorn, EpisodeUnknown):
+                chain.insert(0, await self._before(chain[0].id, episode))
+            except EpisodeTorn:
                 chain = chain[-1:]
                 break
             if sum(len(one.rewards) for one in chain) > MAX_CHAIN_STEPS:

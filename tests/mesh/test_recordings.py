@@ -222,3 +222,27 @@ async def test_options_are_recorded_as_they_were_given(url: str, kind: str) -> N
         episode = await m.episode(found.episode_id)
         assert episode.options == given
         assert episode.observations.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("kind", ["single", "vector"])
+async def test_a_reset_that_nothing_followed_keeps_the_next_episodes_from_nothing(url: str, kind: str) -> None:
+    async with EnvWorker({"nested": Nested}, url), Mesh(url) as m:
+        remote: Any = await (
+            m.env("nested", record="actions") if kind == "single" else m.vector("nested", 2, record="actions")
+        )
+        async with remote:
+            await remote.reset(seed=4)
+            await asyncio.sleep(1.1)  # it is in a chunk of its own
+            await remote.reset()
+            await remote.reset()
+            remote.action_space.seed(1)
+            for _ in range(60):
+                *_, over, cut, _ = await remote.step(remote.action_space.sample())
+                if kind == "single" and (over or cut):
+                    await remote.reset()
+        found = await listed_in_the_end(m, "nested", 2)
+        assert {int(one.episode_id.split(".")[2]) for one in found} >= {2, 3}
+        for one in found:
+            assert (await m.verify(one.episode_id)).status == "exact"
+        async with await m.fork(found[0].episode_id, 1):
+            pass
