@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshrl.client.rerunning import Rerun
 from meshrl.errors import EpisodeDiverged
@@ -59,10 +60,13 @@ class Verdict:
 def judge(episode: RecordedEpisode, again: Rerun) -> Verdict:
     """What a rerun says of a recorded episode."""
     text = str(episode.id)
-    found = _first_difference(episode, again)
+    beside = Beside(episode)
+    found = beside.add(again) or beside.end()
     if found is None:
         return Verdict(text, "exact")
     step, what = found
+    if beside.digested and what != "length":
+        return Verdict(text, "diverged", step, what)  # it does what it did, and the recording was changed
     largest = _largest(episode, again)
     if largest is not None and largest <= CLOSE:
         return Verdict(text, "close", step, what, largest)
@@ -90,12 +94,7 @@ def diverged(
 
 def prefix_differs(episode: RecordedEpisode, again: Rerun) -> tuple[int, str] | None:
     """The first step that differs, and in what, of those that were run again."""
-    return _first_difference(episode, again, whole=False)
-
-
-def _first_difference(episode: RecordedEpisode, again: Rerun, *, whole: bool = True) -> tuple[int, str] | None:
-    beside = Beside(episode)
-    return beside.add(again) or (beside.end() if whole else None)
+    return Beside(episode).add(again)
 
 
 class Beside:
@@ -104,9 +103,13 @@ class Beside:
     Args:
         episode: as it was recorded.
         after: how many steps are known to be equal, the reset before them too; None for not even that.
+
+    Attributes:
+        digested: whether the digests of all that was told are the recorded ones.
     """
 
     def __init__(self, episode: RecordedEpisode, after: int | None = None) -> None:
+        self.digested = True
         self._episode = episode
         self._rows = 0 if after is None else after + 1  # that were told: the reset's, and one a step
         self._digest = np.zeros(1, np.uint64) if after is None else episode.digests[after : after + 1]
@@ -135,6 +138,7 @@ class Beside:
         # The digest tells that something differs, also where rewards and flags do not.
         at = _first(digests[: len(recorded)], recorded)
         if at is not None:
+            self.digested = False
             differ.append((first + at, "observation"))
         for what, one, column in (
             ("reward", rewards, episode.rewards),

@@ -179,14 +179,14 @@ async def copied(url: str, session: str, new: str, change: Any) -> None:
             await store(connection, AT.episodes("of", new), moved.to_stream(), 5.0, message_id=f"{new}:{stored.seq}")
 
 
-async def tampered(url: str, change: Any) -> str:
+async def tampered(url: str, change: Any, level: Any = "actions") -> str:
     def changed(body: bytes) -> bytes:
         chunk = read_chunk(body)
         fields = {name: getattr(chunk, name) for name in Chunk.__slots__}
         return pack_chunk(Chunk(**{**fields, **change(chunk)}))
 
     async with EnvWorker({"of": "CartPole-v1"}, url), Mesh(url) as m:
-        async with await m.env("of", record="actions") as env:
+        async with await m.env("of", record=level) as env:
             good = env.session_id
             await drive(env, 1, 1)
         await listed(m, "of", 1)
@@ -197,7 +197,7 @@ async def tampered(url: str, change: Any) -> str:
         return f"{verdict.field} of step {verdict.step}"
 
 
-def with_changed(values: Any, at: int, value: Any) -> Any:
+def with_changed(values: Any, at: int | tuple[int, int], value: Any) -> Any:
     other = values.copy()
     other[at] = value
     return other
@@ -224,6 +224,16 @@ async def test_an_action_that_was_tampered_with_is_found_where_it_tells(url: str
 async def test_a_digest_that_was_tampered_with_is_found(url: str) -> None:
     digest = await tampered(url, lambda chunk: {"digests": with_changed(chunk.digests, 2, 1)})
     assert digest == "observation of step 2"
+
+
+async def test_however_little_was_changed_it_is_not_taken_for_another_processors_rounding(url: str) -> None:
+    def nudged(chunk: Chunk) -> dict[str, Any]:
+        observations = chunk.observations
+        assert observations is not None
+        values = with_changed(observations.values, (6, 2), np.nextafter(observations.values[6, 2], np.float32(1)))
+        return {"observations": type(observations)("batch", values)}
+
+    assert await tampered(url, nudged, "full") == "observation of step 6"
 
 
 async def test_a_word_of_the_server_that_is_lost_costs_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
