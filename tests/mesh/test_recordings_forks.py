@@ -11,9 +11,9 @@ import pytest
 
 from meshrl import EnvWorker, Mesh, RemoteEnv
 from meshrl.bus.embedded import EmbeddedServer
+from tests.mesh.learners import ToldEpisode, batch_of, of_all, play_one, play_pool, play_vector
 from tests.mesh.losing import Workers
 from tests.mesh.recordings import copied, listed, listed_in_the_end
-from tests.mesh.restarting import ToldEpisode, batch_of, of_all, play_one, play_pool, play_vector
 from tests.mesh.test_recordings_restart import OPTIONS, SERVED
 from tests.mesh.test_vector_parity import different
 

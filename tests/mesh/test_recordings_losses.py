@@ -21,9 +21,9 @@ from meshrl.recording.streams import stream_of
 from meshrl.recording.writing import SessionWriter, is_description
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
+from tests.mesh.learners import Learned, of_all, play_one, play_pool, play_vector
 from tests.mesh.losing import Workers
 from tests.mesh.recordings import Told, copied, listed, listed_in_the_end
-from tests.mesh.restarting import Learned, of_all, play_one, play_pool, play_vector
 from tests.mesh.test_recordings import same_as
 
 

@@ -13,7 +13,8 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from meshrl import Mesh
-from tests.mesh.restarting import Learned, Signal, of_all, play_one, play_pool, play_vector, restarted
+from tests.mesh.learners import Learned, of_all, play_one, play_pool, play_vector
+from tests.mesh.restarting import Signal, restarted
 from tests.mesh.test_vector_parity import different
 
 SERVED = {

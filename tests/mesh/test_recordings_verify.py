@@ -19,8 +19,8 @@ from meshrl.bus.embedded import EmbeddedServer
 from meshrl.cli import main
 from meshrl.client.verifying import Verdict
 from meshrl.worker import describe
+from tests.mesh.learners import Learned, of_all, play_one, play_pool, play_vector
 from tests.mesh.recordings import listed
-from tests.mesh.restarting import Learned, of_all, play_one, play_pool, play_vector
 from tests.mesh.worker_process import WorkerProcess
 
 EPISODES = 1000
