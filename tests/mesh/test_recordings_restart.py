@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import astuple
 from functools import partial
 from itertools import product
@@ -32,10 +33,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 FORMS: list[Any] = [play_one, play_pool, *(partial(play_vector, mode=mode) for mode in AutoresetMode)]
 
 
-async def play(m: Mesh) -> Learned:
+async def play(m: Mesh, *, envs: Iterable[str]) -> Learned:
     """Each env in each form, at each level, with a seed at first and without any."""
     told = Learned()
-    for env, level in product(SERVED, ("actions", "full")):
+    for env, level in product(envs, ("actions", "full")):
         seeds = [None if (n + (level == "full")) % 3 == 0 else 11 for n in range(len(FORMS))]
         played = [
             form(m, env, level, 80, options=OPTIONS[env], seed=seed) for form, seed in zip(FORMS, seeds, strict=True)
@@ -45,9 +46,11 @@ async def play(m: Mesh) -> Learned:
     return told
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
-async def test_what_was_told_is_there_when_all_that_told_it_is_gone(tmp_path: Path, how: Signal) -> None:
-    async with restarted(tmp_path, SERVED, play, how, slots=64) as (m, told):
+@pytest.mark.parametrize(("how", "envs"), [("SIGTERM", [*SERVED]), ("SIGKILL", ["frozenlake", "nested"])])
+async def test_what_was_told_is_there_when_all_that_told_it_is_gone(
+    tmp_path: Path, how: Signal, envs: list[str]
+) -> None:
+    async with restarted(tmp_path, SERVED, partial(play, envs=envs), how, slots=64) as (m, told):
         assert sorted([one.episode_id async for one in m.episodes()]) == sorted(told.episodes)
         read = await of_all(m.episode, told.episodes)
         told.check(read)
