@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from meshrl.client.rerunning import Rerun
 from meshrl.protocol.chunks import Column
+from meshrl.protocol.joined import batched
 from meshrl.recording.episodes import RecordedEpisode
 from meshrl.wire import spaces
 from meshrl.wire.batches import Batching, batching
-from meshrl.wire.codec import pack
 from meshrl.wire.recorded import Recorded
 
 
@@ -137,8 +137,8 @@ def episode_of(read: RecordedEpisode, again: Rerun | None) -> Episode:
         episode_id=str(read.id),
         env=read.summary.env,
         env_id=read.summary.env_id,
-        observations=_batch(observations, shown),
-        actions=_batch(actions, read.actions),
+        observations=batched(observations, shown).values,
+        actions=batched(actions, read.actions).values,
         rewards=read.rewards,
         terminations=read.terminations,
         truncations=read.truncations,
@@ -152,32 +152,6 @@ def episode_of(read: RecordedEpisode, again: Rerun | None) -> Episode:
         remade=again is not None,
         recorded=read.recorded,
     )
-
-
-def _batch(batches: Batching, column: Column) -> Any:
-    """A column as a batch, where that keeps each value to the bit; else as a list."""
-    if column.form == "batch":
-        return column.values
-    values = column.values
-    try:
-        stacked = batches.stack(values)
-        rows = list(batches.rows(stacked, len(values)))
-    except Exception:  # noqa: BLE001  # an env need not keep to its space
-        return values
-    return stacked if all(map(_alike, rows, values)) else values
-
-
-def _alike(row: Any, value: Any) -> bool:
-    """Whether a row of a batch is that value, whichever of Python's and NumPy's numbers either is."""
-    if isinstance(row, np.ndarray | np.generic) and not isinstance(value, np.ndarray):
-        return bool(np.asarray(row == value).all()) and not isinstance(value, str)
-    if isinstance(row, dict):
-        return (
-            isinstance(value, dict) and row.keys() == value.keys() and all(_alike(row[key], value[key]) for key in row)
-        )
-    if isinstance(row, tuple):
-        return isinstance(value, tuple) and len(row) == len(value) and all(map(_alike, row, value))
-    return pack(row) == pack(value)
 
 
 def _rows(batches: Batching, batch: Any, count: int) -> list[Any]:

@@ -8,26 +8,27 @@ position of its own.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import time
+import secrets
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshrl.bus.storing import store
+from meshrl.bus.storing import Stored, store
+from meshrl.client.following import Following, Place
+from meshrl.client.gathering import Experience, Gathered, Part, ages_of
 from meshrl.client.rerunning import rerun
 from meshrl.client.verifying import judge
-from meshrl.errors import EnvError, EpisodeTorn, MalformedMessage, StreamMissing, UsageError
+from meshrl.errors import EnvError, EpisodeTorn, MalformedMessage, StreamMissing, UsageError, WrongSequence
 from meshrl.protocol.chunks import Column
-from meshrl.protocol.joined import column_of, joined_columns, picked
-from meshrl.recording.episodes import Described, RecordedEpisode
+from meshrl.protocol.joined import batched
+from meshrl.recording.episodes import RecordedEpisode
 from meshrl.recording.library import Located
 from meshrl.recording.streams import POSITIONS
-from meshrl.wire.codec import pack, unpack
 
 if TYPE_CHECKING:
     from meshrl.client.context import Context
@@ -39,57 +40,6 @@ LOOK_S = 0.25
 COMMIT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Experience:
-    """A batch of ``n`` transitions; those of an episode are in order.
-
-    Attributes:
-        observations: n of them, as a batch of their space; a list where an env did not keep to its space.
-        actions: likewise.
-        rewards: float64.
-        next_observations: as ``observations``.
-        terminations: bool.
-        truncations: bool.
-        steps: int64, of each which step of its episode it is, from 0.
-        episode_ids: of each, whose.
-        policy_versions: int64, of whoever chose the action; -1 where nobody said.
-        ages_s: float64, how long ago each happened, by this machine's clock and the server's.
-    """
-
-    observations: Any
-    actions: Any
-    rewards: NDArray[np.float64]
-    next_observations: Any
-    terminations: NDArray[np.bool_]
-    truncations: NDArray[np.bool_]
-    steps: NDArray[np.int64]
-    episode_ids: NDArray[np.str_]
-    policy_versions: NDArray[np.int64]
-    ages_s: NDArray[np.float64]
-
-    def __len__(self) -> int:
-        return len(self.rewards)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a feed stands: how many steps it has given of an episode of an entry of the index."""
-
-    seq: int = 1
-    row: int = 0
-    step: int = 0
-
-    def to_stream(self) -> bytes:
-        return pack([self.seq, self.row, self.step])
-
-    @classmethod
-    def from_stream(cls, data: bytes) -> _Place:
-        body = unpack(data)
-        if type(body) is not list or len(body) != 3 or not all(type(one) is int and one >= 0 for one in body):
-            raise MalformedMessage("the position of a consumer is three whole numbers")
-        return cls(*body)
-
-
 class ExperienceFeed:
     """Batches of experience; made by :meth:`meshrl.Mesh.experience`, used with ``async for``.
 
@@ -98,6 +48,10 @@ class ExperienceFeed:
 
     Attributes:
         skipped: episodes that could not be read, or that did not go as they were recorded when they were run again.
+        min_version: transitions of older policies, or of which nobody said which, are left out from now on; None for
+            all. A learner may raise it as it goes.
+        max_age_s: transitions that happened longer ago than that are left out; None for all.
+        stale: transitions that were left out by these two.
     """
 
     def __init__(
@@ -106,30 +60,43 @@ class ExperienceFeed:
         env: str,
         *,
         name: str | None,
-        since: datetime | None,
+        from_: datetime | str | None,
         batch_size: int,
+        multiple_of: int,
         follow: bool,
         labels: Mapping[str, str],
         policy: str | None,
         min_return: float | None,
+        min_version: int | None,
+        max_age_s: float | None,
         wait: float,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size is a number from 1, not {batch_size!r}")
+        for what, count in (("batch_size", batch_size), ("multiple_of", multiple_of)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise UsageError(f"{what} is a number from 1, not {count!r}")
+        if batch_size < multiple_of:
+            raise UsageError(f"batches of at most {batch_size} are no multiple_of {multiple_of}; raise batch_size")
         self.skipped = 0
+        self.stale = 0
+        self.min_version = min_version
+        self.max_age_s = max_age_s
         self._context = context
         self._env = env
         self._name = name
-        self._since = since
-        self._batch_size = batch_size
+        self._begin, self._since = _beginning(from_)
+        self._multiple = multiple_of
+        self._batch_size = batch_size - batch_size % multiple_of
         self._follow = follow
         self._labels = dict(labels).items()
         self._policy = policy
         self._min_return = min_return
         self._wait = wait
-        self._given = _Place()  # behind what the last batch had
-        self._committed: _Place | None = None
-        self._batches: AsyncIterator[tuple[Experience, _Place]] | None = None
+        self._mark = f"{secrets.token_hex(8)}:"  # of what it commits
+        self._numbers = itertools.count(1)
+        self._stored = 0  # the number of the last commit under its name
+        self._given = self._begin  # behind what the last batch had
+        self._committed: Place | None = None
+        self._batches: AsyncIterator[tuple[Experience, Place]] | None = None
 
     def __repr__(self) -> str:
         named = f" {self._name!r}" if self._name else ""
@@ -137,6 +104,19 @@ class ExperienceFeed:
 
     def __aiter__(self) -> Self:
         return self
+
+    @property
+    def multiple_of(self) -> int:
+        """Batches have a multiple of so many transitions."""
+        return self._multiple
+
+    @property
+    def position(self) -> str:
+        """Behind the last batch that it gave; ``from_`` of another feed, which goes on there.
+
+        Who keeps what was learned from, or the buffer it is in, keeps this with it, and both go on together.
+        """
+        return str(self._given)
 
     async def __anext__(self) -> Experience:
         """The next batch; waits for it where the feed follows.
@@ -164,65 +144,91 @@ class ExperienceFeed:
         """What was given so far is taken: whoever asks for this feed by its name again goes on behind it.
 
         Raises:
+            UsageError: another feed has committed under its name since.
             MeshError: it cannot be stored.
         """
         if self._name is None or self._given == self._committed:
             return
-        context = self._context
-        subject = context.subjects.position(context.connection.user, self._env, self._name)
         place = self._given
-        message_id = f"{subject}:{place.seq}:{place.row}:{place.step}:{time.monotonic_ns()}"
-        await store(context.connection, subject, place.to_stream(), COMMIT_S, message_id=message_id)
+        try:
+            await self._store(place)
+        except WrongSequence as exc:
+            last = await self._last()
+            if last is not None and not last.message_id.startswith(self._mark):
+                raise UsageError(
+                    f"another feed of {self._env} goes by the name {self._name!r}, and has come further; each consumer "
+                    "has a name of its own, and who comes back makes a new feed"
+                ) from exc
+            # It was this one, and the answer was lost; or there is nothing any more.
+            self._stored = 0 if last is None else last.seq
+            await self._store(place)
         self._committed = place
 
-    async def _position(self) -> _Place:
-        if self._name is None:
-            return _Place()
-        context, library = self._context, await self._context.library()
-        subject = context.subjects.position(context.connection.user, self._env, self._name)
+    async def _store(self, place: Place) -> None:
+        connection, message_id = self._context.connection, f"{self._mark}{next(self._numbers)}"
+        self._stored = await store(
+            connection, self._subject, str(place).encode(), COMMIT_S, message_id=message_id, after=self._stored
+        )
+
+    async def _position(self) -> Place:
+        last = None if self._name is None else await self._last()
+        if last is None:
+            return self._begin
+        self._stored = last.seq
+        return Place.parse(last.body.decode("ascii", "replace"))
+
+    async def _last(self) -> Stored | None:
+        """What its name has committed."""
         try:
-            last = await library.reader.last(POSITIONS, subject)
+            return await (await self._context.library()).reader.last(POSITIONS, self._subject)
         except StreamMissing:
-            return _Place()
-        return _Place() if last is None else _Place.from_stream(last.body)
+            return None
+
+    @property
+    def _subject(self) -> str:
+        assert self._name is not None, "it is durable"
+        return self._context.subjects.position(self._context.connection.user, self._env, self._name)
 
     # ---------------------------------------------------------------- batches
 
-    async def _all(self) -> AsyncIterator[tuple[Experience, _Place]]:
-        gathered = _Gathered()
-        async for episode, place in self._episodes():
-            if episode is None:  # nothing more at the moment
-                if len(gathered):
-                    yield gathered.taken(), place
+    async def _all(self) -> AsyncIterator[tuple[Experience, Place]]:
+        gathered = Gathered(self._given)
+        async for part in self._parts():
+            if part is None:  # nothing more at the moment
+                if whole := len(gathered) - len(gathered) % self._multiple:
+                    yield gathered.taken(whole), gathered.place
                 continue
-            if gathered.described is not None and not _alike(gathered.described, episode.described):
-                yield gathered.taken(), place
-            step, size = place.step, len(episode.rewards)
-            while step < size:
-                until = min(size, step + self._batch_size - len(gathered))
-                gathered.add(episode, step, until)
-                step = until
-                if len(gathered) >= self._batch_size:
-                    behind = _Place(place.seq, place.row, step) if step < size else _Place(place.seq, place.row + 1)
-                    yield gathered.taken(), behind
+            if not gathered.fits(part.episode):
+                yield gathered.taken(len(gathered)), gathered.place
+            gathered.add(part)
+            while len(gathered) >= self._batch_size:
+                yield gathered.taken(self._batch_size), gathered.place
 
-    async def _episodes(self) -> AsyncIterator[tuple[RecordedEpisode | None, _Place]]:
-        """Each with where it begins; None, and where that is, when there is nothing more at the moment."""
+    async def _parts(self) -> AsyncIterator[Part | None]:
+        """What is wanted of each episode; None when there is nothing more at the moment."""
         library = await self._context.library()
-        place, since = self._given, self._since if self._given == _Place() else None
+        since = self._since if self._given == Place() else None
+        following = Following(library, self._env, self._given, since)
         while True:
-            async for seq, entries in library.entries(self._env, place.seq, since=since):
-                since = None
-                at = place if seq == place.seq else _Place(seq)
-                for row in range(at.row, len(entries)):
-                    episode = await self._read(entries[row]) if self._wanted(entries[row]) else None
-                    if episode is not None:
-                        yield episode, _Place(seq, row, at.step if row == at.row else 0)
-                place = _Place(seq + 1)
-            yield None, place
+            async for place, located in following.look():
+                episode = await self._read(located) if self._wanted(located) else None
+                if episode is not None:
+                    following.passed(located)
+                    part = Part.of(episode, place, self._fresh(episode))
+                    self.stale += len(episode.rewards) - place.step - len(part.steps)
+                    yield part
+            yield None
             if not self._follow:
                 return
             await asyncio.sleep(LOOK_S)
+
+    def _fresh(self, episode: RecordedEpisode) -> NDArray[np.bool_]:
+        fresh = np.ones(len(episode.rewards), np.bool_)
+        if self.min_version is not None:
+            fresh &= episode.policies >= self.min_version
+        if self.max_age_s is not None:
+            fresh &= ages_of(episode, datetime.now(UTC).timestamp()) <= self.max_age_s
+        return fresh
 
     def _wanted(self, located: Located) -> bool:
         summary = located.summary
@@ -240,81 +246,21 @@ class ExperienceFeed:
                 again = await rerun(self._context, episode, wait=self._wait)
                 if not judge(episode, again):
                     raise EpisodeTorn(f"episode {episode.id} did not go as it was recorded when it was run again")
-                episode.observations = column_of(episode.described.observations, again.obs)
+                episode.observations = Column("items", again.obs)
         except (EpisodeTorn, EnvError) as exc:
             self.skipped += 1
             log.info("%r skips an episode: %s", self, exc.message)
             return None
+        assert episode.observations is not None, "they were recorded, or it was run again"
+        episode.observations = batched(episode.described.observations, episode.observations)
+        episode.actions = batched(episode.described.actions, episode.actions)
         return episode
 
 
-class _Gathered:
-    """Parts of episodes on their way into a batch."""
-
-    def __init__(self) -> None:
-        self.described: Described | None = None
-        self._columns: list[tuple[Column, Column, Column]] = []
-        self._parts: list[tuple[RecordedEpisode, int, int]] = []
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def add(self, episode: RecordedEpisode, start: int, stop: int) -> None:
-        """Some steps of an episode."""
-        described, shown = episode.described, episode.observations
-        assert shown is not None, "it was run again for them"
-        self.described = described
-        rows = np.arange(start, stop)
-        self._columns.append(
-            (
-                picked(described.observations, shown, rows),
-                picked(described.actions, episode.actions, rows),
-                picked(described.observations, shown, rows + 1),
-            )
-        )
-        self._parts.append((episode, start, stop))
-        self._count += stop - start
-
-    def taken(self) -> Experience:
-        """What was gathered; nothing is left."""
-        described = self.described
-        assert described is not None, "there is something in it"
-        spaces = (described.observations, described.actions, described.observations)
-        obs, actions, following = (
-            joined_columns(batches, columns).values
-            for batches, columns in zip(spaces, zip(*self._columns, strict=True), strict=True)
-        )
-        now = datetime.now(UTC).timestamp()
-        told = {
-            name: np.concatenate([getattr(episode, name)[start:stop] for episode, start, stop in self._parts])
-            for name in ("rewards", "terminations", "truncations", "policies")
-        }
-        ages = [
-            now - episode.summary.ended_at.timestamp() + episode.at_s[-1] - episode.at_s[start:stop]
-            for episode, start, stop in self._parts
-        ]
-        lengths = [stop - start for _, start, stop in self._parts]
-        batch = Experience(
-            observations=obs,
-            actions=actions,
-            rewards=told["rewards"],
-            next_observations=following,
-            terminations=told["terminations"],
-            truncations=told["truncations"],
-            steps=np.concatenate([np.arange(start, stop) for _, start, stop in self._parts]),
-            episode_ids=np.repeat([str(episode.id) for episode, _, _ in self._parts], lengths),
-            policy_versions=told["policies"],
-            ages_s=np.maximum(0.0, np.concatenate(ages)),
-        )
-        self._columns, self._parts, self._count, self.described = [], [], 0, None
-        return batch
-
-
-def _alike(one: Described, other: Described) -> bool:
-    """Whether transitions of both can be in one batch."""
-    descriptions = one.recorded.description, other.recorded.description
-    return one is other or (
-        descriptions[0].observation_space == descriptions[1].observation_space
-        and descriptions[0].action_space == descriptions[1].action_space
-    )
+def _beginning(from_: datetime | str | None) -> tuple[Place, datetime | None]:
+    if from_ is None or isinstance(from_, datetime):
+        return Place(), from_
+    try:
+        return Place.parse(from_), None
+    except MalformedMessage:
+        raise UsageError(f"from_ is a datetime, or the position of a feed, not {from_!r}") from None

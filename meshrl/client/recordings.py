@@ -247,12 +247,15 @@ class Recordings(ABC):
         env: str,
         *,
         name: str | None = None,
-        from_: datetime | None = None,
+        from_: datetime | str | None = None,
         batch_size: int = 1024,
+        multiple_of: int = 1,
         follow: bool = True,
         labels: Mapping[str, str] | None = None,
         policy: str | None = None,
         min_return: float | None = None,
+        min_version: int | None = None,
+        max_age_s: float | None = None,
         wait: float = 30.0,
     ) -> ExperienceFeed:
         """The transitions of recorded episodes, in batches, for off-policy learners and long-term stores.
@@ -263,26 +266,34 @@ class Recordings(ABC):
         Args:
             env: the name under which it was served, exactly.
             name: makes the feed durable: who asks for the same name again goes on behind what was taken.
-            from_: those that ended from then on, on the server's clock; None for all. A durable feed goes by it once.
+            from_: those that ended from then on, on the server's clock; or what is behind the ``position`` that another
+                feed had; None for all. A durable feed goes by it once.
             batch_size: transitions a batch; fewer where there are no more at the moment.
+            multiple_of: each batch has a multiple of so many transitions, and what is over waits for more; fewer only
+                where the env is served with other spaces from then on.
             follow: wait for more, for ever; else the feed ends with what there is.
             labels: those of sessions with all of these.
             policy: those with actions of that policy.
             min_return: those whose rewards add up to as much.
+            min_version: transitions of policies of at least this version.
+            max_age_s: transitions that happened, when they are read, no longer ago than so many seconds.
             wait: seconds to wait for a worker and a slot, where an episode is run again.
 
         Raises:
-            UsageError: ``batch_size`` is no number from 1.
+            UsageError: ``batch_size`` or ``multiple_of`` is no number from 1, or ``from_`` no position.
         """
         return ExperienceFeed(
             self._open(),
             env,
             name=name,
-            since=from_,
+            from_=from_,
             batch_size=batch_size,
+            multiple_of=multiple_of,
             follow=follow,
             labels=labels or {},
             policy=policy,
             min_return=min_return,
+            min_version=min_version,
+            max_age_s=max_age_s,
             wait=wait,
         )

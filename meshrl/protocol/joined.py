@@ -20,6 +20,7 @@ from meshrl.protocol.noted import Asked, Began, Indices, Note, One
 from meshrl.protocol.transcript import Transcript
 from meshrl.protocol.values import hashes_of_values, numbers_of, truths_of
 from meshrl.wire.batches import Batching
+from meshrl.wire.codec import pack
 from meshrl.wire.large import Rows, large_rows
 
 _NOTHING = Column("items", [])
@@ -251,6 +252,30 @@ def column_of(batches: Batching, values: list[Any]) -> Column:
         if batch.dtype.kind in "iu" and (batch.astype(space.dtype) == batch).all():
             return Column("batch", batch.astype(space.dtype))
     return Column("items", values)
+
+
+def batched(batches: Batching, column: Column) -> Column:
+    """A column as a batch, where that keeps each value to the bit; else as it is."""
+    if column.form == "batch":
+        return column
+    values = column.values
+    try:
+        stacked = batches.stack(values)
+        rows = list(batches.rows(stacked, len(values)))
+    except Exception:  # noqa: BLE001  # an env need not keep to its space
+        return column
+    return Column("batch", stacked) if all(map(_is, rows, values)) else column
+
+
+def _is(row: Any, value: Any) -> bool:
+    """Whether a row of a batch is that value, whichever of Python's and NumPy's numbers either is."""
+    if isinstance(row, np.ndarray | np.generic) and not isinstance(value, np.ndarray):
+        return bool(np.asarray(row == value).all()) and not isinstance(value, str)
+    if isinstance(row, dict):
+        return isinstance(value, dict) and row.keys() == value.keys() and all(_is(row[key], value[key]) for key in row)
+    if isinstance(row, tuple):
+        return isinstance(value, tuple) and len(row) == len(value) and all(map(_is, row, value))
+    return pack(row) == pack(value)
 
 
 def picked(batches: Batching, column: Column, rows: Indices) -> Column:

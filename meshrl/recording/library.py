@@ -113,16 +113,30 @@ class Library:
             return
 
     async def entries(
-        self, env: str, first: int, *, since: datetime | None = None
-    ) -> AsyncIterator[tuple[int, list[Located]]]:
-        """The entries of the index, one by one, from a number in its stream on; what is in each that can be read.
+        self,
+        env: str,
+        first: int = 1,
+        *,
+        session: str = "*",
+        since: datetime | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[tuple[Stored, list[Located]]]:
+        """The entries of the index, one by one; each with what is in it that can be read.
+
+        Args:
+            env: a served name.
+            first: the number in the index's stream from which they are wanted.
+            session: those of one recording; ``*`` for all.
+            since: the time from which they are wanted, in place of a number.
+            limit: no more than this.
 
         Raises:
             MeshError: as of :class:`~meshrl.bus.storing.Reader`. No stream is no entries.
         """
+        subject = self._subjects.episodes(env, session)
         with contextlib.suppress(StreamMissing):
-            async for stored in self.reader.get(EPISODES, self._subjects.episodes(env, "*"), first, since=since):
-                yield stored.seq, _located(stored)
+            async for stored in self.reader.get(EPISODES, subject, first, since=since, limit=limit):
+                yield stored, _located(stored)
 
     async def episode(self, text: str) -> RecordedEpisode:
         """One episode, by its id.
