@@ -1,14 +1,15 @@
 """Other libraries' interfaces over the same client.
 
 ``meshrl.adapters.gymnasium`` and ``.vector`` are behind ``meshrl.make`` and ``meshrl.make_vec``; ``.sb3`` and
-``.videos`` need their extras.
+``.videos`` need their extras. ``.experience`` and ``.buffers`` are the recorded transitions for trainers, and their
+replay buffers.
 """
 
 import importlib
 from types import ModuleType
 
 # To be had as attributes, imported at the first look; the others are parts of these.
-_FACES = frozenset({"gymnasium", "vector", "sb3", "videos"})
+_FACES = frozenset({"gymnasium", "vector", "sb3", "videos", "experience", "buffers"})
 
 
 def __getattr__(name: str) -> ModuleType:

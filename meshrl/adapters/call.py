@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
@@ -52,10 +54,18 @@ class Call(Generic[T]):
         """Whether it has ended, and gave a value."""
         return self.over and not self.cancelled and self.error is None
 
-    def wait(self) -> None:
-        """Block until it is over. Any exception of a signal handler ends the waiting alone."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until it is over, or for so many seconds; gives whether it is over.
+
+        Any exception of a signal handler ends the waiting alone.
+        """
+        until = math.inf if timeout is None else time.monotonic() + timeout
         while not self.over:
-            self._lock.acquire(timeout=SIGNAL_S)
+            left = SIGNAL_S if timeout is None else min(SIGNAL_S, until - time.monotonic())
+            if left <= 0:
+                return False
+            self._lock.acquire(timeout=left)
+        return True
 
     def result(self) -> T:
         """What it gave.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from meshrl.adapters.call import Call
-from meshrl.adapters.portal import Portal, lease
+from meshrl.adapters.portal import Portal, leased
 from meshrl.client.env import RemoteEnv
 from meshrl.client.mesh import Mesh
 from meshrl.client.session import RemoteSession
@@ -75,17 +75,7 @@ class Held(Generic[R]):
         return "closed" if self.closed else repr(self.remote)
 
     def _lease(self) -> None:
-        portal = lease(self._mesh)
-        opening: Call[R] = Call("make", portal.open, self._opened)
-        try:
-            self.remote = portal.run(opening)
-        except BaseException as exc:
-            if exc is opening.error:
-                portal.release()
-            else:
-                portal.abandon_opening(opening)
-            raise
-        self.portal = portal
+        self.portal, self.remote = leased(self._mesh, "make", self._opened)
 
     @property
     def inherited(self) -> bool:

@@ -315,6 +315,29 @@ def lease(arguments: Mapping[str, Any]) -> Portal:
     return _PORTALS.lease(arguments)
 
 
+def leased(arguments: Mapping[str, Any], op: str, opened: Callable[[Mesh], Coroutine[Any, Any, R]]) -> tuple[Portal, R]:
+    """A lease, and what was opened over it.
+
+    Args:
+        arguments: as of :func:`lease`.
+        op: what the opening is called in errors.
+        opened: opens it; where it does not, the lease is given back.
+
+    Raises:
+        BaseException: as :func:`lease` and ``opened`` do.
+    """
+    portal = lease(arguments)
+    opening: Call[R] = Call(op, portal.open, opened)
+    try:
+        return portal, portal.run(opening)
+    except BaseException as exc:
+        if exc is opening.error:
+            portal.release()
+        else:
+            portal.abandon_opening(opening)
+        raise
+
+
 def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop  # noqa: PLC0415  # not on every platform

@@ -147,9 +147,10 @@ class ExperienceFeed:
             UsageError: another feed has committed under its name since.
             MeshError: it cannot be stored.
         """
-        if self._name is None or self._given == self._committed:
-            return
         place = self._given
+        if self._name is None or place == self._committed:
+            self._committed = place
+            return
         try:
             await self._store(place)
         except WrongSequence as exc:
@@ -163,6 +164,11 @@ class ExperienceFeed:
             self._stored = 0 if last is None else last.seq
             await self._store(place)
         self._committed = place
+
+    def rewind(self) -> None:
+        """What was given and is not taken yet is given again."""
+        if self._committed is not None:
+            self._given, self._batches = self._committed, None
 
     async def _store(self, place: Place) -> None:
         connection, message_id = self._context.connection, f"{self._mark}{next(self._numbers)}"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meshrl.client.rerunning import Rerun
 from meshrl.errors import EpisodeDiverged
