@@ -24,6 +24,7 @@ from meshrl.bus.embedded import EmbeddedServer
 from meshrl.errors import MeshUnreachable, SessionClosed, UsageError
 from tests.buffers.made import columns_of
 from tests.mesh.recordings import Told, drive, listed
+from tests.mesh.test_make import in_a_fork
 from tests.mesh.worker_process import WorkerProcess
 
 
@@ -111,6 +112,21 @@ def test_what_a_buffer_refuses_is_given_again(server: EmbeddedServer) -> None:
             reader.fill(right, least=1000)
             assert list(reader) == []
         np.testing.assert_array_equal(right.observations[: right.pos, 0], columns_of(told)["obs"])
+
+
+def test_a_forked_process_does_not_read_its_parents_feed(server: EmbeddedServer) -> None:
+    with ExperienceReader("of", mesh=server.url, name="mine") as reader:
+
+        def read() -> None:
+            try:
+                reader.read(timeout=1.0)
+            finally:
+                reader.close()  # which is nothing here
+
+        with pytest.raises(UsageError, match="parent"):
+            in_a_fork(read)
+        with pytest.raises(TimeoutError):
+            reader.read(timeout=0.0)
 
 
 def test_it_says_what_is_wrong_and_leaves_nothing_behind(server: EmbeddedServer) -> None:

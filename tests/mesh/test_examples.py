@@ -24,7 +24,7 @@ def output_of(name: str, home: Path, *arguments: str) -> str:
 
 
 def test_every_example_is_tested_here_or_with_torch() -> None:
-    with_torch = {"ppo_cleanrl_style.py", "ppo_sb3.py"}  # tests/sb3/test_examples.py
+    with_torch = {"dqn_from_the_stream.py", "ppo_cleanrl_style.py", "ppo_sb3.py"}  # tests/sb3, tests/buffers
     assert {path.name for path in EXAMPLES.glob("*.py")} - with_torch == {
         "many_learners.py",
         "quickstart.py",
