@@ -120,7 +120,8 @@ def learn(settings: Settings, reader: ExperienceReader, envs: Any) -> float:
     optimizer = torch.optim.Adam(q_network.parameters(), lr=settings.learning_rate)
 
     began, mean_return = time.monotonic(), 0.0
-    reader.fill(buffer, least=settings.learning_starts)
+    if reader.fill(buffer, least=settings.learning_starts, timeout=300.0) < settings.learning_starts:
+        raise TimeoutError(f"{len(buffer)} transitions have come in 5 minutes; do the players play?")
     for update in range(1, settings.max_updates + 1):
         if update % 50 == 0:
             reader.fill(buffer, timeout=0.0)  # what has come meanwhile

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from meshrl import EnvWorker, Factory, Mesh
 from meshrl.bus.connect import connect
 from meshrl.bus.storing import Reader, store
+from meshrl.client import following
 from meshrl.client.gathering import Experience
 from meshrl.errors import StreamMissing, UsageError
 from meshrl.recording.streams import EPISODES, POSITIONS
@@ -176,7 +177,11 @@ async def stored_again(url: str, env: str, which: int) -> None:
         await store(connection, entries[which].subject, entries[which].body, 5.0, message_id=f"again:{which}")
 
 
-async def test_an_entry_of_the_index_that_is_stored_twice_gives_its_episodes_once(url: str) -> None:
+@pytest.mark.parametrize("kept", [following.KEPT_SESSIONS, 1])
+async def test_an_entry_of_the_index_that_is_stored_twice_gives_its_episodes_once(
+    url: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "KEPT_SESSIONS", kept)
     async with EnvWorker({"of": "CartPole-v1"}, url), Mesh(url) as m:
         told = await recorded(m, "of", "full", 2)
         told |= await recorded(m, "of", "full", 2, seed=4)
