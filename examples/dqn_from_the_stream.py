@@ -5,11 +5,12 @@
     pip install "meshrl[tianshou]"
     python examples/dqn_from_the_stream.py
 
-Three players, in another process, step CartPole on the mesh that is found, or on one that this starts, and are
-recorded: one by chance, two by a rule that chance disturbs, with mean returns of some 25, 160 and 400. The learner
-follows the stream of their episodes under a name of its own, puts it into tianshou's prioritised replay buffer, and
-trains on that. It leases envs for evaluation alone, and is done when 20 episodes return 475 in the mean. It reads from
-top to bottom; :class:`Settings` is the command line (``--seed 2``). It takes about half a minute on two cores.
+Four players, in another process, step CartPole on the mesh that is found, or on one that this starts, and are
+recorded: one by chance, two by a rule that chance disturbs (mean returns of some 25, 160 and 400), and one that learns
+by climbing hills. The learner here follows the stream of their episodes under a name of its own, puts it into
+tianshou's prioritised replay buffer, and trains on that. It leases envs for evaluation alone, and is done when 20
+episodes return 475 in the mean. It reads from top to bottom; :class:`Settings` is the command line (``--seed 2``). It
+takes about half a minute on two cores.
 
 Who learns from others' actions alone never sees its own mistakes: where they never were, it believes anything. So there
 is one term more than in DQN, which lowers the value of actions that nobody takes (*conservative Q-learning*, Kumar et
@@ -43,9 +44,9 @@ class Settings:
     seed: int = 1
     target: float = 475.0  # mean return of the evaluation's episodes
     eval_episodes: int = 20
-    transitions: int = 30_000  # that the players play, in all
+    transitions: int = 40_000  # that the players play, in all
     num_envs: int = 8  # of each player
-    learning_starts: int = 15_000  # transitions in the buffer
+    learning_starts: int = 20_000  # transitions in the buffer
     max_updates: int = 6_000
     updates_per_evaluation: int = 250
     batch_size: int = 256
@@ -65,11 +66,38 @@ def rule(obs: NDArray[np.float32]) -> NDArray[np.int64]:
     return (obs[:, 2] + 0.5 * obs[:, 3] > 0).astype(np.int64)
 
 
-CHANCE = {"random": 1.0, "wild": 0.5, "unsteady": 0.2}  # how often it decides instead of the rule
+class Climber:
+    """A learner of its own: changes a linear policy a little for each episode, and keeps what was no worse."""
+
+    def __init__(self, num_envs: int, draw: np.random.Generator) -> None:
+        self.version = 0
+        self._draw = draw
+        self._best, self._best_return = np.zeros(4), 0.0
+        self._tried = draw.normal(size=(num_envs, 4))
+        self._returns = np.zeros(num_envs)
+
+    def act(self, obs: NDArray[np.float32]) -> NDArray[np.int64]:
+        """A push for each env."""
+        return np.where((self._tried * obs).sum(-1) > 0, 1, 0)
+
+    def learn(self, rewards: NDArray[np.float64], ended: NDArray[np.bool_]) -> None:
+        """What the pushes brought."""
+        self._returns += rewards
+        for i in np.flatnonzero(ended):
+            if self._returns[i] >= self._best_return:
+                self._best, self._best_return = self._tried[i].copy(), self._returns[i]
+                self.version += 1
+            self._tried[i] = self._best + self._draw.normal(size=4) / 2
+            self._returns[i] = 0.0
+
+
+# How often chance decides, and not the rule, or the climber.
+CHANCE = {"random": 1.0, "wild": 0.5, "unsteady": 0.2, "climbing": 0.1}
 
 
 async def play(settings: Settings, player: str, run: str) -> None:
     draw = np.random.default_rng([settings.seed, *player.encode()])
+    climber = Climber(settings.num_envs, draw) if player == "climbing" else None
     wish: dict[str, Any] = {"record": "full", "labels": {"run": run}, "policy": player}
     async with (
         meshrl.Mesh(settings.url or None) as m,
@@ -77,8 +105,13 @@ async def play(settings: Settings, player: str, run: str) -> None:
     ):
         obs, _ = await envs.reset(seed=settings.seed)
         for _ in range(settings.transitions // len(CHANCE) // settings.num_envs):
+            wanted = climber.act(obs) if climber else rule(obs)
             by_chance = draw.random(settings.num_envs) < CHANCE[player]
-            obs, *_ = await envs.step(np.where(by_chance, draw.integers(0, 2, settings.num_envs), rule(obs)))
+            actions = np.where(by_chance, draw.integers(0, 2, settings.num_envs), wanted)
+            obs, rewards, terminations, truncations, _ = await envs.step(actions)
+            if climber:
+                climber.learn(rewards, terminations | truncations)
+                envs.policy_version = climber.version
 
 
 def play_all(settings: Settings, run: str) -> None:
