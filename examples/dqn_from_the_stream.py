@@ -51,9 +51,9 @@ class Settings:
     updates_per_evaluation: int = 250
     batch_size: int = 256
     learning_rate: float = 1e-3
-    gamma: float = 0.99
+    gamma: float = 0.98
     tau: float = 0.005  # by how much of the way the target network follows at each update
-    conservative: float = 0.5  # weight of that term
+    conservative: float = 2.0  # weight of that term
     alpha: float = 0.6  # how much priorities count
     beta: float = 0.4  # how much of that is weighed back
 
@@ -182,10 +182,10 @@ def learn(settings: Settings, reader: ExperienceReader, envs: Any) -> float:
             for target, parameter in zip(target_network.parameters(), q_network.parameters(), strict=True):
                 target.lerp_(parameter, settings.tau)
 
-        # ------------------------------------------------------------ evaluate
+        # ------------------------------------------------------------ evaluate the average, which is steadier
 
         if update % settings.updates_per_evaluation == 0:
-            mean_return = evaluate(envs, q_network, settings.seed + 10_000)
+            mean_return = evaluate(envs, target_network, settings.seed + 10_000)
             print(
                 f"{update:>6,} updates, {len(buffer):>6,} transitions of others, {time.monotonic() - began:5.1f} s: "
                 f"mean return {mean_return:5.1f}",

@@ -27,6 +27,8 @@ from tests.mesh.recordings import Told, drive, listed
 from tests.mesh.test_make import in_a_fork
 from tests.mesh.worker_process import WorkerProcess
 
+pytestmark = pytest.mark.timeout(300)  # numba compiles for tianshou, once a process
+
 
 def play(url: str, env: str, episodes: int, seed: int = 1) -> list[Told]:
     """Episodes that are recorded when this returns."""

@@ -16,6 +16,7 @@ from meshrl.errors import UsageError
 from tests.buffers.made import Counts, Parts, Pictures, batch_of, columns_of
 from tests.mesh.recordings import drive, listed
 
+pytestmark = pytest.mark.timeout(300)  # numba compiles for tianshou, once a process
 SPACES = (spaces.Box(-1.0, 1.0, (3,), np.float32), spaces.Discrete(4))
 
 
