@@ -113,8 +113,8 @@ async def _use_recordings(mesh: Mesh, worker: EnvWorker) -> None:
         await env.step(1)
     # Who hears everything here keeps the server from saying that nobody listens: the streams have to be there.
     await until(lambda: worker.recorded.recorded >= told + 8, "what it did is stored")
-    (first, _) = await listed(mesh, "cartpole", 2, labels={"run": "a"})
-    assert await mesh.verify(first.episode_id)
+    (ended, _) = await listed(mesh, "cartpole", 2, labels={"run": "a"})
+    assert await mesh.verify(ended.episode_id)
 
 
 async def _use_a_session_that_is_lost(mesh: Mesh, worker: EnvWorker) -> None:
