@@ -7,6 +7,7 @@
     │   ├── UnencodableValue (TypeError), UnsupportedSpace (TypeError)
     │   ├── NotAllowed (PermissionError), KwargsNotAllowed (NotAllowed)
     │   ├── SpacesDiffer (ValueError), InvalidName (ValueError), InvalidSeed (ValueError)
+    │   ├── FormatCannotHold (TypeError)
     ├── ProtocolError         the peer: what arrived is not a message of this protocol, or not its turn
     │   ├── MalformedMessage (ValueError), UnsupportedVersion, MessageTooLarge (ValueError)
     │   ├── SequenceGap, StaleRequest, LaneBusy, WrongEpoch
@@ -178,7 +179,7 @@ class KwargsNotAllowed(NotAllowed):
 
 
 class SpacesDiffer(UsageError, ValueError):
-    """An agent's declared spaces are not those of the env it should act in."""
+    """An agent's declared spaces are not those of the env it should act in; or episodes of one dataset have several."""
 
     code = "spaces_differ"
 
@@ -193,6 +194,12 @@ class InvalidName(UsageError, ValueError):
     """A name or a factory text that cannot be served or asked for."""
 
     code = "invalid_name"
+
+
+class FormatCannotHold(UsageError, TypeError):
+    """A file format has no form for something that was recorded; ``details`` say which and what, and what has one."""
+
+    code = "format_cannot_hold"
 
 
 # --------------------------------------------------------------------------- the peer

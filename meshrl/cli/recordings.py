@@ -60,7 +60,7 @@ STYLES = {
 
 @asynccontextmanager
 async def mesh_at(url: str | None, namespace: str, credentials: Path | None) -> AsyncIterator[Mesh]:
-    """The mesh that is there; none is started."""
+    """The mesh that the options of a command say; none is started for it."""
     address = await locate(url, credentials=credentials, namespace=namespace, start=False)
     async with Mesh(address, namespace=namespace, credentials=credentials) as mesh:
         yield mesh
@@ -91,9 +91,9 @@ def episodes(
                 one
                 async for one in mesh.episodes(
                     env,
-                    since=_since(since),
+                    since=time_of(since, "--since"),
                     min_return=min_return,
-                    labels=_labels(label),
+                    labels=labels_in(label),
                     policy=policy,
                     manifest=manifest,
                 )
@@ -315,7 +315,12 @@ def _plain(one: EpisodeSummary) -> dict[str, Any]:
     }
 
 
-def _labels(pairs: list[str] | None) -> dict[str, str]:
+def labels_in(pairs: list[str] | None) -> dict[str, str]:
+    """What --label says.
+
+    Raises:
+        UsageError: it says nothing that is one.
+    """
     labels = {}
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
@@ -325,10 +330,15 @@ def _labels(pairs: list[str] | None) -> dict[str, str]:
     return labels
 
 
-def _since(text: str | None) -> datetime | None:
+def time_of(text: str | None, option: str) -> datetime | None:
+    """A time, or how long ago it was, of an option.
+
+    Raises:
+        UsageError: it is neither.
+    """
     if text is None:
         return None
     try:
         return datetime.fromisoformat(text).astimezone()
     except ValueError:
-        return datetime.now().astimezone() - time_in(text, "--since")
+        return datetime.now().astimezone() - time_in(text, option)

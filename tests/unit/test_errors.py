@@ -35,6 +35,7 @@ STANDARD: dict[str, tuple[type[Exception], ...]] = {
     "NotAllowed": (PermissionError,),
     "KwargsNotAllowed": (PermissionError,),
     "SpacesDiffer": (ValueError,),
+    "FormatCannotHold": (TypeError,),
     "InvalidSeed": (ValueError,),
     "InvalidName": (ValueError,),
     "MalformedMessage": (ValueError,),

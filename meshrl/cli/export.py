@@ -1,0 +1,184 @@
+"""``meshrl export``: recorded episodes as files of other libraries."""
+
+import json
+import sys
+from collections.abc import AsyncIterable, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from meshrl.adapters.datasets.exporting import Exported
+from meshrl.adapters.datasets.minari import export_minari
+from meshrl.adapters.datasets.npz import export_npz
+from meshrl.adapters.datasets.parquet import export_parquet
+from meshrl.adapters.datasets.source import Episodes
+from meshrl.adapters.datasets.source import Progress as Done
+from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
+from meshrl.cli.recordings import Label, WaitForWorker, labels_in, mesh_at, time_of
+from meshrl.client.mesh import Mesh
+from meshrl.errors import UsageError
+from meshrl.recording.episodes import EpisodeSummary
+from meshrl.worker.running import run
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an export was asked for.
+
+    Attributes:
+        episodes: which.
+        target: where to.
+        infos: whether those are wanted.
+        wait: seconds to wait for a worker, where one is run again.
+        skip_unreadable: go on where one cannot be read.
+        on_progress: called after each.
+    """
+
+    episodes: Episodes
+    target: str
+    infos: bool
+    wait: float
+    skip_unreadable: bool
+    on_progress: Callable[[Done], None]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What all formats take."""
+        return {name: getattr(self, name) for name in ("infos", "wait", "skip_unreadable", "on_progress")}
+
+
+async def _minari(m: Mesh, wanted: Wanted) -> Exported:
+    return await export_minari(m, wanted.episodes, wanted.target, **wanted.options)
+
+
+async def _minari_arrow(m: Mesh, wanted: Wanted) -> Exported:
+    return await export_minari(m, wanted.episodes, wanted.target, storage="arrow", **wanted.options)
+
+
+async def _npz(m: Mesh, wanted: Wanted) -> Exported:
+    return await export_npz(m, wanted.episodes, wanted.target, **wanted.options)
+
+
+async def _parquet(m: Mesh, wanted: Wanted) -> Exported:
+    return await export_parquet(m, wanted.episodes, wanted.target, **wanted.options)
+
+
+FORMATS: dict[str, Callable[[Mesh, Wanted], Awaitable[Exported]]] = {
+    "minari": _minari,
+    "minari-arrow": _minari_arrow,
+    "npz": _npz,
+    "parquet": _parquet,
+}
+
+
+def export(
+    episode: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ids, as meshrl episodes shows them.", metavar="[EPISODE]...", show_default=False),
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", metavar="FORMAT")
+    ] = "minari",
+    to: Annotated[
+        str,
+        typer.Option(help="The file, or the id of a Minari dataset, such as cartpole/any-v0.", metavar="TARGET"),
+    ] = "",
+    env: Annotated[
+        str | None, typer.Option(help="All of one env, by its served name.", metavar="ENV", show_default=False)
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Those that ended since 2026-01-31, 2026-01-31T12:00 or 90m, 12h, 7d ago.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Those that ended up to then; as --since.")] = None,
+    min_return: Annotated[float | None, typer.Option(help="Those with at least that return.", metavar="R")] = None,
+    label: Label = None,
+    policy: Annotated[str | None, typer.Option(help="Those of that policy.", metavar="NAME")] = None,
+    infos: Annotated[bool, typer.Option("--infos/--no-infos", help="Store infos, too.")] = True,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out what cannot be read or run again, and say so.")
+    ] = False,
+    wait: WaitForWorker = 30.0,
+    as_json: Json = False,
+    url: Url = None,
+    namespace: Namespace = "default",
+    credentials: CredentialsFile = None,
+) -> None:
+    """Write recorded episodes as a dataset: Minari, Parquet, or npz."""
+    if format_ not in FORMATS:
+        raise UsageError(f"--format is one of {', '.join(FORMATS)}, not {format_!r}")
+    if not to:
+        raise UsageError("say where to: --to, a file or the id of a Minari dataset, such as cartpole/any-v0")
+    filters: dict[str, Any] = {"since": time_of(since, "--since"), "until": time_of(until, "--until")}
+    filters |= {"min_return": min_return, "labels": labels_in(label) or None, "policy": policy}
+    if episode and (env, *filters.values()).count(None) < 6:
+        raise UsageError("name episodes, or say which by --env, --since and the like; not both")
+
+    async def write() -> Exported:
+        async with mesh_at(url, namespace, credentials) as mesh:
+            found: AsyncIterable[EpisodeSummary] = mesh.episodes(env, **filters)
+            with Bars(hidden=as_json) as bars:
+                wanted = Wanted(episode or found, to, infos, wait, skip_unreadable, bars.show)
+                return await FORMATS[format_](mesh, wanted)
+
+    told = run(write())
+    if as_json:
+        print(json.dumps(_plain(told, format_)))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{told.episodes} episodes, {told.steps} steps: {told.target}")
+    for one in told.skipped:
+        console.print(f"left out {one.episode_id}: {one.why}", markup=False)
+    if told.skipped:
+        console.print(f"{len(told.skipped)} episodes were left out, which could not be read")
+
+
+class Bars:
+    """A bar on the terminal for each phase, while something is exported or imported."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:,.0f} episodes, {task.fields[steps]:,} steps"),
+            TextColumn("{task.fields[left_out]}"),
+            console=Console(file=sys.stderr),
+            disable=hidden or not sys.stderr.isatty(),
+            transient=True,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._read = 0
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._bars.stop()
+
+    def show(self, done: Done) -> None:
+        """How far it is."""
+        if done.phase not in self._tasks:
+            # What is written was read before; how many there are to read, nobody knows.
+            self._tasks[done.phase] = self._bars.add_task(done.phase, total=self._read or None, steps=0, left_out="")
+        if done.phase == "reading":
+            self._read = done.episodes
+        left_out = f"[yellow]{done.skipped} left out" if done.skipped else ""
+        task = self._tasks[done.phase]
+        self._bars.update(task, completed=done.episodes, steps=done.steps, left_out=left_out)
+
+
+def _plain(told: Exported, format_: str) -> dict[str, Any]:
+    return {
+        "format": format_,
+        "target": told.target,
+        "path": str(Path(told.path).absolute()),
+        "episodes": told.episodes,
+        "steps": told.steps,
+        "recoverable": told.recoverable,
+        "skipped": [{"episode_id": one.episode_id, "code": one.code, "why": one.why} for one in told.skipped],
+    }
