@@ -23,6 +23,7 @@ from meshrl.cli.drain import drain
 from meshrl.cli.experiment import experiment
 from meshrl.cli.fork import fork
 from meshrl.cli.export import export
+from meshrl.cli.import_ import import_
 from meshrl.cli.ls import ls
 from meshrl.cli.recordings import episodes, recordings, replay, verify
 from meshrl.cli.secure import app as secure
@@ -72,6 +73,7 @@ app.command("video")(video)
 app.command("fork")(fork)
 app.command("experiment")(experiment)
 app.command("export")(export)
+app.command("import")(import_)
 app.command("recordings")(recordings)
 app.add_typer(secure, name="secure")
 

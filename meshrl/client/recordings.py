@@ -22,7 +22,7 @@ from meshrl.client.recovery import OnLoss
 from meshrl.client.rendered import EpisodeFrame, rendered
 from meshrl.client.rerunning import rerun
 from meshrl.client.tap import Tapped, tapped
-from meshrl.client.verifying import Verdict, diverged, judge
+from meshrl.client.verifying import Verdict, diverged, judge, unverifiable
 from meshrl.errors import UsageError
 from meshrl.recording.episodes import EpisodeSummary
 from meshrl.wire.record import RECORD_LEVELS, Record
@@ -196,7 +196,8 @@ class Recordings(ABC):
         """
         context = self._open()
         read = await (await context.library()).episode(episode_id)
-        return judge(read, await rerun(context, read, wait=wait, where=where))
+        known = unverifiable(read)
+        return judge(read, await rerun(context, read, wait=wait, where=where)) if known is None else known
 
     async def fork(
         self,

@@ -38,8 +38,8 @@ class Verdict:
         step: the first that differs, counted from 1; 0 is the reset. None where nothing does.
         field: what differs there: ``observation``, ``reward``, ``terminated``, ``truncated`` or ``length``.
         largest: of what was ``close``, the largest difference.
-        reasons: of what is ``unverifiable``: ``versions``, ``env``, ``nondeterministic`` and ``warm`` (it began with
-            what earlier episodes had left, and that is not recorded).
+        reasons: of what is ``unverifiable``: ``versions``, ``env``, ``nondeterministic``, ``warm`` (it began with
+            what earlier episodes had left, and that is not recorded) and ``imported``.
         details: of each of the reasons, for people.
     """
 
@@ -73,6 +73,15 @@ def judge(episode: RecordedEpisode, again: Rerun) -> Verdict:
     if details:
         return Verdict(text, "unverifiable", step, what, reasons=tuple(details), details=details)
     return Verdict(text, "diverged", step, what)
+
+
+def unverifiable(episode: RecordedEpisode) -> Verdict | None:
+    """What is known of an episode without running it again: one that was imported without a seed cannot be."""
+    imported = episode.recorded.imported
+    if imported is None or episode.seed is not None:
+        return None
+    details = {"imported": f"from {imported}, which does not say how it was reset"}
+    return Verdict(str(episode.id), "unverifiable", reasons=tuple(details), details=details)
 
 
 def diverged(
@@ -235,6 +244,8 @@ def _reasons(episode: RecordedEpisode, now: Description) -> dict[str, Any]:
     """Why an env that is asked the same may do something else, although nobody changed its code."""
     then = episode.recorded.description
     reasons: dict[str, Any] = {}
+    if episode.recorded.imported is not None:
+        reasons["imported"] = f"from {episode.recorded.imported}, and not recorded by an env of this mesh"
     versions = {
         name: (then.versions.get(name), now.versions.get(name))
         for name in sorted({*then.versions, *now.versions} - {"meshrl"})

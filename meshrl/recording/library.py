@@ -87,12 +87,18 @@ class Library:
         self._bytes = 0
 
     async def located(
-        self, env: str | None = None, *, since: datetime | None = None, until: datetime | None = None
+        self,
+        env: str | None = None,
+        *,
+        session: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
     ) -> AsyncIterator[Located]:
         """What the index has, the oldest first, each episode once; entries that cannot be read are left out.
 
         Args:
             env: a served name; None for all.
+            session: whose they are; None for all.
             since: from then on, on the server's clock.
             until: up to then.
 
@@ -101,7 +107,8 @@ class Library:
         """
         seen: set[tuple[str, int, int]] = set()
         try:
-            async for stored in self.reader.get(EPISODES, self._subjects.episodes(env or "*", "*"), since=since):
+            subject = self._subjects.episodes(env or "*", session or "*")
+            async for stored in self.reader.get(EPISODES, subject, since=since):
                 if until is not None and stored.at > until:
                     return
                 for one in _located(stored):
@@ -190,8 +197,8 @@ class Library:
     async def chain(self, episode: RecordedEpisode, *, seeded: bool = False) -> list[RecordedEpisode]:
         """The episode, and before it those of the same env back to one of which is known how its reset began.
 
-        That of an env whose generator went on is run again with all of them. Where one of them is not to be had, it is
-        the episode alone.
+        That of an env whose generator went on is run again with all of them. Where one of them is not to be had, or it
+        was imported, it is the episode alone.
 
         Args:
             episode: with which the chain ends.
@@ -201,6 +208,8 @@ class Library:
             MeshError: as of :class:`~meshrl.bus.storing.Reader`.
         """
         chain = [episode]
+        if episode.recorded.imported is not None:
+            return chain
         while chain[0].seed is None and (seeded or chain[0].state is None) and chain[0].id.number:
             try:
                 chain.insert(0, await self._before(chain[0].id, episode))

@@ -49,6 +49,7 @@ class Recorded(Message):
         manifest: the hash of the experiment's manifest.
         forgets: whether all that outlives a reset of its env is known, and said where a reset had no seed.
         platform: of the worker, for people.
+        imported: of what was not recorded but imported, where from: nobody knows what it takes to do it again.
         description: of the env as it was constructed.
     """
 
@@ -70,6 +71,7 @@ class Recorded(Message):
     manifest: ManifestHash | None = None
     forgets: bool = False
     platform: Annotated[str, StringConstraints(max_length=256)] = ""
+    imported: Annotated[str, StringConstraints(max_length=256)] | None = None
     description: Description
 
     def to_stream(self) -> bytes:

@@ -5,6 +5,7 @@ Each format is an async function of a mesh, the episodes and a target; what they
 """
 
 from meshrl.adapters.datasets.exporting import Exported
+from meshrl.adapters.datasets.importing import Imported, import_minari
 from meshrl.adapters.datasets.minari import export_minari
 from meshrl.adapters.datasets.npz import export_npz
 from meshrl.adapters.datasets.parquet import export_parquet, read_parquet
@@ -13,10 +14,12 @@ from meshrl.adapters.datasets.source import Episodes, Progress, Skipped
 __all__ = [
     "Episodes",
     "Exported",
+    "Imported",
     "Progress",
     "Skipped",
     "export_minari",
     "export_npz",
     "export_parquet",
+    "import_minari",
     "read_parquet",
 ]

@@ -332,4 +332,5 @@ def rows_of(columns: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
 
 def _plainly(column: NDArray[Any] | Sequence[Any]) -> list[Any]:
     values = list(column)
-    return [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
+    values = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
+    return [str(value) if isinstance(value, str) else value for value in values]
