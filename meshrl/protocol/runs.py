@@ -142,7 +142,8 @@ class Runs:
         self.steps: Indices = steps[last + 1] - steps[begins]
         counts = np.arange(len(order)) <= np.repeat(last, self.lengths)
         rewards = np.where(counts, rows.rewards[order], 0.0)
-        self.rewards = np.add.reduceat(rewards, begins) if len(begins) else np.zeros(0)
+        with np.errstate(invalid="ignore", over="ignore"):  # inf and -inf add up to no number
+            self.rewards = np.add.reduceat(rewards, begins) if len(begins) else np.zeros(0)
 
     def spread(self, values: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """What is said of each run, of each row."""

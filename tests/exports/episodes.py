@@ -108,8 +108,12 @@ def same_episodes(one: Episode, other: Episode) -> None:
 
 def alike(one: Any, other: Any) -> bool:
     """Equal, arrays in dtype, shape and bits; whichever of Python's and NumPy's a number is."""
+    if pack(one) == pack(other):
+        return True
     if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
         numpys = isinstance(one, np.ndarray | np.generic) and isinstance(other, np.ndarray | np.generic)
+        if np.shape(one) == () == np.shape(other):  # a NumPy scalar is of the machine's byte order
+            one, other = (np.asarray(value).astype(value.dtype.newbyteorder("=")) for value in (one, other))
         return numpys and pack(np.asarray(one)) == pack(np.asarray(other))
     if isinstance(one, dict):
         return (

@@ -3,8 +3,9 @@
 Needs the extra ``meshrl[minari]``. What Minari has no form for is refused before it is tried: some of it, a Box without
 elements in Arrow, ends the process in native code.
 
-    spaces    Sequence, Graph, OneOf and others than Gymnasium's; Dicts with keys that are no texts, and with some that
-              HDF5 takes for paths; in Arrow, boxes and dicts without anything in them, and the other byte order
+    spaces    Sequence, Graph, OneOf and others than Gymnasium's; boxes of which JSON does not tell the shape, such as
+              (0, 2); Dicts with keys that are no texts, and with some that HDF5 takes for paths; in Arrow, boxes and
+              dicts without anything in them, and the other byte order
     texts     with a NUL, in HDF5
     episodes  of more than 131,071 steps, in Arrow: Minari's reader takes each for one batch of pyarrow's
 
@@ -87,7 +88,7 @@ async def export_minari(
 
     Cancelled, it leaves nothing behind; killed, nothing that loads.
     """
-    format_ = _Minari(dataset_id, storage, description, jpeg=jpeg)
+    format_ = MinariFormat(dataset_id, storage, description, jpeg=jpeg)
     return await export(
         m,
         episodes,
@@ -99,8 +100,12 @@ async def export_minari(
     )
 
 
-class _Minari(Format):
-    def __init__(self, dataset_id: str, storage: Storage, description: str | None, *, jpeg: bool) -> None:
+class MinariFormat(Format):
+    """A dataset where Minari looks for it; as of :func:`export_minari`."""
+
+    def __init__(
+        self, dataset_id: str, storage: Storage, description: str | None = None, *, jpeg: bool = False
+    ) -> None:
         match = _ID.fullmatch(dataset_id)
         if match is None:
             raise InvalidName(
@@ -119,6 +124,7 @@ class _Minari(Format):
         self.description = description
 
     def begin(self, gathered: Gathered, place: Path) -> Writing:
+        """Begin it."""
         named = f"Minari ({self.storage})"
         _check(gathered.observation_space, "observations", self.storage, named)
         _check(gathered.action_space, "actions", self.storage, named)
@@ -128,7 +134,7 @@ class _Minari(Format):
 
 
 class _Dataset(Writing):
-    def __init__(self, format_: _Minari, gathered: Gathered, path: Path, named: str) -> None:
+    def __init__(self, format_: MinariFormat, gathered: Gathered, path: Path, named: str) -> None:
         self._format = format_
         self._gathered = gathered
         self._path = path
@@ -269,6 +275,8 @@ def _check(space: spaces.Space[Any], what: str, storage: Storage, named: str) ->
     cls = type(space)
     if cls not in (*ARRAYS, spaces.Text, spaces.Dict, spaces.Tuple):
         raise cannot_hold(named, what, f"Minari has no form for {cls.__name__} spaces")
+    if isinstance(space, spaces.Box) and np.shape(space.low.tolist()) != space.shape:
+        raise cannot_hold(named, what, f"Minari tells no shape {space.shape}")
     if isinstance(space, spaces.Dict):
         for key, part in space.spaces.items():
             if type(key) is not str or (storage == "hdf5" and ("/" in key or not key.strip(".") or "\0" in key)):

@@ -67,7 +67,7 @@ async def export_npz(
     return await export(
         m,
         episodes,
-        _Npz(Path(path)),
+        NpzFormat(Path(path)),
         wait=wait,
         skip_unreadable=skip_unreadable,
         on_progress=on_progress,
@@ -75,12 +75,15 @@ async def export_npz(
     )
 
 
-class _Npz(Format):
+class NpzFormat(Format):
+    """One file; as of :func:`export_npz`."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.target = str(path)
 
     def begin(self, gathered: Gathered, place: Path) -> Writing:
+        """Begin it."""
         return _Arrays(gathered, place)
 
 

@@ -48,7 +48,7 @@ async def export_parquet(
     return await export(
         m,
         episodes,
-        _Parquet(Path(path)),
+        ParquetFormat(Path(path)),
         wait=wait,
         skip_unreadable=skip_unreadable,
         on_progress=on_progress,
@@ -56,13 +56,16 @@ async def export_parquet(
     )
 
 
-class _Parquet(Format):
+class ParquetFormat(Format):
+    """One file; as of :func:`export_parquet`."""
+
     def __init__(self, path: Path) -> None:
         self._rows = _rows()
         self.path = path
         self.target = str(path)
 
     def begin(self, gathered: Gathered, place: Path) -> Writing:
+        """Begin it."""
         writing: Writing = self._rows.Rows(gathered, place / "whole.parquet")
         return writing
 

@@ -429,3 +429,16 @@ def test_actions_of_another_dtype_than_their_space_has_keep_every_bit(space: Any
     assert made is not None
     read = read_chunk(pack_chunk(made[0]))
     assert all(same(one, other) for one, other in zip(given, values(batching(space), read.actions, 8), strict=True))
+
+
+def test_rewards_without_end_both_ways_are_kept_and_add_up_to_no_number() -> None:
+    noted = transcript(1)
+    noted.began(0, 1, None, None)
+    obs = np.zeros(3, np.float32)
+    noted.note_one(0.0, None, obs, 0.0, False, False, {}, reset=True)
+    for reward in (np.inf, -np.inf, 1.0):
+        noted.note_one(0.0, 1, obs, reward, False, reward == 1.0, {}, reset=False)
+    made = Chunker(noted).chunk(noted.taken(1 << 30))
+    assert made is not None
+    assert made[0].rewards.tolist() == [0.0, np.inf, -np.inf, 1.0]
+    assert np.isnan(made[1][0].episode_return)
