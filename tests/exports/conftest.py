@@ -22,8 +22,9 @@ NEEDS = {
 collect_ignore_glob = [file for file, modules in NEEDS.items() if not all(map(find_spec, modules))]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def server() -> Iterator[EmbeddedServer]:
+    """A real nats-server of the test's own: each env has a stream, for which the server sets room aside."""
     with EmbeddedServer.start() as running:
         yield running
 

@@ -90,6 +90,10 @@ async def written(format_: Format, episodes: list[Episode], place: Path) -> Path
         writing.close()
 
 
+def names_in(path: Path) -> list[str]:
+    return [one.name for one in path.iterdir()]
+
+
 def same_episodes(one: Episode, other: Episode) -> None:
     """Equal in everything, floats to the bit."""
     assert (one.episode_id, one.env, one.env_id) == (other.episode_id, other.env, other.env_id)

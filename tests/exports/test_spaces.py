@@ -32,7 +32,7 @@ infos = st.lists(
     max_size=STEPS + 1,
 )
 examples = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
