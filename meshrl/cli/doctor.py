@@ -19,6 +19,8 @@ EXTRAS = (
     ("sb3", "stable-baselines3", "meshrl.adapters.sb3.MeshVecEnv"),
     ("envpool", "envpool", "meshrl serve --vectors envpool"),
     ("video", "av", "meshrl video"),
+    ("minari", "minari", "meshrl export --format minari, meshrl import"),
+    ("parquet", "pyarrow", "meshrl export --format parquet"),
 )
 STYLES: dict[Literal["ok", "warning", "error"], str] = {"ok": "green", "warning": "yellow", "error": "bold red"}
 

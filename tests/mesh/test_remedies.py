@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -19,6 +20,7 @@ import pytest
 from gymnasium import spaces
 
 from meshrl import AgentWorker, EnvWorker, Mesh, RemoteEnv, errors
+from meshrl.adapters.datasets import export_npz
 from meshrl.bus.connect import connect
 from meshrl.bus.connection import Connection
 from meshrl.bus.storing import store
@@ -34,7 +36,7 @@ from meshrl.wire.spaces import describe
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
 from tests.mesh.dangerous_envs import Dangerous
-from tests.mesh.envs import Breaks, Counter
+from tests.mesh.envs import Breaks, Counter, Sampled
 from tests.mesh.own_server import own_server
 from tests.mesh.recordings import listed
 
@@ -493,6 +495,21 @@ async def an_episode_of_an_env_that_draws_no_pictures(stage: Stage) -> None:
 async def an_episode_of_an_env_that_draws_elsewhere(stage: Stage) -> None:
     async with EnvWorker({"uncertain": Uncertain}, stage.url):
         await stage.mesh.episode(await recorded(stage, "uncertain"))
+
+
+@case(errors.FormatCannotHold, r"--format parquet \(export_parquet\) holds it")
+async def a_dataset_of_sequences_as_arrays(stage: Stage) -> None:
+    async with EnvWorker({"sequences": sequences}, stage.url):
+        async with await stage.mesh.env("sequences", record="full") as env:
+            await env.reset(seed=1)
+            await env.step(0)
+        await listed(stage.mesh, "sequences", 1)
+        with tempfile.TemporaryDirectory() as place:
+            await export_npz(stage.mesh, stage.mesh.episodes("sequences"), f"{place}/x.npz")
+
+
+def sequences() -> Sampled:
+    return Sampled(spaces.Sequence(spaces.Discrete(3)), spaces.Discrete(2))
 
 
 class Uncertain(Counter):

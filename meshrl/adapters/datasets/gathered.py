@@ -43,6 +43,7 @@ class Gathered:
     steps: int = 0
     count: int = 0
     skipped: Sequence[Skipped] = ()
+    _positions: dict[int, int] = field(default_factory=dict)
 
     @property
     def observation_space(self) -> gymnasium.Space[Any]:
@@ -70,7 +71,9 @@ class Gathered:
 
     def recording_of(self, episode: Episode) -> int:
         """The position of its recording in :attr:`recordings`."""
-        return next(i for i, one in enumerate(self.recordings) if one is episode.recorded)
+        if not self._positions:
+            self._positions = {id(one): i for i, one in enumerate(self.recordings)}
+        return self._positions[id(episode.recorded)]
 
 
 _PACKED = [one.name for one in fields(Episode) if one.name != "recorded"]

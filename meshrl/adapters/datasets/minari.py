@@ -42,6 +42,9 @@ OWN = "meshrl"
 
 # Rows of one batch of pyarrow's datasets; an episode has one row more than steps.
 MAX_ARROW_STEPS = 131_072 - 1
+# Episodes that are given to Minari together: so many, or of so many bytes.
+BATCH_EPISODES = 64
+BATCH_BYTES = 8 * 1024 * 1024
 # Of an attribute of HDF5.
 MAX_ATTRIBUTE_BYTES = 60_000
 # (namespace/)name-v0, as Minari has it; a version is needed to load it.
@@ -143,13 +146,18 @@ class _Dataset(Writing):
         self._count = 0
         (path / "data").mkdir(parents=True)
         spec = gathered.spec
-        self._storage = needed("minari.dataset.minari_storage", "minari").MinariStorage.new(
+        self._sized = needed("minari.dataset.minari_storage", "minari").MinariStorage.new(
             path / "data",
             *self._spaces,
             None if spec is None else EnvSpec.from_json(spec),
             format_.storage,
             jpeg_encoding=format_.jpeg,
         )
+        # Its own looks at every file that there is, at each episode, for the size of all.
+        unsized = type("Unsized", (type(self._sized),), {"get_size": lambda _: 0.0})
+        self._storage = unsized(path / "data", *self._spaces, jpeg_encoding=format_.jpeg)
+        self._waiting: list[tuple[Any, dict[str, Any]]] = []
+        self._bytes = 0
         self._buffer = needed("minari.data_collector.episode_buffer", "minari").EpisodeBuffer
 
     def add(self, episode: Episode) -> None:
@@ -172,14 +180,23 @@ class _Dataset(Writing):
             truncations=episode.truncations,
             infos=self._infos(episode),
         )
-        self._storage.update_episodes([buffer])
-        self._storage.update_episode_metadata([self._attributes(told, where)], [self._count])
-        self._count += 1
+        self._waiting.append((buffer, self._attributes(told, where)))
+        self._bytes += sum(leaf.nbytes for _, leaf in leaves_of(tuple(columns)) if isinstance(leaf, np.ndarray))
+        if len(self._waiting) >= BATCH_EPISODES or self._bytes >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Files are opened and closed at each call of Minari's."""
+        count = self._count + len(self._waiting)
+        self._storage.update_episodes([buffer for buffer, _ in self._waiting])
+        self._storage.update_episode_metadata([told for _, told in self._waiting], range(self._count, count))
+        self._count, self._waiting, self._bytes = count, [], 0
 
     def close(self) -> None:
         """Minari's storage opens and closes its files at each episode."""
 
     def finish(self) -> Path:
+        self._flush()
         told: dict[str, Any] = {
             "dataset_id": self._format.target,
             "minari_version": self._format.version,
@@ -190,7 +207,7 @@ class _Dataset(Writing):
         policies = {one.policy for one in self._gathered.recordings}
         if len(policies) == 1 and None not in policies:
             told["algorithm_name"] = policies.pop()
-        self._storage.update_metadata(told)
+        self._sized.update_metadata(told | {"dataset_size": self._sized.get_size()})
         namespaces, namespace = needed("minari.namespace", "minari"), self._format.namespace
         if namespace is not None and namespace not in namespaces.list_local_namespaces():
             namespaces.create_namespace(namespace)

@@ -16,5 +16,6 @@ def test_an_extra_whose_package_is_missing_has_its_remedy(monkeypatch: pytest.Mo
     assert (there.what, there.status, there.remedy) == ("extra there", "ok", "")
 
 
-def test_the_extras_for_trainers_vectors_and_videos_have_rows() -> None:
-    assert [row.what for row in doctor.extras()] == ["extra sb3", "extra envpool", "extra video"]
+def test_the_extras_for_trainers_vectors_videos_and_datasets_have_rows() -> None:
+    names = ["extra sb3", "extra envpool", "extra video", "extra minari", "extra parquet"]
+    assert [row.what for row in doctor.extras()] == names
