@@ -6,7 +6,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from meshrl.adapters.datasets.importing import Imported, import_minari
+from meshrl.adapters.datasets.importing import Destination, Imported, import_to
+from meshrl.bus.connect import connect
+from meshrl.bus.locate import locate
+from meshrl.bus.storing import Reader
 from meshrl.cli.export import Bars
 from meshrl.cli.options import (
     RECORD_BYTES,
@@ -18,7 +21,10 @@ from meshrl.cli.options import (
     Url,
     retention_of,
 )
-from meshrl.cli.recordings import Label, labels_in, mesh_at
+from meshrl.cli.recordings import Label, labels_in
+from meshrl.client.context import READ_S
+from meshrl.recording.library import Library
+from meshrl.wire.subjects import Subjects
 from meshrl.worker.running import run
 
 
@@ -46,10 +52,15 @@ def import_(
     retention = retention_of(record_bytes, record_age)
 
     async def store() -> Imported:
-        async with mesh_at(url, namespace, credentials) as mesh:
+        address = await locate(url, credentials=credentials, namespace=namespace, start=False)
+        async with (
+            connect(address, name="meshrl import", credentials=credentials) as connection,
+            Reader(connection, READ_S) as reader,
+        ):
+            subjects = Subjects(namespace)
             with Bars(hidden=as_json) as bars:
-                return await import_minari(
-                    mesh,
+                return await import_to(
+                    Destination(connection, Library(reader, subjects), subjects),
                     dataset,
                     env,
                     labels=labels_in(label),

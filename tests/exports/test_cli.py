@@ -13,7 +13,9 @@ import pytest
 from meshrl import EnvWorker, Mesh
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.cli import main
+from tests.exports.test_importing import buffer, foreign
 from tests.mesh.recordings import drive, listed
+from tests.mesh.secured_server import init, secured_server
 
 
 @pytest.fixture
@@ -76,6 +78,27 @@ async def test_what_is_exported_is_imported(told: tuple[str, int], capsys: pytes
     assert "imported: back" in capsys.readouterr().out
     assert await meshrl("verify", f"{first['session']}.0.0") == 0
     assert "unverifiable (imported)" in capsys.readouterr().out
+
+
+async def test_a_login_that_records_imports_and_others_are_told(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign("theirs-v0", [buffer(3), buffer(4)])
+    home = tmp_path / "secured"
+    init(home, "--team", "red", "--learner", "ann")
+    async with secured_server(home) as server:
+
+        def given(login: str) -> list[str]:
+            return ["--url", server.url, "--credentials", str(server.login(login))]
+
+        assert await meshrl("recordings", "theirs", *given("operator")) == 0
+        for login in ("ann", "operator"):
+            assert await meshrl("import", "theirs-v0", "--env", "theirs", *given(login)) == 1
+            assert "does not permit" in capsys.readouterr().err
+        assert await meshrl("import", "theirs-v0", "--env", "theirs", *given("env-worker")) == 0
+        async with Mesh(server.url, credentials=server.login("operator")) as m:
+            (first, _) = await listed(m, "theirs", 2)
+            assert len(await m.episode(first.episode_id)) == 3
 
 
 async def test_what_is_left_out_is_said(

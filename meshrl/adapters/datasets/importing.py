@@ -17,12 +17,14 @@ from gymnasium.envs.registration import EnvSpec
 
 from meshrl.adapters.datasets.minari_reading import MinariFile, Read
 from meshrl.adapters.datasets.source import OnProgress, Progress, Skipped
-from meshrl.client.context import Context, context_of
+from meshrl.bus.connection import Connection
+from meshrl.client.context import context_of
 from meshrl.client.mesh import Mesh
 from meshrl.client.recordings import record_of
 from meshrl.errors import EpisodeTorn, MalformedMessage, StorageRefused, UsageError
 from meshrl.protocol.transcript import ROW_BYTES, Transcript
 from meshrl.recording.chain import Storing
+from meshrl.recording.library import Library
 from meshrl.recording.streams import Retention, make_streams
 from meshrl.recording.writing import SessionWriter
 from meshrl.wire import spaces
@@ -30,6 +32,7 @@ from meshrl.wire.batches import batching
 from meshrl.wire.codec import pack
 from meshrl.wire.messages import Description
 from meshrl.wire.recorded import Recorded
+from meshrl.wire.subjects import Subjects
 from meshrl.worker.proof import bytes_of
 
 IMPORTED = "imported"
@@ -61,6 +64,21 @@ class Imported:
     steps: int
     already: bool
     skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where an import is stored.
+
+    Attributes:
+        connection: over which.
+        library: that reads what is there.
+        subjects: of the mesh.
+    """
+
+    connection: Connection
+    library: Library
+    subjects: Subjects
 
 
 async def import_minari(
@@ -100,6 +118,31 @@ async def import_minari(
     Cancelled or killed, it leaves what was stored; the next import goes on behind that.
     """
     context = context_of(m)
+    to = Destination(context.connection, await context.library(), context.subjects)
+    return await import_to(
+        to,
+        dataset,
+        env,
+        labels=labels,
+        again=again,
+        retention=retention,
+        skip_unreadable=skip_unreadable,
+        on_progress=on_progress,
+    )
+
+
+async def import_to(
+    to: Destination,
+    dataset: str | Path,
+    env: str | None,
+    *,
+    labels: Mapping[str, str] | None,
+    again: bool,
+    retention: Retention | None,
+    skip_unreadable: bool,
+    on_progress: OnProgress | None,
+) -> Imported:
+    """As :func:`import_minari`, for a login that may record and need not see who is on the mesh: a worker's."""
     file = MinariFile(dataset)
     name = env or _name_of(file)
     record_of(None, labels=labels)
@@ -107,13 +150,11 @@ async def import_minari(
     session, count, steps = _looked_at(file, name, skipped if skip_unreadable else None, on_progress)
     if again:
         session = f"{session}-{secrets.token_hex(4)}"
-    there = await _there(context, name, session)
+    there = await _there(to, name, session)
     if there < count:
-        recorded = _recorded_of(file, name, session, context.connection.user, labels or {})
-        await _store(
-            context, file, recorded, retention or Retention(), {one.episode_id for one in skipped}, on_progress
-        )
-        await _check(context, name, session, count)
+        recorded = _recorded_of(file, name, session, to.connection.user, labels or {})
+        await _store(to, file, recorded, retention or Retention(), {one.episode_id for one in skipped}, on_progress)
+        await _check(to, name, session, count)
     return Imported(file.id, name, session, count, steps, there >= count, tuple(skipped))
 
 
@@ -189,25 +230,22 @@ def _recorded_of(file: MinariFile, name: str, session: str, user: str, labels: M
     )
 
 
-async def _there(context: Context, name: str, session: str) -> int:
-    library = await context.library()
-    return sum([1 async for _ in library.located(name, session=session)])
+async def _there(to: Destination, name: str, session: str) -> int:
+    return sum([1 async for _ in to.library.located(name, session=session)])
 
 
 async def _store(
-    context: Context,
+    to: Destination,
     file: MinariFile,
     recorded: Recorded,
     retention: Retention,
     skipped: set[str],
     on_progress: OnProgress | None,
 ) -> None:
-    connection, library = context.connection, await context.library()
-
     async def make(name: str) -> None:
-        await make_streams(connection, context.subjects, name, retention)
+        await make_streams(to.connection, to.subjects, name, retention)
 
-    storing = Storing(connection, library.reader, context.subjects, make)
+    storing = Storing(to.connection, to.library.reader, to.subjects, make)
     observations, actions = batching(file.observation_space), batching(file.action_space)
     row_bytes = ROW_BYTES + bytes_of(file.observation_space) + bytes_of(file.action_space)
     # As a worker that goes on with a session: what is stored of it already is found, and left as it is.
@@ -265,14 +303,13 @@ def _check_stored(writer: SessionWriter, storing: Storing, recorded: Recorded, *
         raise StorageRefused(f"{what} was ended: somebody else imports the same now")
 
 
-async def _check(context: Context, name: str, session: str, count: int) -> None:
+async def _check(to: Destination, name: str, session: str, count: int) -> None:
     """Whether all of it is there: a stream that keeps less has dropped its beginning."""
-    library = await context.library()
-    located = [one async for one in library.located(name, session=session)]
+    located = [one async for one in to.library.located(name, session=session)]
     if len(located) < count:
         raise StorageRefused(f"{len(located)} of {count} episodes are stored; import it again to go on behind them")
     try:
-        await library.read(located[0])
+        await to.library.read(located[0])
     except EpisodeTorn as exc:
         raise UsageError(
             f"the stream of recordings of {name} keeps less than the dataset has, and has dropped its beginning; an "
