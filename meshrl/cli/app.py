@@ -21,8 +21,8 @@ from meshrl.cli.demo import demo
 from meshrl.cli.doctor import doctor
 from meshrl.cli.drain import drain
 from meshrl.cli.experiment import experiment
-from meshrl.cli.fork import fork
 from meshrl.cli.export import export
+from meshrl.cli.fork import fork
 from meshrl.cli.import_ import import_
 from meshrl.cli.ls import ls
 from meshrl.cli.recordings import episodes, recordings, replay, verify
@@ -31,7 +31,6 @@ from meshrl.cli.serve import serve
 from meshrl.cli.serve_agent import serve_agent
 from meshrl.cli.tap import tap
 from meshrl.cli.up import up
-from meshrl.cli.videos import video
 from meshrl.errors import MeshError, WorkerCondemned
 from meshrl.worker.running import CONDEMNED_CODE
 
@@ -69,7 +68,6 @@ app.command("episodes")(episodes)
 app.command("replay")(replay)
 app.command("verify")(verify)
 app.command("tap")(tap)
-app.command("video")(video)
 app.command("fork")(fork)
 app.command("experiment")(experiment)
 app.command("export")(export)

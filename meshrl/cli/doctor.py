@@ -18,7 +18,7 @@ from meshrl.worker.running import run
 EXTRAS = (
     ("sb3", "stable-baselines3", "meshrl.adapters.sb3.MeshVecEnv"),
     ("envpool", "envpool", "meshrl serve --vectors envpool"),
-    ("video", "av", "meshrl video"),
+    ("video", "av", "meshrl export --format mp4 or gif"),
     ("minari", "minari", "meshrl export --format minari, meshrl import"),
     ("parquet", "pyarrow", "meshrl export --format parquet"),
 )

@@ -17,8 +17,10 @@ from meshrl.adapters.datasets.npz import export_npz
 from meshrl.adapters.datasets.parquet import export_parquet
 from meshrl.adapters.datasets.source import Episodes
 from meshrl.adapters.datasets.source import Progress as Done
+from meshrl.adapters.videos import MAX_FPS
 from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
 from meshrl.cli.recordings import Label, WaitForWorker, labels_in, mesh_at, time_of
+from meshrl.cli.videos import files_of, write_videos
 from meshrl.client.mesh import Mesh
 from meshrl.errors import UsageError
 from meshrl.recording.episodes import EpisodeSummary
@@ -73,6 +75,7 @@ FORMATS: dict[str, Callable[[Mesh, Wanted], Awaitable[Exported]]] = {
     "npz": _npz,
     "parquet": _parquet,
 }
+ALL_FORMATS = (*FORMATS, *MAX_FPS)
 
 
 def export(
@@ -81,11 +84,21 @@ def export(
         typer.Argument(help="Ids, as meshrl episodes shows them.", metavar="[EPISODE]...", show_default=False),
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", metavar="FORMAT")
-    ] = "minari",
+        str | None,
+        typer.Option(
+            "--format",
+            help=f"One of {', '.join(ALL_FORMATS)}; as TARGET ends when left out, or minari.",
+            metavar="FORMAT",
+            show_default=False,
+        ),
+    ] = None,
     to: Annotated[
         str,
-        typer.Option(help="The file, or the id of a Minari dataset, such as cartpole/any-v0.", metavar="TARGET"),
+        typer.Option(
+            help="The file, or the id of a Minari dataset, such as cartpole/any-v0; of videos a directory, too.",
+            metavar="TARGET",
+            show_default=False,
+        ),
     ] = "",
     env: Annotated[
         str | None, typer.Option(help="All of one env, by its served name.", metavar="ENV", show_default=False)
@@ -101,21 +114,42 @@ def export(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out what cannot be read or run again, and say so.")
     ] = False,
+    speed: Annotated[float, typer.Option(help="Of videos: how many times as fast.", metavar="X")] = 1.0,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Of videos: steps shown a second; as the env says when left out, or 30.", metavar="N"),
+    ] = None,
     wait: WaitForWorker = 30.0,
     as_json: Json = False,
     url: Url = None,
     namespace: Namespace = "default",
     credentials: CredentialsFile = None,
 ) -> None:
-    """Write recorded episodes as a dataset: Minari, Parquet, or npz."""
-    if format_ not in FORMATS:
-        raise UsageError(f"--format is one of {', '.join(FORMATS)}, not {format_!r}")
+    """Write recorded episodes as a dataset (Minari, Parquet, npz), or each as a video (MP4, GIF).
+
+    For a video an episode is run again in an env that renders, and proved to be the same.
+    """
+    format_ = format_ or next((one for one in ALL_FORMATS if to.endswith(f".{one}")), "minari")
+    if format_ not in ALL_FORMATS:
+        raise UsageError(f"--format is one of {', '.join(ALL_FORMATS)}, not {format_!r}")
     if not to:
         raise UsageError("say where to: --to, a file or the id of a Minari dataset, such as cartpole/any-v0")
     filters: dict[str, Any] = {"since": time_of(since, "--since"), "until": time_of(until, "--until")}
     filters |= {"min_return": min_return, "labels": labels_in(label) or None, "policy": policy}
     if episode and (env, *filters.values()).count(None) < 6:
         raise UsageError("name episodes, or say which by --env, --since and the like; not both")
+
+    async def show() -> None:
+        async with mesh_at(url, namespace, credentials) as mesh:
+            ids = episode or [one.episode_id async for one in mesh.episodes(env, **filters)]
+            files = files_of(ids, format_, Path(to))
+            await write_videos(mesh, files, fps=fps, speed=speed, wait=wait, as_json=as_json)
+
+    if format_ in MAX_FPS:
+        if episode:
+            files_of(episode, format_, Path(to))  # whether they can be, before anything is asked of anybody
+        run(show())
+        return
 
     async def write() -> Exported:
         async with mesh_at(url, namespace, credentials) as mesh:

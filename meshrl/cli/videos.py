@@ -1,48 +1,24 @@
-"""``meshrl video``: recorded episodes as MP4 or GIF."""
+"""Recorded episodes as MP4 or GIF, for ``meshrl export`` and ``meshrl tap``."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from meshrl.adapters.videos import MAX_FPS, VideoFormat, format_of, pyav, write_video
 from meshrl.cli.bars import bar
-from meshrl.cli.options import CredentialsFile, Namespace, Url
-from meshrl.cli.recordings import WaitForWorker, mesh_at
 from meshrl.client.mesh import Mesh
 from meshrl.errors import UsageError
-from meshrl.worker.running import run
-
-
-def video(
-    episode: Annotated[list[str], typer.Argument(help="Ids, as meshrl episodes shows them.", metavar="EPISODE...")],
-    format_: Annotated[
-        str | None, typer.Option("--format", help="mp4 or gif; as FILE says when left out, else mp4.", metavar="FORMAT")
-    ] = None,
-    to: Annotated[Path, typer.Option(help="A file, or a directory for EPISODE.mp4.", metavar="FILE_OR_DIR")] = Path(),
-    speed: Annotated[float, typer.Option(help="How many times as fast.", metavar="X")] = 1.0,
-    fps: Annotated[
-        float | None,
-        typer.Option(help="Steps shown a second; as the env says when left out, or 30.", metavar="N"),
-    ] = None,
-    wait: WaitForWorker = 30.0,
-    url: Url = None,
-    namespace: Namespace = "default",
-    credentials: CredentialsFile = None,
-) -> None:
-    """Show recorded episodes as videos: each is run again in an env that renders, and proved to be the same."""
-    files = files_of(episode, format_, to)
-
-    async def write() -> None:
-        async with mesh_at(url, namespace, credentials) as mesh:
-            await write_videos(mesh, files, fps=fps, speed=speed, wait=wait)
-
-    run(write())
 
 
 async def write_videos(
-    mesh: Mesh, files: Sequence[tuple[str, Path, VideoFormat]], *, fps: float | None, speed: float, wait: float
+    mesh: Mesh,
+    files: Sequence[tuple[str, Path, VideoFormat]],
+    *,
+    fps: float | None,
+    speed: float,
+    wait: float,
+    as_json: bool = False,
 ) -> None:
     """Write a file for each episode, with a bar of how far it is.
 
@@ -52,12 +28,16 @@ async def write_videos(
         fps: as of :func:`~meshrl.adapters.videos.write_video`.
         speed: the same.
         wait: the same.
+        as_json: tell of each file as JSON.
     """
     for id_, path, kind in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         with bar(path.name) as told:
             written = await write_video(mesh, id_, path, format=kind, fps=fps, speed=speed, wait=wait, progress=told)
-        print(f"{path}: {written.frames} frames, {written.width}x{written.height}, {written.fps:g} a second")
+        if as_json:
+            print(json.dumps({"episode_id": id_, **asdict(written), "path": str(path.absolute())}), flush=True)
+        else:
+            print(f"{path}: {written.frames} frames, {written.width}x{written.height}, {written.fps:g} a second")
 
 
 def files_of(episodes: Sequence[str], format_: str | None, to: Path) -> list[tuple[str, Path, VideoFormat]]:

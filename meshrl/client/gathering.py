@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from meshrl.client.following import Place
 from meshrl.protocol.chunks import Column
 from meshrl.protocol.joined import joined_columns, picked
-from meshrl.protocol.transcript import Indices
+from meshrl.protocol.noted import Indices
 from meshrl.recording.episodes import Described, RecordedEpisode
 
 

@@ -263,7 +263,8 @@ class Chunker:
         torn = goes_on & at.torn[lanes]
         over = goes_on & at.over[lanes]  # an env that nobody resets may be stepped behind its end
         steps = np.where(goes_on, at.steps[lanes], 0) + np.where(over, 0, runs.steps)
-        returns = np.where(goes_on, at.returns[lanes], 0.0) + np.where(over, 0.0, runs.rewards)
+        with np.errstate(invalid="ignore", over="ignore"):  # inf and -inf add up to no number
+            returns = np.where(goes_on, at.returns[lanes], 0.0) + np.where(over, 0.0, runs.rewards)
         ends = ~over & (runs.reasons >= 0)
         last = np.append(firsts(lanes)[1:], True)[: len(lanes)]
         reset = ~over & ~ends & ~last

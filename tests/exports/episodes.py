@@ -12,8 +12,9 @@ import numpy as np
 
 from meshrl.adapters.datasets.exporting import Format
 from meshrl.adapters.datasets.gathered import gather
-from meshrl.client.episode import Episode, batch_of
+from meshrl.client.episode import Episode
 from meshrl.protocol.chunks import Column
+from meshrl.protocol.joined import batched
 from meshrl.wire import spaces
 from meshrl.wire.batches import batching
 from meshrl.wire.codec import pack
@@ -56,8 +57,8 @@ def made(recorded: Recorded, number: int, steps: int, infos: list[dict[str, Any]
         episode_id=f"made.0.{number}",
         env="made",
         env_id=0,
-        observations=batch_of(batching(shown), Column("items", [shown.sample() for _ in range(steps + 1)])),
-        actions=batch_of(batching(acted), Column("items", [acted.sample() for _ in range(steps)])),
+        observations=batched(batching(shown), Column("items", [shown.sample() for _ in range(steps + 1)])).values,
+        actions=batched(batching(acted), Column("items", [acted.sample() for _ in range(steps)])).values,
         rewards=rewards,
         terminations=np.array([False] * (steps - 1) + [number % 2 == 0]),
         truncations=np.array([False] * (steps - 1) + [number % 3 == 0]),

@@ -186,5 +186,5 @@ async def test_a_video_without_its_library_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setenv("MESHRL_URL", url)
-    assert await asyncio.to_thread(main, ["video", "abc.0.0"]) == 1
+    assert await asyncio.to_thread(main, ["export", "abc.0.0", "--format", "mp4", "--to", "x.mp4"]) == 1
     assert capsys.readouterr().err == "error: videos need PyAV: pip install 'meshrl[video]'\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,7 +142,7 @@ async def test_somebody_at_a_terminal_gets_videos(
     monkeypatch.setenv("MESHRL_URL", url)
 
     async def meshrl(*arguments: object) -> int:
-        return await asyncio.to_thread(main, ["video", *map(str, arguments)])
+        return await asyncio.to_thread(main, ["export", *map(str, arguments)])
 
     async with EnvWorker({"odd": Odd}, url), Mesh(url) as m:
         async with await m.env("odd", record="full") as env:
@@ -152,10 +153,15 @@ async def test_somebody_at_a_terminal_gets_videos(
         assert names_in(tmp_path / "both") == sorted(f"{id_}.gif" for id_ in ids)
         assert await meshrl(ids[0], "--to", tmp_path / "one.mp4", "--fps", 5, "--speed", 2) == 0
         assert len(read_mp4(tmp_path / "one.mp4")[0]) == 10
+        capsys.readouterr()
+        assert await meshrl("--env", "odd", "--to", tmp_path / "all", "--format", "mp4", "--json") == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [(one["episode_id"], one["frames"]) for one in lines] == [(id_, 10) for id_ in ids]
+        assert names_in(tmp_path / "all") == sorted(f"{id_}.mp4" for id_ in ids)
         for arguments, said in (
             ([*ids, "--to", tmp_path / "one.gif"], "2 episodes are no one file"),
             ([ids[0], "--to", tmp_path / "one.gif", "--format", "mp4"], "give one of the two"),
-            ([ids[0], "--format", "avi"], "mp4 or gif, not 'avi'"),
+            ([ids[0], "--format", "avi", "--to", tmp_path], "--format is one of minari"),
         ):
             assert await meshrl(*arguments) == 1
             assert said in capsys.readouterr().err

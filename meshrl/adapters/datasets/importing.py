@@ -22,7 +22,8 @@ from meshrl.client.context import context_of
 from meshrl.client.mesh import Mesh
 from meshrl.client.recordings import record_of
 from meshrl.errors import EpisodeTorn, MalformedMessage, StorageRefused, UsageError
-from meshrl.protocol.transcript import ROW_BYTES, Transcript
+from meshrl.protocol.noted import ROW_BYTES
+from meshrl.protocol.transcript import Transcript
 from meshrl.recording.chain import Storing
 from meshrl.recording.library import Library
 from meshrl.recording.streams import Retention, make_streams

@@ -37,9 +37,10 @@ from meshrl.adapters.datasets.provenance import (
     infos_in,
     recordings_of,
 )
-from meshrl.client.episode import Episode, batch_of
+from meshrl.client.episode import Episode
 from meshrl.errors import FormatCannotHold, MalformedMessage, UsageError
 from meshrl.protocol.chunks import Column
+from meshrl.protocol.joined import batched
 from meshrl.wire import spaces as wire_spaces
 from meshrl.wire.batches import batching, form_of
 
@@ -312,4 +313,4 @@ class _Reading:
         values = self._forms[role].decode(array)
         if type(values) is not list:
             return values
-        return batch_of(batching(self._looks[role].space), Column("items", values))
+        return batched(batching(self._looks[role].space), Column("items", values)).values
