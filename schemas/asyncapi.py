@@ -72,6 +72,14 @@ CHANNELS: dict[str, Channel] = {
         "tap.{name}.{session}.rows", "A worker shows chunks of a recording as they are made; to viewers.", ["chunk"]
     ),
     "tapping": Channel("tapping.{user}", "Tells every env worker that somebody watches; nobody answers.", ["watch"]),
+    "read": Channel(
+        "recordings.read.{user}",
+        "Asks an env worker (queue group recordings) for what a stream of recordings has; several messages answer.",
+        ["read"],
+    ),
+    "keep": Channel(
+        "recordings.keep.{user}", "Has one of them store how far a consumer of the user has come.", ["keep"]
+    ),
     "ask": Channel("registry.ask", "Asks every worker for its descriptions; several answer.", ["ask"]),
     "open": Channel(_AT_WORKER % "open", "Asks one worker for a session.", ["open"]),
     "probe": Channel(_AT_WORKER % "probe", "Asks one worker what became of requests.", ["probe"]),
@@ -100,6 +108,8 @@ OPERATIONS: dict[str, Operation] = {
     "describe_shown": Operation("about", "send", "Say of what the rows are.", []),
     "show": Operation("rows", "send", "Show what a session does, for as long as somebody watches.", []),
     "watch": Operation("tapping", "receive", "Show what is recorded of some sessions, for some seconds.", []),
+    "read": Operation("read", "receive", "Read for who may not ask JetStream itself.", ["found", "error"]),
+    "keep": Operation("keep", "receive", "Store it, and say its number in the stream.", ["kept", "error"]),
     "describe": Operation("ask", "receive", "Tell the descriptions that were asked for.", ["known", "error"]),
     "open": Operation(
         "open", "receive", "Grant a session, park the open, or say how full it is.", ["grant", "full", "error"]

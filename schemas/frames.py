@@ -71,6 +71,26 @@ def frames() -> dict[str, Schema]:
             },
             ["obs"],
         ),
+        "found.json": _object(
+            "One of several answers to a read: a message of the stream, or that there are no more.",
+            {
+                "stored": {
+                    "type": "array",
+                    "description": "Its number, microseconds of the server's clock since 1970, subject, id and body.",
+                    "prefixItems": [
+                        {"type": "integer", "minimum": 1},
+                        {"type": "integer", "minimum": 0},
+                        {"type": "string"},
+                        {"type": "string"},
+                        {"type": "string", "contentEncoding": "base64"},
+                    ],
+                    "minItems": 5,
+                    "items": False,
+                },
+                "end": {"const": True, "description": "There are no more."},
+            },
+            [],
+        ),
         "act_anywhere.reply.json": _object("Its answer.", {"action": VALUE}, ["action"]),
         "chunk.json": _chunk(),
         "entry.json": _entry(),

@@ -224,6 +224,27 @@ CONTROL: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
         },
     ),
     "Ask": ({}, {"kind": ["worker", 1], "name": ["", 5, "a" * 129, []], "worker": ["", "a.b", ">", 5, b"w"]}),
+    "Read": (
+        {"stream": "MESHRL_EPISODES"},
+        {
+            "stream": [None, "", "s" * 256, 5, b"s"],
+            "which": ["to", 1, None],
+            "subject": ["", 5, "s" * 1025, []],
+            "seq": [None, 0, -1, 1.0, True, "1", 2**63],
+            "since_us": [-1, 1.0, True, "1", 2**53],
+            "count": [None, 0, 257, True, "1"],
+        },
+    ),
+    "Keep": (
+        {"env": "e", "consumer": "c", "position": "1.1.1.1", "message_id": "m", "after": 0},
+        {
+            "env": [None, "", "e" * 129, 5],
+            "consumer": [None, "", "c" * 129, 5],
+            "position": [None, "", "1" * 257, b"1", 5],
+            "message_id": [None, "", "m" * 256, 5],
+            "after": [None, -1, 1.0, True, "1", 2**63],
+        },
+    ),
     "Watch": (
         {"seconds": 1.0},
         {"seconds": [None, "1", 0.0, -1.0, 61.0, True, [], ARRAY], "env": [1, [], b"w"], "session": [1, [], b"w"]},

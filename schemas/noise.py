@@ -90,6 +90,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "pool:reset": {**_SECOND_LANES, "seeds": [7, None, 9], "options": {"low": 0.1}},
     "pool:step": {**_SECOND_LANES, "actions": whole_numbers(1, 0, 1)},
     "Drain": {"seconds": 60.0},
+    "Read": {"stream": "MESHRL_EPISODES", "subject": ">", "count": 2},
+    "Keep": {"env": "e", "consumer": "c", "position": "1.1.1.1", "message_id": "m", "after": 0},
     "Watch": {"env": "n", "session": "s", "seconds": 8.0},
 }
 LOAD = {"slots": 4, "free": 3, "waiting": 1, "draining": False}
@@ -103,6 +105,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "Renewed": {"lease_s": 15.0, "lost": [["s", "session_expired"]]},
     "Probed": {"states": ["running", "parked"]},
     "Drained": {"sessions": 3},
+    "Kept": {"seq": 3},
     "Closed": {"existed": True},
     "reply": {"obs": ARRAY, "reward": 1.0, "terminated": False, "truncated": False, "info": {}, "seq": 2},
     "vector reply": {"obs": ARRAY, "rewards": ARRAY, "infos": {"entries": [[1, {"lives": 3}]]}, "seq": 2},

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
-from meshrl.bus.storing import Reader
 from meshrl.client.flights import Flights
 from meshrl.client.hearing import Hearing
 from meshrl.client.leases import Leases
@@ -21,6 +20,7 @@ from meshrl.client.registry import Registry
 from meshrl.client.resumable import ResumableSession
 from meshrl.client.session import RemoteSession
 from meshrl.client.shielded import shielded
+from meshrl.client.through_workers import AnyReader
 from meshrl.errors import MeshError, SessionClosed
 from meshrl.protocol.doubt import FROZEN_S
 from meshrl.recording.library import Library
@@ -73,6 +73,7 @@ class Context:
         self._slots: dict[str, int] = {}  # of each session
         self.recovering: set[RemoteSession] = set()  # lost, and being opened again
         self._library: Library | None = None
+        self._reader: AnyReader | None = None
         self._ended = False
         self._why: MeshError | None = None  # the connection's end, where it was not this client's wish
         connection.on_close.append(self._connection_ended)
@@ -151,10 +152,20 @@ class Context:
             SubjectNotPermitted: the server does not allow this login its inbox.
         """
         if self._library is None:
-            reader = Reader(self.connection, min(self.timeout, READ_S))
-            await reader.__aenter__()
-            self._library = Library(reader, self.subjects)
+            self._library = Library(await self.reader(), self.subjects)
         return self._library
+
+    async def reader(self) -> AnyReader:
+        """The same for single messages, and for positions of this user's consumers.
+
+        Raises:
+            SubjectNotPermitted: the server does not allow this login its inbox.
+        """
+        if self._reader is None:
+            reader = AnyReader(self.connection, min(self.timeout, READ_S), self.subjects)
+            await reader.__aenter__()
+            self._reader = reader
+        return self._reader
 
     # ---------------------------------------------------------------- sessions
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from meshrl.bus.storing import Stored, store
+from meshrl.bus.storing import Stored
 from meshrl.client.following import Following, Place
 from meshrl.client.gathering import Experience, Gathered, Part, ages_of
 from meshrl.client.rerunning import rerun
@@ -171,9 +171,10 @@ class ExperienceFeed:
             self._given, self._batches = self._committed, None
 
     async def _store(self, place: Place) -> None:
-        connection, message_id = self._context.connection, f"{self._mark}{next(self._numbers)}"
-        self._stored = await store(
-            connection, self._subject, str(place).encode(), COMMIT_S, message_id=message_id, after=self._stored
+        assert self._name is not None, "it is durable"
+        reader, message_id = await self._context.reader(), f"{self._mark}{next(self._numbers)}"
+        self._stored = await reader.keep(
+            self._env, self._name, str(place), COMMIT_S, message_id=message_id, after=self._stored
         )
 
     async def _position(self) -> Place:
@@ -186,7 +187,7 @@ class ExperienceFeed:
     async def _last(self) -> Stored | None:
         """What its name has committed."""
         try:
-            return await (await self._context.library()).reader.last(POSITIONS, self._subject)
+            return await (await self._context.reader()).last(POSITIONS, self._subject)
         except StreamMissing:
             return None
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from meshrl.wire.subjects import ROOT, VERSION
+from meshrl.wire.subjects import READERS, ROOT, VERSION
 
 Role = Literal["env-worker", "agent-worker", "learner", "observer", "operator"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -72,7 +72,7 @@ def permissions(role: Role, user: str) -> Permissions:
     if role == "agent-worker":
         return _worker("agent", f"{_PREFIX}agent.*.act.* act", user)
     hears = (f"{_PREFIX}registry.*.*.*", f"_INBOX.{user}.>")
-    looks = (f"{_PREFIX}registry.ask",)
+    looks = (f"{_PREFIX}registry.ask", f"{_PREFIX}recordings.read.{user}")
     if role == "observer":
         # A probe of nothing says in which namespace a worker is.
         watches = (*looks, f"{_PREFIX}worker.*.probe.{user}", f"{_PREFIX}tapping.{user}", *_WHO_IS_THERE)
@@ -85,7 +85,7 @@ def permissions(role: Role, user: str) -> Permissions:
         f"{_PREFIX}agent.*.act.{user}",
     )
     if role == "learner":
-        return Permissions(asks, hears)
+        return Permissions((*asks, f"{_PREFIX}recordings.keep.{user}"), hears)
     return Permissions(
         (
             *asks,
@@ -107,13 +107,17 @@ def _worker(kind: str, shared: str, user: str) -> Permissions:
             f"{_PREFIX}registry.{kind}.*.*",
             "_INBOX.>",
             f"{_PREFIX}audit.*",
-            *((f"{_PREFIX}rec.>", f"{_PREFIX}episodes.>", f"{_PREFIX}tap.>", *_RECORDINGS) if kind == "env" else ()),
+            *(
+                (f"{_PREFIX}rec.>", f"{_PREFIX}episodes.>", f"{_PREFIX}tap.>", f"{_PREFIX}position.>", *_RECORDINGS)
+                if kind == "env"
+                else ()
+            ),
         ),
         (
             f"{_PREFIX}registry.ask",
             f"{_PREFIX}worker.*.*.*",
             f"{_PREFIX}session.*.*.*.*",
-            *((f"{_PREFIX}tapping.*",) if kind == "env" else ()),
+            *((f"{_PREFIX}tapping.*", f"{_PREFIX}recordings.*.* {READERS}") if kind == "env" else ()),
             shared,
             "$SRV.*",
             f"$SRV.*.{service}",

@@ -21,6 +21,7 @@ from meshrl.bus.storing import Reader
 from meshrl.errors import BusClosed, MeshError
 from meshrl.protocol.transcript import Transcript
 from meshrl.recording.chain import STORED_S, Counts, Storing
+from meshrl.recording.serving import Serving
 from meshrl.recording.streams import Retention, make_streams
 from meshrl.recording.tapping import SHOWN_S, Watched
 from meshrl.recording.writing import SessionWriter
@@ -87,6 +88,10 @@ class Recorder:
         if self._watched is not None and self._watched.until(recorded) > time.monotonic():
             transcript.watched = True  # from its first row on
         self._added.append((transcript, recorded, epoch))
+        self.start()
+
+    def start(self) -> None:
+        """Begin, also without a session: others may want to read."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"recorder-{self._worker}", daemon=True)
             self._thread.start()
@@ -136,7 +141,12 @@ class Recorder:
                 storing = Storing(connection, reader, self._subjects, self._maker(connection), self.counts)
                 self._watched = watched = Watched(connection, self._subjects)
                 await watched.begin()
-                await self._serve(storing, watched)
+                serving = Serving(connection, reader, self._subjects)
+                await serving.begin()
+                try:
+                    await self._serve(storing, watched)
+                finally:
+                    await serving.stop()
         finally:
             await connection.close()
 

@@ -46,6 +46,11 @@ def stream_of(subjects: Subjects, name: str) -> str:
     return f"MESHRL_REC_{token(subjects.namespace)}~{token(name)}".replace("/", "%2F")
 
 
+def is_recording(subjects: Subjects, stream: str) -> bool:
+    """Whether a stream is one of those with recordings of an env."""
+    return stream.startswith(stream_of(subjects, "x")[:-1])
+
+
 async def make_streams(connection: Connection, subjects: Subjects, name: str, retention: Retention) -> bool:
     """Make the streams in which recordings of an env are kept; gives whether its own is new.
 

@@ -375,6 +375,54 @@ class Watch(Message):
     seconds: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)]
 
 
+class Read(Message):
+    """Has an env worker read a stream, for a login that may not ask JetStream itself.
+
+    Attributes:
+        stream: its name.
+        which: ``from`` a number or a time on; the ``last`` on the subject; ``at`` a number.
+        subject: may hold wildcards; None for ``at``.
+        seq: a number in the stream.
+        since_us: microseconds of the server's clock since 1970, in place of the number; None for that.
+        count: of messages, at most.
+    """
+
+    stream: Annotated[str, Field(min_length=1, max_length=255)]
+    which: Literal["from", "last", "at"] = "from"
+    subject: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    seq: Annotated[int, Field(ge=1, lt=2**63)] = 1
+    since_us: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    count: Annotated[int, Field(ge=1, le=256)] = 256
+
+
+class Keep(Message):
+    """Has an env worker store how far a consumer of the user has come.
+
+    Attributes:
+        env: the served name whose experience it takes.
+        consumer: its name.
+        position: what is stored.
+        message_id: known again within two minutes.
+        after: the number of the last message of that consumer in the stream; 0 for none.
+    """
+
+    env: Annotated[str, Field(min_length=1, max_length=128)]
+    consumer: Annotated[str, Field(min_length=1, max_length=128)]
+    position: Annotated[str, Field(min_length=1, max_length=256)]
+    message_id: Annotated[str, Field(min_length=1, max_length=255)]
+    after: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Kept(Message):
+    """It is stored.
+
+    Attributes:
+        seq: its number in the stream.
+    """
+
+    seq: Annotated[int, Field(ge=1)]
+
+
 class Drain(Message):
     """Has a worker leave: its sessions move to others, and it ends when none is left or the time is over.
 

@@ -17,6 +17,8 @@ from meshrl.errors import InvalidName
 ROOT = "meshrl"
 VERSION = 1
 
+# The queue group of env workers that read and keep for others.
+READERS = "recordings"
 # Long enough for "namespace/package.module:Environment-v12"; keeps a subject far below the server's 4 KB control line.
 MAX_NAME_CHARS = 128
 
@@ -132,6 +134,10 @@ class Subjects:
     def tapping(self, user: str) -> str:
         """Where a user says that somebody watches; ``*`` for what workers hear."""
         return f"{self.prefix}tapping.{user}"
+
+    def recordings(self, what: str, user: str) -> str:
+        """Where a user asks env workers to ``read`` or ``keep`` something for it; ``*`` for what they hear."""
+        return f"{self.prefix}recordings.{what}.{user}"
 
     def position(self, user: str, name: str, consumer: str) -> str:
         """Where a user's consumer of the experience of an env says how far it has come."""

@@ -198,6 +198,8 @@ class EnvWorker(Service):
             self._children.stop()
 
     async def _subscribe(self, connection: Connection) -> list[Subscription]:
+        if self._credentials is not None:  # others with logins read recordings through workers
+            self._records.recorder().start()
         # For clients that keep no directory; what is served on demand has to be asked for first, in the registry.
         on_open = self._admission.on_open
         subjects = [self.subjects.any_open(name, "*") for name in self._factories]

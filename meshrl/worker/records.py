@@ -74,14 +74,18 @@ class Records:
                     session.id,
                 )
             return
-        if self._recorder is None:
-            self._recorder = self._make()
-        transcript, recorder = recording.transcript, self._recorder
+        transcript, recorder = recording.transcript, self.recorder()
         transcript.begun = open_.epoch
         recorder.begin(transcript, recording.recorded(open_, session.user, self._worker, description), open_.epoch)
         if self.level(open_) == "strict":
             transcript.strict = True
             hold.withhold = Strict(transcript, recorder.nudge)
+
+    def recorder(self) -> Recorder:
+        """Who writes them, for whoever needs it from now on."""
+        if self._recorder is None:
+            self._recorder = self._make()
+        return self._recorder
 
     def ends(self, session: Session, reason: str) -> None:
         """A session has ended; on the event loop."""

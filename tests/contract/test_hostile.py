@@ -198,6 +198,7 @@ def listened_to(env: EnvWorker, agent: AgentWorker, user: str) -> dict[str, list
         "renew": [subjects.worker(worker, "renew", user) for worker in workers],
         "drain": [subjects.worker(worker, "drain", user) for worker in workers],
         "watch": [subjects.tapping(user)],
+        **{what: [subjects.recordings(what, user)] for what in ("read", "keep")},
         "act_at_worker": [subjects.worker(agent.id, "act", user)],
         "act_anywhere": [subjects.any_act("still", user)],
         **{
@@ -215,12 +216,14 @@ DECODER_OF = {
     "renew": "Renew",
     "drain": "Drain",
     "watch": "Watch",
+    "read": "Read",
+    "keep": "Keep",
     "act_at_worker": "act",
     "act_anywhere": "act",
     "session_close": "Close",
     **{f"session_{op}": "request" for op in OPS},
 }
-QUEUED = {"open_anywhere", "act_anywhere"}
+QUEUED = {"open_anywhere", "act_anywhere", "read", "keep"}
 
 
 def expected(operation: str, entry: Entry) -> str | None:

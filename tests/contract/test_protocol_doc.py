@@ -45,6 +45,7 @@ def test_the_subjects_are_those_that_the_code_builds() -> None:
         at.position("USER", "ENV", "CONSUMER"),
         *(at.tapped("NAME", "SESSION", what).replace("NAME", "ENV") for what in ("about", "rows")),
         at.tapping("USER"),
+        *(at.recordings(what, "USER") for what in ("read", "keep")),
         *(at.worker("WORKER", op, "USER") for op in ("open", "renew", "probe", "drain", "act")),
         at.any_open("NAME", "USER"),
         at.any_act("NAME", "USER"),

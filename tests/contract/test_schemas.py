@@ -278,6 +278,8 @@ BUILT: dict[str, str] = {
     "about": SUBJECTS.tapped(NAME, "s1", "about"),
     "rows": SUBJECTS.tapped(NAME, "s1", "rows"),
     "tapping": SUBJECTS.tapping("anon"),
+    "read": SUBJECTS.recordings("read", "anon"),
+    "keep": SUBJECTS.recordings("keep", "anon"),
     "ask": SUBJECTS.ask,
     "open": SUBJECTS.worker("e1", "open", "anon"),
     "probe": SUBJECTS.worker("e1", "probe", "anon"),
@@ -297,6 +299,7 @@ HEARD: dict[str, set[str]] = {
     SUBJECTS.at_worker("e1", "act"): {"act_at_worker"},
     SUBJECTS.tapped("*", "*", "*"): {"about", "rows"},
     SUBJECTS.tapping("*"): {"tapping"},
+    SUBJECTS.recordings("*", "*"): {"read", "keep"},
     SUBJECTS.prefix + ">": set(BUILT),
 }
 
@@ -320,7 +323,7 @@ def test_no_builder_of_subjects_is_forgotten_here() -> None:
     assert public == {
         *("namespace", "prefix", "advertisement", "advertisements", "ask", "audit", "worker", "at_worker"),
         *("any_open", "any_act", "session", "session_prefix", "sessions"),
-        *("recording", "episodes", "position", "tapped", "tapping"),
+        *("recording", "episodes", "position", "tapped", "tapping", "recordings"),
     }
 
 

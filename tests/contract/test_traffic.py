@@ -31,8 +31,8 @@ from tests.mesh.conftest import until
 from tests.mesh.recordings import listed
 
 # No client of this package sends these: act_at_worker is for observations over the payload limit, the other for clients
-# without a directory. probe needs a request that is quiet for long.
-ELSEWHERE = {"act_at_worker", "open_anywhere", "probe"}
+# without a directory. probe needs a request that is quiet for long; read and keep, a login that may not read itself.
+ELSEWHERE = {"act_at_worker", "open_anywhere", "probe", "read", "keep"}
 UNANSWERED = {"advertisement", "audit", "recording", "episodes", "about", "rows", "tapping"}
 
 

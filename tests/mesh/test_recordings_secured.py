@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,14 +13,70 @@ from meshrl.bus.connect import connect
 from meshrl.bus.storing import Reader
 from meshrl.cli import main
 from meshrl.cli.audit import CONFIG, STREAM
-from meshrl.errors import StreamMissing, SubjectNotPermitted
+from meshrl.client.context import context_of
+from meshrl.errors import NotAllowed, StreamMissing, SubjectNotPermitted
+from meshrl.recording.serving import Serving
 from meshrl.recording.streams import EPISODES
+from meshrl.wire.codec import unpack
+from meshrl.wire.frames import check_reply
+from meshrl.wire.messages import Read
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
 from tests.mesh.recordings import drive, listed
 from tests.mesh.secured_server import init, secured_server
 
 AT = Subjects()
+
+
+async def taken_and_gone_on_with(learner: Mesh, steps: int) -> None:
+    """A durable feed of who may not publish where positions are kept."""
+    feed = learner.experience("of", name="dqn", follow=False, batch_size=7)
+    first = await anext(feed)
+    await feed.commit()
+    rest = [batch async for batch in learner.experience("of", name="dqn", follow=False, batch_size=1000)]
+    assert len(first) + sum(map(len, rest)) == steps
+    assert rest[0].steps[0] == 7
+
+
+async def only_what_is_on_record_and_only_to_its_own_inbox(url: str, login: Path, other: Mesh) -> None:
+    theirs = context_of(other).connection
+    got: list[bytes] = []
+    async with connect(url, credentials=login, on_error=lambda _: None) as connection:
+        await theirs.subscribe(f"_INBOX.{theirs.user}.x", lambda _subject, _reply, body: got.append(body))
+        ask = AT.recordings("read", connection.user)
+        for stream in (STREAM, "MESHRL_REC_other~of", "KV_secrets"):
+            answer = await connection.ask(ask, Read(stream=stream, subject=">").to_wire(), 10.0)
+            with pytest.raises(NotAllowed):
+                check_reply(unpack(answer or b""), 0)
+        # Everything of the index, which has other namespaces, too; and with an answer to somebody else.
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        rid = connection.request(ask, Read(stream=EPISODES, subject=">").to_wire(), answers.put_nowait)
+        while "end" not in (body := unpack(await asyncio.wait_for(answers.get(), 10.0))):
+            assert body["stored"][2].startswith(AT.prefix)
+        connection.forget(rid)
+        last = Read(stream=EPISODES, which="last", subject=">").to_wire()
+        connection.publish(ask, last, f"_INBOX.{theirs.user}.x")
+        answer = await connection.ask(ask, Read(stream=EPISODES, which="last", subject="x").to_wire(), 10.0)
+        assert unpack(answer or b"") == {"end": True}
+        await theirs.flush()
+        assert got == []
+
+
+async def test_an_answer_goes_to_nobody_elses_inbox(caplog: pytest.LogCaptureFixture) -> None:
+    sent: list[str] = []
+
+    class Connection:
+        def publish(self, subject: str, body: bytes, **_: object) -> None:
+            sent.append(subject)
+
+    serving = Serving(Connection(), None, AT)  # type: ignore[arg-type]
+    for reply in ("_INBOX.bob.1", "meshrl.v1.default.registry.ask", "", "_INBOX.annabel.1", "$JS.API.STREAM.DELETE.X"):
+        serving._on_request(serving._read, AT.recordings("read", "ann"), reply, b"")
+        assert not serving._tasks
+    serving._on_request(serving._read, AT.recordings("read", "ann"), "_INBOX.ann.1", b"")
+    await asyncio.gather(*serving._tasks)
+    assert sent == ["_INBOX.ann.1"], "an error, since it asks for nothing"
+    assert len(caplog.records) == 5
 
 
 async def test_what_workers_record_is_read_by_those_who_may(tmp_path: Path) -> None:
@@ -51,9 +108,16 @@ async def test_what_workers_record_is_read_by_those_who_may(tmp_path: Path) -> N
             await anext(feed)
             await feed.commit()
             for mesh in (ann, observer):
-                with pytest.raises(SubjectNotPermitted):
-                    await anext(mesh.episodes())
+                assert [one.steps async for one in mesh.episodes("of", since=found[0].ended_at)] == [
+                    one.steps for one in found
+                ]
+                assert len(await mesh.episode(found[1].episode_id)) == len(told[1].rewards)
+            assert await ann.verify(found[0].episode_id), "a learner may run it again"
+            async with await ann.fork(found[0].episode_id, step=3) as fork:
+                await fork.step(0)
+            await taken_and_gone_on_with(ann, sum(one.steps for one in found))
             assert [one async for one in blue.episodes()] == [], "another team has nothing of it"
+            await only_what_is_on_record_and_only_to_its_own_inbox(server.url, server.login("ann"), observer)
         async with (
             connect(server.url, credentials=server.login("operator"), on_error=lambda _: None) as operates,
             connect(server.url, credentials=server.login("agent-worker"), on_error=lambda _: None) as agents,
