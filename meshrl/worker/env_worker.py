@@ -50,7 +50,7 @@ log = logging.getLogger("meshrl.worker")
 
 SLOTS = 64
 # What is recorded of a session whose client does not say.
-RECORD: RecordLevel = "off"
+RECORD: RecordLevel = "actions"
 # How long one step may run, or one reset.
 STEP_DEADLINE_S = 300.0
 RESET_DEADLINE_S = 300.0
