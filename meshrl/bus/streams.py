@@ -113,4 +113,9 @@ async def _ask(
         return None
     if error.get("code") == 503 or "not enabled" in str(error.get("description")):
         raise UsageError(f"JetStream at {connection.url}: {error.get('description')}; turn it on for the account")
-    raise TransportError(f"JetStream refused {api}: {error.get('description')}", api=api, code=error.get("code"))
+    raise TransportError(
+        f"JetStream refused {api}: {error.get('description')}",
+        api=api,
+        code=error.get("code"),
+        err_code=error.get("err_code"),
+    )

@@ -114,7 +114,7 @@ RecordAge = Annotated[
 
 
 def record_level(text: str) -> RecordLevel:
-    """``off``, ``actions`` or ``full``.
+    """``off``, ``actions``, ``full`` or ``strict``.
 
     Raises:
         UsageError: it is none of these.

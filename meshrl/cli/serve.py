@@ -41,7 +41,7 @@ from meshrl.cli.reach import reach
 from meshrl.cli.serving import NO_LIMITS, stay_serving, stay_serving_in_processes
 from meshrl.errors import InvalidName, UsageError
 from meshrl.protocol.names import near, resolve
-from meshrl.worker.env_worker import RECORD, RESET_DEADLINE_S, STEP_DEADLINE_S, EnvWorker
+from meshrl.worker.env_worker import RESET_DEADLINE_S, STEP_DEADLINE_S, EnvWorker
 from meshrl.worker.factories import Factory, is_gymnasium_id
 from meshrl.worker.isolation import Deadlines, check_isolation
 from meshrl.worker.limits import Limits
@@ -103,12 +103,14 @@ def serve(
         bool, typer.Option("--on-demand", help="Serve any id of Gymnasium's registry when somebody asks.")
     ] = False,
     record: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What is recorded where clients do not say: off, actions (enough to run it again) or full.",
+            help="What is recorded where clients do not say: off, actions (enough to run it again; the default), full, "
+            "or strict (and no answer before it is stored).",
             metavar="LEVEL",
+            show_default=False,
         ),
-    ] = RECORD,
+    ] = None,
     record_bytes: RecordBytes = RECORD_BYTES,
     record_age: RecordAge = None,
     drain_seconds: DrainSeconds = DRAIN_S,
@@ -130,7 +132,7 @@ def serve(
     limits = Limits(bytes_in(max_memory, "--max-memory"), max_cpu_seconds)
     limits.check()
     Deadlines(step_deadline, reset_deadline)  # refused before anything is waited for
-    level, retention = record_level(record), retention_of(record_bytes, record_age)
+    level, retention = None if record is None else record_level(record), retention_of(record_bytes, record_age)
     key = None if state_key is None else StateKey.read(state_key)
     of_envs = limits if where == "process" else NO_LIMITS
     what = ", ".join([*envs, *(["Gymnasium's registry on demand"] if on_demand else [])])

@@ -54,11 +54,11 @@ class Counts:
     why: str = ""
     _said: float = -math.inf
 
-    def missed(self, rows: int, why: str, now: float) -> None:
+    def missed(self, rows: int, why: str, now: float, level: int = logging.WARNING) -> None:
         """So many rows could not be stored; it is logged, the same reason once a minute."""
         self.lost += rows
         if rows and (why != self.why or now - self._said > SAID_S):
-            log.warning("what sessions do is not recorded: %s (%d steps so far)", why, self.lost)
+            log.log(level, "what sessions do is not recorded: %s (%d steps so far)", why, self.lost)
             self.why, self._said = why, now
 
 

@@ -67,7 +67,7 @@ class Recorder:
         self._credentials = credentials
         self._retention = retention
         self._thread: threading.Thread | None = None
-        self._added: list[tuple[Transcript, Recorded, int]] = []
+        self._added: list[tuple[Transcript, Recorded, int, bool]] = []
         self._writers: dict[int, SessionWriter] = {}  # by their transcript's id; the recorder's own
         self._ended: list[tuple[Transcript, str]] = []
         self._watched: Watched | None = None
@@ -80,14 +80,14 @@ class Recorder:
 
     # ---------------------------------------------------------------- from the worker's threads
 
-    def begin(self, transcript: Transcript, recorded: Recorded, epoch: int) -> None:
-        """Record a session from now on."""
+    def begin(self, transcript: Transcript, recorded: Recorded, epoch: int, *, asked: bool = True) -> None:
+        """Record a session from now on; ``asked``: somebody wants it, so that it is a warning where it cannot be."""
         if self._ended_for_good:
             transcript.close()
             return
         if self._watched is not None and self._watched.until(recorded) > time.monotonic():
             transcript.watched = True  # from its first row on
-        self._added.append((transcript, recorded, epoch))
+        self._added.append((transcript, recorded, epoch, asked))
         self.start()
 
     def start(self) -> None:
@@ -128,7 +128,7 @@ class Recorder:
             log.exception("worker %s records nothing more", self._worker)
         finally:
             self._ended_for_good = True
-            for transcript in (*(one for one, _, _ in self._added), *(w.transcript for w in self._writers.values())):
+            for transcript in (*(added[0] for added in self._added), *(w.transcript for w in self._writers.values())):
                 transcript.close()
 
     async def _main(self) -> None:
@@ -161,7 +161,7 @@ class Recorder:
 
     def _maker(self, connection: Connection) -> Callable[[str], Awaitable[None]]:
         async def make(name: str) -> None:
-            if await make_streams(connection, self._subjects, name, self._retention):
+            if await make_streams(connection, self._subjects, name, self._retention, less=True):
                 log.info("worker %s made the stream for recordings of %s", self._worker, name)
 
         return make
@@ -211,8 +211,8 @@ class Recorder:
 
     def _take_in(self, storing: Storing) -> None:
         while self._added:
-            transcript, recorded, epoch = self._added.pop(0)
-            self._writers[id(transcript)] = SessionWriter(transcript, recorded, epoch, storing)
+            transcript, recorded, epoch, asked = self._added.pop(0)
+            self._writers[id(transcript)] = SessionWriter(transcript, recorded, epoch, storing, asked=asked)
         ended, self._ended = self._ended, []
         for transcript, reason in ended:
             writer = self._writers.get(id(transcript))

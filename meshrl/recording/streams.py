@@ -9,13 +9,17 @@ Nobody may purge or delete in them; what is too old, or too much, goes by itself
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from meshrl.bus.connection import Connection
 from meshrl.bus.streams import make_stream
+from meshrl.errors import TransportError
 from meshrl.wire.subjects import ROOT, VERSION, Subjects, token
+
+log = logging.getLogger("meshrl.recording")
 
 EPISODES = "MESHRL_EPISODES"
 POSITIONS = "MESHRL_POSITIONS"
@@ -23,6 +27,10 @@ POSITIONS = "MESHRL_POSITIONS"
 MAX_BYTES = 1 << 30
 MAX_INDEX_BYTES = 1 << 30
 MAX_POSITIONS_BYTES = 64 << 20
+# Where a server cannot set as much aside, a worker does with a quarter of it, and so on, down to this.
+MIN_BYTES = 1 << 20
+# What JetStream says then: its storage, or the account's, is all set aside.
+_NO_ROOM = frozenset({10023, 10047, 10002})
 _NANOSECONDS = 1_000_000_000
 
 
@@ -51,24 +59,45 @@ def is_recording(subjects: Subjects, stream: str) -> bool:
     return stream.startswith(stream_of(subjects, "x")[:-1])
 
 
-async def make_streams(connection: Connection, subjects: Subjects, name: str, retention: Retention) -> bool:
+async def make_streams(
+    connection: Connection, subjects: Subjects, name: str, retention: Retention, *, less: bool = False
+) -> bool:
     """Make the streams in which recordings of an env are kept; gives whether its own is new.
+
+    Args:
+        connection: to the server.
+        subjects: of the namespace.
+        name: of the env.
+        retention: how much of its recordings is kept.
+        less: where the server cannot set so much aside, do with less.
 
     Raises:
         UsageError: the server has no JetStream, or refuses them.
         SubjectNotPermitted: the login may not.
     """
     index = {"subjects": [f"{ROOT}.v{VERSION}.*.episodes.*.*"], **_CONFIG, "max_bytes": MAX_INDEX_BYTES}
-    await make_stream(connection, EPISODES, index)
+    await _made(connection, EPISODES, index, less=less)
     positions = {
         "subjects": [f"{ROOT}.v{VERSION}.*.position.*.*.*"],
         **_CONFIG,
         "max_msgs_per_subject": 1,
         "max_bytes": MAX_POSITIONS_BYTES,
     }
-    await make_stream(connection, POSITIONS, positions)
+    await _made(connection, POSITIONS, positions, less=less)
     own = {"subjects": [subjects.recording(name, "*")], **_CONFIG, **_kept(retention)}
-    return await make_stream(connection, stream_of(subjects, name), own)
+    return await _made(connection, stream_of(subjects, name), own, less=less)
+
+
+async def _made(connection: Connection, name: str, config: dict[str, Any], *, less: bool) -> bool:
+    while True:
+        try:
+            return await make_stream(connection, name, config)
+        except TransportError as exc:
+            size = config["max_bytes"] // 4
+            if not less or exc.details.get("err_code") not in _NO_ROOM or size < MIN_BYTES:
+                raise
+            log.info("%s cannot be of %d bytes: %s", name, config["max_bytes"], exc.message)
+            config = {**config, "max_bytes": size}
 
 
 def _kept(retention: Retention) -> dict[str, Any]:

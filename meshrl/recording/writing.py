@@ -83,6 +83,7 @@ class SessionWriter:
         recorded: what the recording is of.
         epoch: of the session.
         storing: what it shares with others.
+        asked: whether somebody wants it recorded; that it is not is a warning then.
 
     Attributes:
         transcript: as given.
@@ -90,13 +91,16 @@ class SessionWriter:
         end: why the session ended, once it has; see :data:`~meshrl.protocol.chunking.ENDS`.
     """
 
-    def __init__(self, transcript: Transcript, recorded: Recorded, epoch: int, storing: Storing) -> None:
+    def __init__(
+        self, transcript: Transcript, recorded: Recorded, epoch: int, storing: Storing, *, asked: bool = True
+    ) -> None:
         self.transcript = transcript
         self.over = False
         self.end: str | None = None
         self._recorded = recorded
         self._epoch = epoch
         self._storing = storing
+        self._asked = asked
         self._chunker = Chunker(transcript, recorded.every)
         self._chunks, self._entries = self._chains(recorded.session)
         self._described_at = 0.0
@@ -207,7 +211,7 @@ class SessionWriter:
         if self.transcript.missed:
             missed, self.transcript.missed = self.transcript.missed, 0
             self._chunker.lose(set(range(self.transcript.count)))
-            self._storing.counts.missed(missed, "the server does not keep up", time.monotonic())
+            self._missed(missed, "the server does not keep up")
         while noted := self.transcript.taken(self._size.limit):
             last = end is not None and not self.transcript.nbytes
             await self._store_noted(noted, end if last and end in ENDS else "")
@@ -444,9 +448,12 @@ class SessionWriter:
         self._streams_lost += 1
         self._numbers.clear()
 
+    def _missed(self, rows: int, why: str) -> None:
+        self._storing.counts.missed(rows, why, time.monotonic(), logging.WARNING if self._asked else logging.INFO)
+
     def _drop(self, why: str) -> None:
         lanes, rows = self.transcript.dropped()
         self._chunker.lose(lanes)
-        self._storing.counts.missed(rows + self._lost, why, time.monotonic())
+        self._missed(rows + self._lost, why)
         self._lost = 0
         self.transcript.settled(why)

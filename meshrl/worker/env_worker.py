@@ -49,8 +49,6 @@ from meshrl.worker.vector_implementations import HostedImplementation, describe_
 log = logging.getLogger("meshrl.worker")
 
 SLOTS = 64
-# What is recorded of a session whose client does not say.
-RECORD: RecordLevel = "actions"
 # How long one step may run, or one reset.
 STEP_DEADLINE_S = 300.0
 RESET_DEADLINE_S = 300.0
@@ -92,9 +90,9 @@ class EnvWorker(Service):
             can do less (see :mod:`~meshrl.worker.vector_implementations`). Single envs are not concerned.
         state_key: what workers share that seal envs' states for one another, as a file or the key itself; without one
             no state of ALE's envs is told to clients (see :mod:`~meshrl.worker.sealing`).
-        record: how much of a session is recorded whose client does not say: ``off``; ``actions``, which is what it
-            takes to run an episode again; ``full``, observations and infos too; or ``strict``, the same, and no answer
-            leaves before it is stored.
+        record: how much of a session is recorded whose client does not say: ``off``; ``actions``, the default, which is
+            what it takes to run an episode again; ``full``, observations and infos too; or ``strict``, the same, and no
+            answer leaves before it is stored. Where it cannot be recorded, that is a warning if anybody has asked.
         retention: of the streams of recordings that this worker makes; one that is there is left as it is.
         last_resort: ends this process; to be given where somebody then starts another one. With it, a worker that holds
             env code which it cannot end (a thread that hangs) condemns itself: it takes no new sessions, and
@@ -127,7 +125,7 @@ class EnvWorker(Service):
         lease_s: float = 15.0,
         vectors: str | Mapping[str, str] = "meshrl",
         state_key: str | Path | StateKey | None = None,
-        record: RecordLevel = RECORD,
+        record: RecordLevel | None = None,
         retention: Retention | None = None,
         last_resort: Callable[[], None] | None = None,
     ) -> None:

@@ -23,12 +23,16 @@ from meshrl.worker.strict import Strict
 log = logging.getLogger("meshrl.worker")
 
 
+# What is recorded of a session where neither its client nor the worker's operator says.
+RECORD: RecordLevel = "actions"
+
+
 class Records:
     """What is recorded of a worker's sessions.
 
     Args:
         worker: its id.
-        level: how much, where a client does not say.
+        level: how much, where a client does not say; None as it is where nobody does.
         recorder: makes the recorder, once there is something for it to do.
         state_key: with which the worker seals what only workers may have written.
 
@@ -37,12 +41,13 @@ class Records:
     """
 
     def __init__(
-        self, worker: str, level: RecordLevel, recorder: Callable[[], Recorder], state_key: StateKey | None
+        self, worker: str, level: RecordLevel | None, recorder: Callable[[], Recorder], state_key: StateKey | None
     ) -> None:
-        if level not in RECORD_LEVELS:
+        if level is not None and level not in RECORD_LEVELS:
             raise UsageError(f"record is one of {', '.join(RECORD_LEVELS)}, not {level!r}")
         self._worker = worker
-        self._default = level
+        self._asked = level is not None
+        self._default = level or RECORD
         self._make = recorder
         self._state_key = state_key
         self._recorder: Recorder | None = None
@@ -76,7 +81,9 @@ class Records:
             return
         transcript, recorder = recording.transcript, self.recorder()
         transcript.begun = open_.epoch
-        recorder.begin(transcript, recording.recorded(open_, session.user, self._worker, description), open_.epoch)
+        recorded = recording.recorded(open_, session.user, self._worker, description)
+        asked = self._asked or (open_.record is not None and open_.record.level is not None)
+        recorder.begin(transcript, recorded, open_.epoch, asked=asked)
         if self.level(open_) == "strict":
             transcript.strict = True
             hold.withhold = Strict(transcript, recorder.nudge)

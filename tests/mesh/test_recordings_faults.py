@@ -19,10 +19,10 @@ from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.storing import Reader, store
 from meshrl.bus.streams import make_stream
-from meshrl.errors import EnvError, EpisodeTorn, EpisodeUnknown, RequestTimeout, UnencodableValue
+from meshrl.errors import EnvError, EpisodeTorn, EpisodeUnknown, RequestTimeout, TransportError, UnencodableValue
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
 from meshrl.recording import chain
-from meshrl.recording.streams import EPISODES, stream_of
+from meshrl.recording.streams import EPISODES, MAX_BYTES, Retention, make_streams, stream_of
 from meshrl.recording.writing import is_description
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.compressed import compress, decompress
@@ -97,17 +97,43 @@ async def test_what_does_not_fit_is_counted_and_no_step_fails(url: str, caplog: 
         assert [record for record in caplog.records if "is not recorded" in record.getMessage()]
 
 
-async def test_without_jetstream_nothing_is_recorded_and_it_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [True, False])
+async def test_without_jetstream_nothing_is_recorded_and_it_is_said_to_who_asked(
+    tmp_path: Path, asked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     async with own_server(tmp_path, {}) as server:
         url = server.url()
-        async with EnvWorker({"of": "CartPole-v1"}, url, record="actions") as worker, Mesh(url) as m:
+        async with (
+            EnvWorker({"of": "CartPole-v1"}, url, record="actions" if asked else None) as worker,
+            Mesh(url) as m,
+        ):
             async with await m.env("of") as env:
                 await drive(env, 2, 1)
             await until(lambda: worker.recorded.lost > 0, "it is counted")
             assert "JetStream" in worker.recorded.why
+            said = [record for record in caplog.records if "is not recorded" in record.getMessage()]
+            assert bool(said) == asked
             assert [one async for one in m.episodes()] == []
             with pytest.raises(EpisodeUnknown):
                 await m.episode("abc.0.0")
+
+
+async def test_where_a_server_cannot_set_much_aside_less_is_kept(tmp_path: Path) -> None:
+    config = {"jetstream": {"store_dir": str(tmp_path / "js"), "max_file_store": 300_000_000}}
+    async with own_server(tmp_path, config) as server:
+        url = server.url()
+        async with EnvWorker(dict.fromkeys("abc", "CartPole-v1"), url) as worker, Mesh(url) as m:
+            for name in "abc":
+                async with await m.env(name) as env:
+                    told = await drive(env, 1, 1)
+                (one,) = await listed(m, name, 1)
+                assert one.steps == len(told[0].rewards)
+            assert worker.recorded.lost == 0
+            sizes = [(await js(url, f"STREAM.INFO.{stream_of(AT, name)}", {}))["config"]["max_bytes"] for name in "abc"]
+            assert all(1 << 20 <= size < MAX_BYTES for size in sizes), sizes
+        with pytest.raises(TransportError, match="insufficient"):  # what an operator asks for is had, or refused
+            async with connect(url) as connection:
+                await make_streams(connection, AT, "d", Retention())
 
 
 def version_two(chunk: bytes) -> bytes:
