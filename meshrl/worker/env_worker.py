@@ -324,8 +324,6 @@ class EnvWorker(Service):
             raise UnknownName(f"worker {self.id} serves no env {open_.name!r}", name=open_.name)
         implementation = self._implementation(open_.name)
         if open_.form == "vector" and implementation != "meshrl":
-            if self._records.level(open_) == "strict":
-                raise UsageError(f"vectors of {open_.name} are hosted by {implementation}, which is not recorded")
             return self._construct_implementation(open_, description, factory, implementation)
         envs = construct_all(
             open_.name,
@@ -392,6 +390,7 @@ class EnvWorker(Service):
         hosted = HostedImplementation(
             make, open_, seeded_at_construction=implementation == "envpool", threads=self._code_threads
         )
+        self._records.join_vector(hosted, open_)
         own = description.model_copy(
             update={
                 "observation_space": spaces.describe(hosted.vector.single_observation_space),

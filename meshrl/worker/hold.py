@@ -103,7 +103,7 @@ class Hold:
             self.paces = {}
         self.counts = held.counts if isinstance(held, HostedPool | HostedVector) else None
         self.recording: Recording | None = None
-        if isinstance(held, HostedPool | HostedVector | HostedEnv):
+        if isinstance(held, HostedPool | HostedVector | HostedEnv | HostedImplementation):
             self.recording = held.recording
         if self.recording is not None and self.recording.transcript.settles:
             self.counts = _both(self.counts, self.recording.transcript.settle)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 from meshrl.protocol.noted import ROW_BYTES, Info
@@ -27,26 +28,43 @@ class Recording:
     """The recording of one session, as those who host it see it.
 
     Args:
-        envs: its sub-environments.
+        spaces: of one observation, and of one action.
+        states: of each sub-environment, what gives what outlives its resets; None where that is not known.
         level: how much of each step is recorded.
-        state_key: with which the worker seals what only workers may have written.
 
     Attributes:
         transcript: what was noted so far.
         forgets: whether all that outlives resets of its envs is known.
     """
 
-    def __init__(self, envs: Sequence[Any], level: Level, state_key: StateKey | None = None) -> None:
-        observations, actions = batching(envs[0].observation_space), batching(envs[0].action_space)
+    def __init__(
+        self,
+        spaces: tuple[gymnasium.Space[Any], gymnasium.Space[Any]],
+        states: Sequence[Callable[[], bytes] | None],
+        level: Level,
+    ) -> None:
+        observations, actions = map(batching, spaces)
         shown = bytes_of(observations.space)
         row_bytes = ROW_BYTES + bytes_of(actions.space) + (shown if level == "full" else 0)
-        self.transcript = Transcript(len(envs), observations, actions, level, shown >= HASHED_BYTES, row_bytes, shown)
-        self._states: list[Callable[[], bytes] | None] = []
+        self.transcript = Transcript(len(states), observations, actions, level, shown >= HASHED_BYTES, row_bytes, shown)
+        self._states = states
+        self.forgets = None not in states
+
+    @classmethod
+    def of_envs(cls, envs: Sequence[Any], level: Level, state_key: StateKey | None) -> Recording:
+        """That of sub-environments one by one.
+
+        Args:
+            envs: of the session.
+            level: how much of each step is recorded.
+            state_key: with which the worker seals what only workers may have written.
+        """
+        states: list[Callable[[], bytes] | None] = []
         for env in envs:
             kept = outliving(env, state_key)
             get = None if kept is None else kept.get
-            self._states.append(alone(get) if get is not None and draws(env) else get)
-        self.forgets = None not in self._states
+            states.append(alone(get) if get is not None and draws(env) else get)
+        return cls((envs[0].observation_space, envs[0].action_space), states, level)
 
     def recorded(self, open_: Open, user: str, worker: str, description: Description) -> Recorded:
         """What the recording says of itself.

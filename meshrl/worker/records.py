@@ -16,9 +16,11 @@ from meshrl.worker.hold import Hold
 from meshrl.worker.hosted import HostedEnv
 from meshrl.worker.hosted_pool import HostedPool
 from meshrl.worker.hosted_vector import HostedVector
+from meshrl.worker.recorded_vector import RecordedVector
 from meshrl.worker.recording import Recording
 from meshrl.worker.sealing import StateKey
 from meshrl.worker.strict import Strict
+from meshrl.worker.vector_implementations import HostedImplementation
 
 log = logging.getLogger("meshrl.worker")
 
@@ -65,19 +67,21 @@ class Records:
         """Have a session recorded whose envs have just been made; on the thread that made them."""
         level = self.level(open_)
         if level != "off":
-            hosted.record(Recording(envs, "actions" if level == "actions" else "full", self._state_key))
+            hosted.record(Recording.of_envs(envs, "actions" if level == "actions" else "full", self._state_key))
+
+    def join_vector(self, hosted: HostedImplementation, open_: Open) -> None:
+        """The same of a vector implementation, which is recorded with observations or not at all."""
+        if self.level(open_) in ("full", "strict"):
+            vector = hosted.vector
+            spaces = vector.single_observation_space, vector.single_action_space
+            recording = Recording(spaces, [None] * open_.num_envs, "full")
+            hosted.recorded = RecordedVector(recording, open_.num_envs, open_.autoreset_mode)
 
     def begin(self, session: Session, open_: Open, description: Description) -> None:
         """A session begins; on the event loop."""
         hold: Hold = session.held
         recording = hold.recording
         if recording is None:
-            if self.level(open_) != "off":
-                log.info(
-                    "worker %s: session %s is not recorded: those of vector implementations are not",
-                    self._worker,
-                    session.id,
-                )
             return
         transcript, recorder = recording.transcript, self.recorder()
         transcript.begun = open_.epoch

@@ -40,6 +40,8 @@ from meshrl.wire.messages import AUTORESET_MODES, Open, Vectors
 from meshrl.worker.calls import Calls
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.factories import Factory, is_gymnasium_id
+from meshrl.worker.recorded_vector import RecordedVector
+from meshrl.worker.recording import Recording
 from meshrl.worker.threads import Threads
 
 IMPLEMENTATIONS = ("meshrl", "gymnasium", "envpool")
@@ -151,6 +153,7 @@ class HostedImplementation:
         pace: where to step it.
         coroutine: False.
         draws: whether it runs alone; see :mod:`~meshrl.worker.drawing`.
+        recorded: is told what it does; None where nobody records it.
     """
 
     coroutine = False
@@ -174,6 +177,12 @@ class HostedImplementation:
         self._seeded_at_construction = seeded_at_construction
         self._was_reset = False
         self._calls = Calls(threads)
+        self.recorded: RecordedVector | None = None
+
+    @property
+    def recording(self) -> Recording | None:
+        """Of what is done; None where nobody records it."""
+        return None if self.recorded is None else self.recorded.recording
 
     def __repr__(self) -> str:
         return f"<HostedImplementation of {self._count} {self.name}>"
@@ -207,6 +216,8 @@ class HostedImplementation:
             raise MalformedMessage(f"the actions of {self._count} sub-environments are an array of as many")
         obs, rewards, terminations, truncations, infos = self.vector.step(actions)
         frame = {"obs": obs, "rewards": rewards, "terminations": terminations, "truncations": truncations}
+        if self.recorded is not None:
+            self.recorded.stepped(body, frame, infos)
         if infos:
             frame["infos"] = pack_merged(self._global(infos), self._count)
         return frame
@@ -225,7 +236,7 @@ class HostedImplementation:
             raise UsageError(f"{self.name}: this vector implementation takes no reset options")
         if seeds is not None and (not isinstance(seeds, list) or len(seeds) != self._count):
             raise MalformedMessage(f"the seeds of {self._count} sub-environments are a list of as many, or nothing")
-        seed = self._seed(seeds)
+        seed = given = self._seed(seeds)
         if self._seeded_at_construction and seed is not None:
             self.vector.close()
             self.vector = self._make(seed)
@@ -235,6 +246,8 @@ class HostedImplementation:
         else:
             obs, infos = self.vector.reset(seed=seed, options=options)
         self._was_reset = True
+        if self.recorded is not None:
+            self.recorded.was_reset(obs, infos, given, options)
         frame: Frame = {"obs": obs}
         if infos:
             frame["infos"] = pack_merged(self._global(infos), self._count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -179,3 +180,36 @@ async def test_an_env_that_envpool_does_not_have_is_an_error_at_the_start(url: s
     with pytest.raises(InvalidName, match="EnvPool does not make ForTest/Unknown-v0"):
         async with EnvWorker({"env": unknown}, url, vectors="envpool"):
             pass
+
+
+@NAMES
+async def test_what_envpool_told_is_on_record(url: str, name: str) -> None:
+    async with Mesh(url) as m:
+        async with await m.vector(name, N, shards=1, record="full") as envs:
+            obs, _ = await envs.reset(seed=3)
+            envs.action_space.seed(1)
+            told: list[list[Any]] = [[one] for one in obs]
+            over = np.zeros(N, bool)
+            number = np.zeros(N, int)
+            ended = {}
+            for _ in range(STEPS):
+                obs, _, terminations, truncations, _ = await envs.step(envs.action_space.sample())
+                for i in range(N):
+                    if over[i]:
+                        told[i], number[i] = [obs[i]], number[i] + 1
+                        continue
+                    told[i].append(obs[i])
+                    if terminations[i] or truncations[i]:
+                        ended[i, int(number[i])] = np.array(told[i])
+                over = terminations | truncations
+        by_id = {}
+        for _ in range(200):
+            by_id = {tuple(map(int, one.episode_id.split(".")[1:])): one.episode_id async for one in m.episodes(name)}
+            if ended.keys() <= by_id.keys():
+                break
+            await asyncio.sleep(0.1)
+        for key, observations in ended.items():
+            episode = await m.episode(by_id[key])
+            assert episode.observations.dtype == observations.dtype
+            assert np.array_equal(episode.observations, observations)
+        assert (await m.verify(next(iter(by_id.values())))).reasons == ("implementation",)

@@ -13,7 +13,7 @@ from meshrl import EnvWorker, Mesh
 from meshrl.bus.connect import connect
 from meshrl.bus.storing import Reader
 from meshrl.bus.streams import make_stream
-from meshrl.errors import NotRecorded, StreamMissing, UsageError
+from meshrl.errors import NotRecorded, StreamMissing
 from meshrl.protocol.chunks import read_chunk
 from meshrl.recording.streams import stream_of
 from meshrl.recording.writing import is_description
@@ -137,7 +137,15 @@ async def test_where_nobody_says_that_it_is_stored_the_session_ends_after_a_whil
         on.set()
 
 
-async def test_vector_implementations_are_not_recorded_and_say_so(url: str) -> None:
-    async with EnvWorker({"of": "CartPole-v1"}, url, vectors="gymnasium"), Mesh(url) as m:
-        with pytest.raises(UsageError, match="not recorded"):
-            await m.vector("of", 4, record="strict", seeding="implementation")
+async def test_vector_implementations_are_recorded_as_strictly(url: str) -> None:
+    async with (
+        EnvWorker({"of": "CartPole-v1"}, url, vectors="gymnasium"),
+        Mesh(url) as m,
+        connect(url) as other,
+        Reader(other, 10.0) as reader,
+    ):
+        async with await m.vector("of", 4, shards=1, record="strict", seeding="implementation") as envs:
+            await envs.reset(seed=1)
+            for n in range(1, 20):
+                await envs.step(np.full(4, n % 2))
+                assert await rows(reader, "of") == [4] * (n + 1)
