@@ -78,7 +78,7 @@ def judge(episode: RecordedEpisode, again: Rerun) -> Verdict:
 def unverifiable(episode: RecordedEpisode) -> Verdict | None:
     """What is known of an episode without running it again: of some there is no way to begin like them."""
     imported, vectors = episode.recorded.imported, episode.recorded.description.vectors
-    if episode.recorded.form == "vector" and vectors is not None:
+    if episode.recorded.form == "vector" and vectors is not None and vectors.implementation != "meshrl":
         details = {"implementation": "its env was one of several that a vector implementation drew for together"}
     elif imported is not None and episode.seed is None:
         details = {"imported": f"from {imported}, which does not say how it was reset"}

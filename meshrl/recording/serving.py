@@ -56,7 +56,8 @@ class Serving:
         try:
             for what, answer in (("read", self._read), ("keep", self._keep)):
                 handler = partial(self._on_request, answer)
-                await self._connection.subscribe(self._subjects.recordings(what, "*"), handler, queue=READERS)
+                subject = self._subjects.recordings(what, "*")
+                await self._connection.subscribe(subject, handler, queue=READERS, join=False)
         except SubjectNotPermitted as exc:
             log.info("nobody reads recordings through this worker: %s", exc.message)
 

@@ -77,7 +77,7 @@ class Watched:
     async def begin(self) -> None:
         """Hear them from now on, as far as this login may."""
         try:
-            await self._connection.subscribe(self._subjects.tapping("*"), self._on_watch)
+            await self._connection.subscribe(self._subjects.tapping("*"), self._on_watch, join=False)
         except SubjectNotPermitted as exc:
             log.info("nobody can watch: %s", exc.message)
 

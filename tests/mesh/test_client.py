@@ -664,7 +664,7 @@ def test_the_public_names_of_a_mesh_are_the_api() -> None:
     public = {name for name in dir(Mesh()) if not name.startswith("_")}
     assert public == {
         *("agent", "agents", "describe", "env", "envs", "evaluate", "pool", "vector", "watch"),
-        *("episode", "episodes", "experience", "fork", "replay", "verify"),
+        *("episode", "episodes", "experience", "experiment", "fork", "frames", "replay", "tap", "verify"),
     }
 
 

@@ -22,8 +22,8 @@ from meshrl.bus.streams import make_stream
 from meshrl.errors import EnvError, EpisodeTorn, EpisodeUnknown, RequestTimeout, TransportError, UnencodableValue
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
 from meshrl.recording import chain
+from meshrl.recording.messages import is_description
 from meshrl.recording.streams import EPISODES, MAX_BYTES, Retention, make_streams, stream_of
-from meshrl.recording.writing import is_description
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.compressed import compress, decompress
 from meshrl.wire.recorded import Entry

@@ -14,11 +14,11 @@ import pytest
 from meshrl import EnvWorker, Mesh, RemoteEnv
 from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
-from meshrl.bus.storing import Reader, Stored
+from meshrl.bus.storing import Reader
 from meshrl.client.context import context_of
 from meshrl.protocol.chunks import Chunk, read_chunk
+from meshrl.recording.messages import Messages, is_description
 from meshrl.recording.streams import stream_of
-from meshrl.recording.writing import SessionWriter, is_description
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
 from tests.mesh.learners import Learned, of_all, play_one, play_pool, play_vector
@@ -142,13 +142,13 @@ async def test_who_comes_late_to_write_pushes_out_nobody_who_came_after(
     server: EmbeddedServer, workers: Workers, monkeypatch: pytest.MonkeyPatch, form: Any, name: str, level: Any
 ) -> None:
     """A worker goes on with a session, and writes nothing of it until another one has gone on and written."""
-    go, place = threading.Event(), SessionWriter._place
+    go, place = threading.Event(), Messages.place
 
-    async def late(writer: SessionWriter) -> None:
+    async def late(messages: Messages, *of: Any) -> None:
         await asyncio.to_thread(go.wait, 30)
-        await place(writer)
+        await place(messages, *of)
 
-    monkeypatch.setattr(SessionWriter, "_place", late)  # of this process alone
+    monkeypatch.setattr(Messages, "place", late)  # of this process alone
     workers.start()
     async with AsyncExitStack() as stack:
         slow = EnvWorker({name: name}, server.url)
@@ -177,26 +177,26 @@ async def test_who_came_after_goes_on_where_an_older_one_writes_at_the_same_mome
     server: EmbeddedServer, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, turn, wrote = "Pendulum-v1", threading.Event(), threading.Event()
-    place, take_over = SessionWriter._place, SessionWriter._take_over
+    place, take_over = Messages.place, Messages._take_over
     wrote_by: list[int] = []
 
-    async def placed(writer: SessionWriter) -> None:
-        if writer._epoch == 2:
+    async def placed(messages: Messages, *of: Any) -> None:
+        if messages._epoch == 2:
             await asyncio.to_thread(turn.wait, 30)
-        await place(writer)
+        await place(messages, *of)
 
-    async def taken_over(writer: SessionWriter, last: Stored) -> None:
-        if writer._epoch == 3:  # it has seen what the first has left
+    async def taken_over(messages: Messages, *of: Any) -> None:
+        if messages._epoch == 3:  # it has seen what the first has left
             turn.set()
             await asyncio.to_thread(wrote.wait, 30)
         try:
-            await take_over(writer, last)
+            await take_over(messages, *of)
         finally:
-            wrote_by.append(writer._epoch)
+            wrote_by.append(messages._epoch)
             wrote.set()
 
-    monkeypatch.setattr(SessionWriter, "_place", placed)  # of this process alone
-    monkeypatch.setattr(SessionWriter, "_take_over", taken_over)
+    monkeypatch.setattr(Messages, "place", placed)  # of this process alone
+    monkeypatch.setattr(Messages, "_take_over", taken_over)
     workers.start()
     async with AsyncExitStack() as stack:
         second, third = (EnvWorker({name: name}, server.url) for _ in range(2))

@@ -113,9 +113,9 @@ async def test_what_workers_record_is_read_by_those_who_may(tmp_path: Path) -> N
                 ]
                 assert len(await mesh.episode(found[1].episode_id)) == len(told[1].rewards)
             assert await ann.verify(found[0].episode_id), "a learner may run it again"
+            await taken_and_gone_on_with(ann, sum(one.steps for one in found))
             async with await ann.fork(found[0].episode_id, step=3) as fork:
                 await fork.step(0)
-            await taken_and_gone_on_with(ann, sum(one.steps for one in found))
             assert [one async for one in blue.episodes()] == [], "another team has nothing of it"
             await only_what_is_on_record_and_only_to_its_own_inbox(server.url, server.login("ann"), observer)
         async with (

@@ -15,8 +15,8 @@ from meshrl.bus.storing import Reader
 from meshrl.bus.streams import make_stream
 from meshrl.errors import NotRecorded, StreamMissing
 from meshrl.protocol.chunks import read_chunk
+from meshrl.recording.messages import is_description
 from meshrl.recording.streams import stream_of
-from meshrl.recording.writing import is_description
 from meshrl.wire.subjects import Subjects
 from meshrl.worker import strict
 from tests.mesh.own_server import own_server

@@ -16,12 +16,13 @@ CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 # Attributes, of whatever module where none is named.
 METHODS = {"import_module", "os.system", "os.popen", "literal_eval", "load_module", "exec_module"}
 # What an operator names is imported in the first; no client's name comes there (tests/mesh/test_nothing_runs.py). The
-# next two import modules that are named there, when they are first wanted. The last two: what makes an env goes from
+# next three import modules that are named there, when they are first wanted. The last two: what makes an env goes from
 # the worker to the process that it is to live in, and no client has touched it; back comes nothing but this codec's
 # values.
 IMPORTS = {
     "worker/factories.py": {"import_module"},
     "adapters/__init__.py": {"import_module"},
+    "adapters/buffers.py": {"import_module"},
     "adapters/datasets/exporting.py": {"import_module"},
     "worker/process_env.py": {"pickle"},
     "worker/inside.py": {"pickle"},
