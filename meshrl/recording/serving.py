@@ -16,11 +16,11 @@ from typing import Any
 
 from meshrl.bus.connection import Connection
 from meshrl.bus.storing import Reader, Stored, store
-from meshrl.errors import BusClosed, MalformedMessage, MeshError, NotAllowed, SubjectNotPermitted
+from meshrl.errors import BusClosed, MalformedMessage, MeshError, MeshFull, NotAllowed, SubjectNotPermitted
 from meshrl.recording.streams import EPISODES, POSITIONS, is_recording
 from meshrl.wire.codec import pack
 from meshrl.wire.frames import error_reply
-from meshrl.wire.messages import Keep, Kept, Read, parse
+from meshrl.wire.messages import Keep, Kept, Message, Read, parse
 from meshrl.wire.subjects import READERS, Subjects
 
 log = logging.getLogger("meshrl.recording")
@@ -53,9 +53,10 @@ class Serving:
 
     async def begin(self) -> None:
         """Hear them from now on, as far as this login may."""
+        kinds: tuple[tuple[str, type[Message], Any], ...] = (("read", Read, self._read), ("keep", Keep, self._keep))
         try:
-            for what, answer in (("read", self._read), ("keep", self._keep)):
-                handler = partial(self._on_request, answer)
+            for what, model, answer in kinds:
+                handler = partial(self._on_request, model, answer)
                 subject = self._subjects.recordings(what, "*")
                 await self._connection.subscribe(subject, handler, queue=READERS, join=False)
         except SubjectNotPermitted as exc:
@@ -67,31 +68,35 @@ class Serving:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _on_request(self, answer: Any, subject: str, reply: str, data: bytes) -> None:
+    def _on_request(self, model: type[Message], answer: Any, subject: str, reply: str, data: bytes) -> None:
         user = subject.rpartition(".")[2]
         if not reply.startswith("_INBOX.") or (user != "anon" and not reply.startswith(f"_INBOX.{user}.")):
             log.warning(
                 "a request of %s for recordings wants its answer on %r, which is no inbox of theirs", user, reply
             )
             return
-        if len(self._tasks) >= MAX_WAITING:
-            return  # whoever asked asks again
-        task = asyncio.get_running_loop().create_task(self._answer(answer, user, reply, bytes(data)))
+        try:
+            asked = parse(model, data)
+            if len(self._tasks) >= MAX_WAITING:
+                raise MeshFull(f"{MAX_WAITING} reads wait for this worker already; ask again in a while")
+        except MeshError as exc:
+            self._connection.publish(reply, pack(error_reply(exc)))
+            return
+        task = asyncio.get_running_loop().create_task(self._answer(answer(user, asked), reply))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, answer: Any, user: str, reply: str, data: bytes) -> None:
+    async def _answer(self, frames: AsyncIterator[dict[str, Any]], reply: str) -> None:
         async with self._turn:
             try:
-                async for frame in answer(user, data):
+                async for frame in frames:
                     self._connection.publish(reply, pack(frame), mark=(0, 0, next(self._marks)))
             except BusClosed:
                 return
             except MeshError as exc:
                 self._connection.publish(reply, pack(error_reply(exc)))
 
-    async def _read(self, _user: str, data: bytes) -> AsyncIterator[dict[str, Any]]:
-        read = parse(Read, data)
+    async def _read(self, _user: str, read: Read) -> AsyncIterator[dict[str, Any]]:
         size = 0
         async for stored in self._stored(read):
             if not stored.subject.startswith(self._subjects.prefix):
@@ -122,8 +127,7 @@ class Serving:
         if found is not None:
             yield found
 
-    async def _keep(self, user: str, data: bytes) -> AsyncIterator[dict[str, Any]]:
-        keep = parse(Keep, data)
+    async def _keep(self, user: str, keep: Keep) -> AsyncIterator[dict[str, Any]]:
         subject = self._subjects.position(user, keep.env, keep.consumer)
         seq = await store(
             self._connection, subject, keep.position.encode(), KEPT_S, message_id=keep.message_id, after=keep.after

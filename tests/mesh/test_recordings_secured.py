@@ -71,10 +71,9 @@ async def test_an_answer_goes_to_nobody_elses_inbox(caplog: pytest.LogCaptureFix
 
     serving = Serving(Connection(), None, AT)  # type: ignore[arg-type]
     for reply in ("_INBOX.bob.1", "meshrl.v1.default.registry.ask", "", "_INBOX.annabel.1", "$JS.API.STREAM.DELETE.X"):
-        serving._on_request(serving._read, AT.recordings("read", "ann"), reply, b"")
+        serving._on_request(Read, serving._read, AT.recordings("read", "ann"), reply, b"")
         assert not serving._tasks
-    serving._on_request(serving._read, AT.recordings("read", "ann"), "_INBOX.ann.1", b"")
-    await asyncio.gather(*serving._tasks)
+    serving._on_request(Read, serving._read, AT.recordings("read", "ann"), "_INBOX.ann.1", b"")
     assert sent == ["_INBOX.ann.1"], "an error, since it asks for nothing"
     assert len(caplog.records) == 5
 
