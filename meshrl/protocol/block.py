@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from meshrl.protocol.noted import Began, Note
 
-# Answers in one; they are kept until the last of them is taken.
-ANSWERS = 128
+# Answers in one: about as many as a fast env gives until a chunk is made, which is made of few blocks best.
+ANSWERS = 1024
 # What is larger is noted by itself.
 MAX_ANSWER_BYTES = 32 * 1024
 
@@ -133,11 +133,11 @@ class Block:
         return Note(
             at=np.array(self._at[start:stop]),
             lanes=np.tile(np.arange(lanes), fit),
-            actions=_rows(self._actions[start:stop]),
-            obs=_rows(self._obs[start:stop]),
-            rewards=_rows(self._rewards[start:stop]),
-            terminations=_rows(self._terminations[start:stop]),
-            truncations=_rows(self._truncations[start:stop]),
+            actions=_rows(self._actions, start, stop),
+            obs=_rows(self._obs, start, stop),
+            rewards=_rows(self._rewards, start, stop),
+            terminations=_rows(self._terminations, start, stop),
+            truncations=_rows(self._truncations, start, stop),
             begun={row - first: one for row, one in _before(self._begun, stop * lanes)},
             finals=[(row - first, obs) for row, obs in _before(self._finals, stop * lanes)],
             infos=[(row - first, is_final, info) for row, is_final, info in _before(self._infos, stop * lanes)],
@@ -146,8 +146,10 @@ class Block:
         )
 
 
-def _rows(parts: list[NDArray[Any]]) -> NDArray[Any]:
-    """As one array, of the byte order that they have."""
+def _rows(column: list[Any], start: int, stop: int) -> NDArray[Any]:
+    """Some answers of a column as one array, of the byte order that they have; the column keeps them no more."""
+    parts = column[start:stop]
+    column[start:stop] = [None] * len(parts)  # as long as before, whatever is put behind it meanwhile
     like = parts[0]
     return np.concatenate(parts, out=np.empty((len(parts) * len(like), *like.shape[1:]), like.dtype))
 

@@ -17,7 +17,7 @@ from meshrl.protocol.chunks import Change, Chunk
 from meshrl.protocol.digests import chained
 from meshrl.protocol.joined import Noted, joined
 from meshrl.protocol.noted import Indices
-from meshrl.protocol.runs import CLOSED, CRASHED, RESET, Runs, ToldRows, by_lane, firsts, numbers_of
+from meshrl.protocol.runs import CLOSED, CRASHED, RESET, Runs, ToldRows, firsts, numbers_of
 from meshrl.protocol.transcript import Transcript
 
 # By why a session ended. Of any other nobody knows whether it does not go on elsewhere.
@@ -189,6 +189,7 @@ class Chunker:
         torn = tuple(np.flatnonzero(self._lanes.torn).tolist())
         runs = Runs(rows, numbers_of(rows.began()))
         kept, ended = self._take(runs)
+        whole = bool(kept.all())
         if end in ENDS:
             ended = Ended.joined([ended, self.leave_all(ENDS[end])])
         rows.keep(runs.spread(kept), self._transcript)
@@ -206,7 +207,7 @@ class Chunker:
             rewards=rows.rewards,
             terminations=rows.terminations,
             truncations=rows.truncations,
-            digests=self._digested(rows),
+            digests=self._digested(rows, runs if whole else Runs(rows, numbers_of(rows.began()))),
             at_us=rows.at_us(),
             actions=rows.actions,
             started=rows.started(),
@@ -291,14 +292,11 @@ class Chunker:
         recorded: NDArray[np.bool_] = (numbers >= 0) & (numbers % self._every == 0) & ~torn
         return recorded
 
-    def _digested(self, rows: ToldRows) -> NDArray[np.uint64]:
+    def _digested(self, rows: ToldRows, runs: Runs) -> NDArray[np.uint64]:
         """The digest at each row."""
-        order = by_lane(rows.lanes)
-        lanes, resets = rows.lanes[order], rows.resets[order]
-        begins = np.flatnonzero(firsts(lanes) | resets)
-        before = np.where(resets[begins], np.uint64(0), self._digests[lanes[begins]])
-        digests = np.zeros(len(order), np.uint64)
-        digests[order] = chained(rows.told.hashes[rows.shown][order], begins, before)
+        before = np.where(runs.resets, np.uint64(0), self._digests[runs.lanes])
+        digests = np.zeros(len(runs.order), np.uint64)
+        digests[runs.order] = chained(rows.told.hashes[rows.shown[runs.order]], runs.begins, before)
         self._digests[rows.lanes] = digests  # of several rows of a lane, the last counts
         return digests
 

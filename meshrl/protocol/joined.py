@@ -147,6 +147,10 @@ def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
     )
 
 
+def _whole(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 def _times(notes: Sequence[Note]) -> tuple[list[float], list[int]]:
     """When each answer was, and of how many rows it is."""
     at: list[float] = []
@@ -163,10 +167,10 @@ def _of_notes(transcript: Transcript, notes: Sequence[Note]) -> Told:
     starts = (np.cumsum(sizes) - sizes).tolist()
     count = sum(sizes)
     every = np.arange(transcript.count)
-    told.lanes = np.concatenate([every if note.lanes is None else note.lanes for note in notes])
-    told.rewards = np.concatenate([note.rewards for note in notes])
-    told.terminations = np.concatenate([note.terminations for note in notes])
-    told.truncations = np.concatenate([note.truncations for note in notes])
+    told.lanes = _whole([every if note.lanes is None else note.lanes for note in notes])
+    told.rewards = _whole([note.rewards for note in notes])
+    told.terminations = _whole([note.terminations for note in notes])
+    told.truncations = _whole([note.truncations for note in notes])
     told.at = np.repeat(*_times(notes))
     told.resets = np.zeros(count, np.bool_)
     finals: list[tuple[int, Any]] = []
@@ -194,10 +198,12 @@ def _of_notes(transcript: Transcript, notes: Sequence[Note]) -> Told:
             parts.append(batches.stack([obs for _, obs in finals]))
             lengths.append(len(finals))
         batch = batches.joined(parts, lengths)
-        rows = np.concatenate([np.arange(count), told.finals])
-        leaves = list(batches.leaves(batch, len(rows)))
-        rewards, terminations, truncations = told.rewards[rows], told.terminations[rows], told.truncations[rows]
-        told.hashes = hashes_of(leaves, rewards, terminations, truncations, list(told.begun))
+        columns = told.rewards, told.terminations, told.truncations
+        if finals:
+            rows = np.concatenate([np.arange(count), told.finals])
+            columns = told.rewards[rows], told.terminations[rows], told.truncations[rows]
+        leaves = list(batches.leaves(batch, len(columns[0])))
+        told.hashes = hashes_of(leaves, *columns, list(told.begun))
         told.observations = Column("batch", batch)
     told.actions = _actions(transcript.actions, notes, told.resets)
     return told

@@ -33,18 +33,30 @@ class ToldRows:
     def __init__(self, told: Told) -> None:
         self.told = told
         count = len(told.lanes)
-        twice = np.ones(count, np.int64)
-        twice[told.finals] = 2
-        self.source = np.repeat(np.arange(count), twice)
-        self.again = ~firsts(self.source)
+        self.source = np.arange(count)
+        self.again = np.zeros(count, np.bool_)
+        columns: tuple[NDArray[Any], ...] = (
+            told.lanes,
+            told.resets,
+            told.rewards,
+            told.terminations,
+            told.truncations,
+        )
+        if len(told.finals):
+            twice = np.ones(count, np.int64)
+            twice[told.finals] = 2
+            self.source = source = np.repeat(self.source, twice)
+            self.again = ~firsts(source)
+            columns = tuple(column[source] for column in columns)
         self.shown = self.source.copy()
         first = np.flatnonzero(self.again) - 1
         self.shown[first] = count + np.arange(len(first))
-        self.lanes = told.lanes[self.source].astype(np.int32)
-        self.resets = told.resets[self.source] | self.again
-        self.rewards = np.where(self.resets, 0.0, told.rewards[self.source])
-        self.terminations = told.terminations[self.source] & ~self.resets
-        self.truncations = told.truncations[self.source] & ~self.resets
+        lanes, resets, rewards, terminations, truncations = columns
+        self.lanes = lanes.astype(np.int32)
+        self.resets = resets | self.again
+        self.rewards = np.where(self.resets, 0.0, rewards)
+        self.terminations = terminations & ~self.resets
+        self.truncations = truncations & ~self.resets
         self.actions = told.actions
 
     def keep(self, kept: NDArray[np.bool_], transcript: Transcript) -> None:
@@ -113,6 +125,8 @@ class Runs:
         numbers: of the episodes that begin in it, in the order of their rows.
 
     Attributes:
+        order: of the rows, by lane.
+        begins: of each run, where in that order it begins.
         lanes: of each run, whose it is; ascending.
         resets: whether its first row is a reset; where it is not, the episode goes on.
         numbers: of the episode, where that begins.
@@ -123,9 +137,9 @@ class Runs:
     """
 
     def __init__(self, rows: ToldRows | Chunk, numbers: Indices) -> None:
-        self._order = order = by_lane(rows.lanes)
+        self.order = order = by_lane(rows.lanes)
         resets, lanes = rows.resets[order], rows.lanes[order]
-        self._begins = begins = np.flatnonzero(firsts(lanes) | resets)
+        self.begins = begins = np.flatnonzero(firsts(lanes) | resets)
         stops = np.append(begins[1:], len(order))
         self.lanes: NDArray[np.int32] = lanes[begins]
         self.resets: NDArray[np.bool_] = resets[begins]
@@ -147,15 +161,15 @@ class Runs:
 
     def spread(self, values: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """What is said of each run, of each row."""
-        spread = np.zeros(len(self._order), np.bool_)
-        spread[self._order] = np.repeat(values, self.lengths)
+        spread = np.zeros(len(self.order), np.bool_)
+        spread[self.order] = np.repeat(values, self.lengths)
         return spread
 
     def spread_from(self, starts: Sequence[int]) -> NDArray[np.bool_]:
         """Of each run, the rows from that one on."""
-        spread = np.zeros(len(self._order), np.bool_)
-        since = np.arange(len(self._order)) - np.repeat(self._begins, self.lengths)
-        spread[self._order] = since >= np.repeat(np.array(starts, np.int64), self.lengths)
+        spread = np.zeros(len(self.order), np.bool_)
+        since = np.arange(len(self.order)) - np.repeat(self.begins, self.lengths)
+        spread[self.order] = since >= np.repeat(np.array(starts, np.int64), self.lengths)
         return spread
 
 
