@@ -92,8 +92,9 @@ class ExperienceReader:
             )
 
         self.closed = True  # until it is open
-        self._asked: Call[Experience | None] | None = None
+        self._asked: Call[tuple[Experience | None, str]] | None = None
         self._portal, self._fed = leased(mesh_arguments(mesh), "experience", opened)
+        self._position: str = self._fed.feed.position
         self.closed = False
 
     def __repr__(self) -> str:
@@ -118,7 +119,7 @@ class ExperienceReader:
     @property
     def position(self) -> str:
         """Behind the last batch that it gave: ``from_`` of another one, which goes on there."""
-        return self._fed.feed.position
+        return self._position
 
     @property
     def skipped(self) -> int:
@@ -159,7 +160,8 @@ class ExperienceReader:
         if not self._asked.wait(timeout):
             raise TimeoutError(f"no experience of {self._fed.feed!r} within {timeout:g} s")
         asked, self._asked = self._asked, None
-        return self._portal.wait(asked)
+        batch, self._position = self._portal.wait(asked)
+        return batch
 
     def __iter__(self) -> Iterator[Experience]:
         """All batches, one after another."""
@@ -233,8 +235,10 @@ class _Fed:
     def __init__(self, feed: ExperienceFeed) -> None:
         self.feed = feed
 
-    async def read(self) -> Experience | None:
-        return await anext(self.feed, None)
+    async def read(self) -> tuple[Experience | None, str]:
+        """The next batch, and the position behind it."""
+        batch = await anext(self.feed, None)
+        return batch, self.feed.position
 
     async def close(self) -> None:
         """Nothing is open between two batches."""

@@ -143,7 +143,9 @@ def export(
         async with mesh_at(url, namespace, credentials) as mesh:
             ids = episode or [one.episode_id async for one in mesh.episodes(env, **filters)]
             files = files_of(ids, format_, Path(to))
-            await write_videos(mesh, files, fps=fps, speed=speed, wait=wait, as_json=as_json)
+            await write_videos(
+                mesh, files, fps=fps, speed=speed, wait=wait, as_json=as_json, skip_unreadable=skip_unreadable
+            )
 
     if format_ in MAX_FPS:
         if episode:

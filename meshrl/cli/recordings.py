@@ -32,8 +32,9 @@ from meshrl.cli.options import (
 from meshrl.cli.plain import plain
 from meshrl.client.episode import Transition
 from meshrl.client.mesh import Mesh
+from meshrl.client.rerunning import NEVER_AGAIN
 from meshrl.client.verifying import Verdict
-from meshrl.errors import EpisodeTorn, RecordingError, UnknownName, UsageError, WorkerError
+from meshrl.errors import EpisodeTorn, UnknownName, UsageError, WorkerError
 from meshrl.recording.episodes import EpisodeSummary
 from meshrl.recording.streams import make_streams, stream_of
 from meshrl.wire.subjects import Subjects
@@ -139,6 +140,8 @@ def replay(
     async def show() -> None:
         async with mesh_at(url, namespace, credentials) as mesh:
             async for one in mesh.replay(episode, start, speed, wait=wait):
+                if one.remade and one.step == start and not as_json:
+                    print("observations were made by running it again; all that was recorded came out equal")
                 print(json.dumps(step_of(one)) if as_json else line_of(one), flush=speed is not None)
 
     run(show())
@@ -205,7 +208,7 @@ async def _verdicts(mesh: Mesh, wanted: list[tuple[str, str]], wait: float) -> A
         async with room[name]:
             try:
                 return _verdict(await mesh.verify(id_, wait=0.0 if name in unserved else wait))
-            except (RecordingError, WorkerError) as exc:
+            except (*NEVER_AGAIN, WorkerError) as exc:
                 if isinstance(exc, UnknownName):
                     unserved.add(name)
                 status = "torn" if isinstance(exc, EpisodeTorn) else "failed"
@@ -275,6 +278,7 @@ def step_of(one: Transition) -> dict[str, Any]:
         "next_observation": plain(one.next_observation),
         "info": plain(one.info),
         "policy_version": one.policy_version,
+        "remade": one.remade,
     }
 
 

@@ -1,6 +1,7 @@
 """Recorded episodes as MP4 or GIF, for ``meshrl export`` and ``meshrl tap``."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from meshrl.adapters.videos import MAX_FPS, VideoFormat, format_of, pyav, write_video
 from meshrl.cli.bars import bar
 from meshrl.client.mesh import Mesh
+from meshrl.client.rerunning import NEVER_AGAIN
 from meshrl.errors import UsageError
 
 
@@ -19,6 +21,7 @@ async def write_videos(
     speed: float,
     wait: float,
     as_json: bool = False,
+    skip_unreadable: bool = False,
 ) -> None:
     """Write a file for each episode, with a bar of how far it is.
 
@@ -29,11 +32,20 @@ async def write_videos(
         speed: the same.
         wait: the same.
         as_json: tell of each file as JSON.
+        skip_unreadable: say of an episode that cannot be shown why, and go on.
     """
     for id_, path, kind in files:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with bar(path.name) as told:
-            written = await write_video(mesh, id_, path, format=kind, fps=fps, speed=speed, wait=wait, progress=told)
+        try:
+            with bar(path.name) as told:
+                written = await write_video(
+                    mesh, id_, path, format=kind, fps=fps, speed=speed, wait=wait, progress=told
+                )
+        except NEVER_AGAIN as exc:
+            if not skip_unreadable:
+                raise
+            print(f"left out {id_}: {exc.message}", file=sys.stderr)
+            continue
         if as_json:
             print(json.dumps({"episode_id": id_, **asdict(written), "path": str(path.absolute())}), flush=True)
         else:

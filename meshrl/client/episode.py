@@ -34,6 +34,7 @@ class Transition:
         next_observation: that it led to.
         info: that came with that.
         policy_version: of whoever chose the action; None where nobody said.
+        remade: whether observations and info were not recorded, but made by running the episode again.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Transition:
     next_observation: Any
     info: dict[str, Any]
     policy_version: int | None
+    remade: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class Episode:
                 obs[t + 1],
                 self.infos[t + 1],
                 None if version < 0 else version,
+                self.remade,
             )
 
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from meshrl.bus.storing import Stored
 from meshrl.client.following import Following, Place
 from meshrl.client.gathering import Experience, Gathered, Part, ages_of
-from meshrl.client.rerunning import rerun
+from meshrl.client.rerunning import NEVER_AGAIN, rerun
 from meshrl.client.verifying import judge
-from meshrl.errors import EnvError, EpisodeTorn, MalformedMessage, StreamMissing, UsageError, WrongSequence
+from meshrl.errors import EpisodeTorn, MalformedMessage, StreamMissing, UsageError, WrongSequence
 from meshrl.protocol.chunks import Column
 from meshrl.protocol.joined import batched
 from meshrl.recording.episodes import RecordedEpisode
@@ -254,7 +254,7 @@ class ExperienceFeed:
                 if not judge(episode, again):
                     raise EpisodeTorn(f"episode {episode.id} did not go as it was recorded when it was run again")
                 episode.observations = Column("items", again.obs)
-        except (EpisodeTorn, EnvError) as exc:
+        except NEVER_AGAIN as exc:
             self.skipped += 1
             log.info("%r skips an episode: %s", self, exc.message)
             return None

@@ -87,7 +87,7 @@ class Manifest(BaseModel):
     deterministic: bool = False
     script: Text | None = None
     arguments: list[str] = Field(default_factory=list)
-    record: Literal["actions", "full"] = "actions"
+    record: Literal["actions", "full", "strict"] = "actions"
 
     @field_validator("wrappers", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshrl.client.opening import Opening
-from meshrl.client.rerunning import Rerun, frames, opened
+from meshrl.client.rerunning import Rerun, chained, opened
 from meshrl.client.shielded import shielded
 from meshrl.client.verifying import Beside, Verdict, diverged
 from meshrl.errors import EpisodeNotRendered
@@ -67,14 +67,12 @@ async def rendered(
             modes=list(map(str, modes or ())),
         )
     fps, steps = fps_of(metadata), len(episode.rewards)
-    chain = await (await context.library()).chain(episode)
     session = await opened(context, episode, wait=wait, where=where, render_mode=MODE)
     try:
-        for earlier in chain[:-1]:
-            async for _ in frames(session, earlier):
-                pass
         beside, step = Beside(episode), 0
-        async for frame in frames(session, episode, render=True):
+        async for part, frame in chained(context, session, episode, render=True):
+            if part.id != episode.id:
+                continue
             told = Rerun(session.grant.description, [], [], [], [], [])
             told.add(frame)
             found = beside.add(told)

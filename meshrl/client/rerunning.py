@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshrl.client.session import RemoteSession
 from meshrl.client.shielded import shielded
-from meshrl.errors import MalformedMessage
+from meshrl.errors import EnvError, MalformedMessage, NotAllowed, RecordingError, UnencodableValue
 from meshrl.protocol.chunks import Column
 from meshrl.recording.episodes import RecordedEpisode
 from meshrl.wire.frames import Frame
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from meshrl.client.context import Context
 
+# What comes of an episode that cannot be run again, whoever tries, and whenever; anything else may be another time.
+NEVER_AGAIN = (RecordingError, EnvError, NotAllowed, MalformedMessage, UnencodableValue)
 # A request has so many steps at first; then about as many as take this long, and no more than that.
 FIRST_STEPS = 32
 REQUEST_S = 0.25
@@ -78,11 +80,17 @@ async def rerun(
 
 
 async def chained(
-    context: Context, session: RemoteSession, episode: RecordedEpisode
+    context: Context, session: RemoteSession, episode: RecordedEpisode, *, render: bool = False
 ) -> AsyncIterator[tuple[RecordedEpisode, Frame]]:
     """What a fresh env tells of the episodes that have to be run before it, and then of it, each with whose it is.
 
     What outlived a reset may be sealed for other workers, or unknown to these: then they go back to one with a seed.
+
+    Args:
+        context: of the client.
+        session: with the fresh env.
+        episode: the last of them.
+        render: have the frames of that one, too.
 
     Raises:
         MalformedMessage: the worker's answer is none.
@@ -93,14 +101,14 @@ async def chained(
     begun = False
     try:
         for part in chain:
-            async for frame in frames(session, part):
+            async for frame in frames(session, part, render=render and part.id == episode.id):
                 begun = True
                 yield part, frame
     except MalformedMessage:
         if begun or chain[0].state is None:
             raise
         for part in await library.chain(episode, seeded=True):
-            async for frame in frames(session, part):
+            async for frame in frames(session, part, render=render and part.id == episode.id):
                 yield part, frame
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from meshrl.bus.connection import Connection
 from meshrl.bus.storing import Reader, Stored, store
-from meshrl.errors import MalformedMessage, MeshError, RequestTimeout, StreamMissing, SubjectNotPermitted, from_wire
+from meshrl.errors import MalformedMessage, MeshError, RequestTimeout, SubjectNotPermitted, from_wire
 from meshrl.wire.codec import unpack
 from meshrl.wire.messages import Keep, Kept, Read, parse
 from meshrl.wire.subjects import Subjects
@@ -78,7 +78,7 @@ class AnyReader(Reader):
         subject = self._subjects.recordings("keep", connection.user)
         answer = await connection.ask(subject, keep.to_wire(), timeout)
         if answer is None:
-            raise _nobody(connection)
+            raise _nobody(connection, subject)
         _check(unpack(answer))
         return parse(Kept, answer).seq
 
@@ -116,7 +116,7 @@ async def _answers(connection: Connection, subject: str, body: bytes, timeout: f
             if isinstance(got, MeshError):
                 raise got
             if got is None:
-                raise _nobody(connection)
+                raise _nobody(connection, subject)
             yield _check(unpack(got))
     finally:
         connection.forget(rid)
@@ -130,7 +130,9 @@ def _check(body: object) -> dict[str, Any]:
     return body
 
 
-def _nobody(connection: Connection) -> StreamMissing:
-    return StreamMissing(
-        f"no env worker at {connection.url} reads recordings for this login; start one, or take an operator's login"
+def _nobody(connection: Connection, subject: str) -> SubjectNotPermitted:
+    return SubjectNotPermitted(
+        f"this login may not read recordings itself, and no env worker at {connection.url} does it for it; start one, "
+        "or take an operator's login",
+        subject=subject,
     )

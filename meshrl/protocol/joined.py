@@ -215,8 +215,9 @@ def _actions(batches: Batching, notes: Sequence[Note], resets: NDArray[np.bool_]
     if not steps:
         return _NOTHING
     explicit = np.repeat([note.actions is None for note in notes], [len(note.rewards) for note in notes])
-    if type(steps[0][0]) is list:  # a pool's, each as its lane was given it
-        column = column_of(batches, [action for actions, _ in steps for action in actions])
+    if any(type(actions) is list for actions, _ in steps):  # a pool's, or of a replay, each as its lane was given it
+        rows = (actions if type(actions) is list else batches.rows(actions, size) for actions, size in steps)
+        column = column_of(batches, [action for part in rows for action in part])
     else:
         column = _exactly(batches, [one for one, _ in steps], [size for _, size in steps])
     acted = ~resets[~explicit]

@@ -80,6 +80,10 @@ class Transcript:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _noted_bytes: int = 0
     _taken_bytes: int = 0
+    _settled_bytes: int = 0
+    _noted_rows: int = 0
+    _taken_rows: int = 0
+    _failed: str | None = None  # why some of it was not stored, at any time
     _began: dict[int, Began] = field(default_factory=dict)
     _numbers: list[int] = field(default_factory=list)
     _noted: deque[Block | Note | One | Asked] = field(default_factory=deque)
@@ -291,10 +295,18 @@ class Transcript:
         """Whether these can be noted."""
         if self.closed:
             return False
-        if self.nbytes > MAX_NOTED_BYTES:
+        if self._held_bytes > MAX_NOTED_BYTES and not self.strict:  # who is answered nothing does not go on
             self.missed += rows
             return False
+        self._noted_rows += rows
         return True
+
+    @property
+    def _held_bytes(self) -> int:
+        """About what is kept that was not taken: observations too, where they are not hashed, and no chunk has them."""
+        kept = self.level == "actions" and (self.watched or not self.hashes_at_once)
+        rows = self._noted_rows - self._taken_rows
+        return self.nbytes + (rows * self.shown_bytes if kept else 0)
 
     def _hashed(self, note: Note) -> Note:
         """The same with hashes in place of observations, of the rows and of the finals behind them."""
@@ -320,6 +332,7 @@ class Transcript:
             hashed = one.hashed if hashed is None else hashed
             taken.append(one)
         self._taken_bytes += size
+        self._taken_rows += sum(map(rows_in, taken))
         return taken
 
     def _first(self, limit_bytes: int, hashed: bool | None, *, least: bool) -> Note | One | Asked | None:
@@ -344,17 +357,18 @@ class Transcript:
     def when_stored(self, told: Callable[[str | None], None]) -> None:
         """Call ``told``, on any thread, when all that was noted so far is stored: with None, or with why it is not."""
         with self._lock:
-            self._waiting.append((self._noted_bytes, told))
-        if self.closed:
-            self.settled("it is recorded no more")
-        elif not self.nbytes:
-            self.settled(None)
+            why = "it is recorded no more" if self.closed else self._failed
+            if why is None and self._settled_bytes < self._noted_bytes:
+                self._waiting.append((self._noted_bytes, told))
+                return
+        told(why)
 
     def settled(self, why: str | None) -> None:
         """All that was taken is stored, or, where it is said why, is not."""
         ready = []
         with self._lock:
-            until = self._noted_bytes if self.closed else self._taken_bytes
+            self._settled_bytes = until = self._noted_bytes if self.closed else self._taken_bytes
+            self._failed = self._failed or why
             while self._waiting and self._waiting[0][0] <= until:
                 ready.append(self._waiting.popleft()[1])
         for told in ready:

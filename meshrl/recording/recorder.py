@@ -85,7 +85,7 @@ class Recorder:
         if self._ended_for_good:
             transcript.close()
             return
-        if self._watched is not None and self._watched.until(recorded) > time.monotonic():
+        if self._watched is not None and self._watched.until(recorded.name, recorded.session) > time.monotonic():
             transcript.watched = True  # from its first row on
         self._added.append((transcript, recorded, epoch, asked))
         self.start()
@@ -176,7 +176,7 @@ class Recorder:
             self._take_in(storing)
             look_s = LOOK_S
             for key, writer in list(self._writers.items()):
-                if writer.watched(watched.until(writer.recorded), now):
+                if writer.watched(watched.until(*writer.known_as), now):
                     look_s = SHOWN_S / 2
                 if key in under_way:
                     continue

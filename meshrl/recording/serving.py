@@ -129,7 +129,13 @@ class Serving:
 
     async def _keep(self, user: str, keep: Keep) -> AsyncIterator[dict[str, Any]]:
         subject = self._subjects.position(user, keep.env, keep.consumer)
+        # Ids are those of the stream: with the user in them, nobody takes another's.
         seq = await store(
-            self._connection, subject, keep.position.encode(), KEPT_S, message_id=keep.message_id, after=keep.after
+            self._connection,
+            subject,
+            keep.position.encode(),
+            KEPT_S,
+            message_id=f"{keep.message_id}@{user}",
+            after=keep.after,
         )
         yield Kept(seq=seq).model_dump()

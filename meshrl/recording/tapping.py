@@ -33,19 +33,24 @@ class Tap:
 
     Attributes:
         storing: of its worker.
-        recorded: what the recording says of itself.
+        session: as its client knows it.
+        recorded: what the recording says of itself, which may be of another id.
         until: when they are believed to be gone, in monotonic seconds.
         first: the number of the first chunk that is shown: of the one before not all was noted for viewers.
     """
 
     storing: Storing
+    session: str
     recorded: Recorded
     until: float
     first: int
 
     def describe(self) -> None:
         """Say what it is; to those who watch already, once more."""
-        self._publish("about", self.recorded.to_stream())
+        try:
+            self._publish("about", self.recorded.to_stream())
+        except MeshError as exc:  # it may be larger than a message
+            log.info("session %s is not shown: %s", self.session, exc.message)
 
     def show(self, chunk: Chunk) -> None:
         """Show a chunk; one that is too large for a message is a gap to its viewers."""
@@ -57,7 +62,7 @@ class Tap:
             log.info("a chunk of session %s is not shown: %s", self.recorded.session, exc.message)
 
     def _publish(self, what: str, body: bytes) -> None:
-        subject = self.storing.subjects.tapped(self.recorded.name, self.recorded.session, what)
+        subject = self.storing.subjects.tapped(self.recorded.name, self.session, what)
         self.storing.connection.publish(subject, body)
 
 
@@ -94,9 +99,8 @@ class Watched:
             known[wanted] = max(known.get(wanted, 0.0), now + watch.seconds)
         self._until = known  # another one: it is looked into on other threads
 
-    def until(self, recorded: Recorded) -> float:
-        """Until when somebody watches a session, in monotonic seconds; 0 if nobody ever did."""
-        name, session = recorded.name, recorded.session
+    def until(self, name: str, session: str) -> float:
+        """Until when somebody watches a session of an env, in monotonic seconds; 0 if nobody ever did."""
         asked = self._until
         if not asked:
             return 0.0

@@ -62,6 +62,7 @@ class SessionWriter:
     Attributes:
         transcript: as given.
         over: whether it writes nothing more.
+        known_as: the env's name, and the session's id, which its recording may not have.
         end: why the session ended, once it has; see :data:`~meshrl.protocol.chunking.ENDS`.
     """
 
@@ -73,6 +74,7 @@ class SessionWriter:
         self.end: str | None = None
         self._storing = storing
         self._asked = asked
+        self.known_as = recorded.name, recorded.session
         self._messages = Messages(recorded, epoch, storing)
         self._chunker = Chunker(transcript, recorded.every)
         self._size = Size()
@@ -82,7 +84,7 @@ class SessionWriter:
         self._placed = False  # whether it is known where it goes on
 
     def __repr__(self) -> str:
-        return f"<SessionWriter of {self.recorded.session}, chunk {self._chunker.n}>"
+        return f"<SessionWriter of {self._messages.recorded.session}, chunk {self._chunker.n}>"
 
     # ---------------------------------------------------------------- who watches
 
@@ -92,18 +94,13 @@ class SessionWriter:
             self._tap, self.transcript.watched = None, False
         elif self._tap is None:
             first = self._chunker.n + (1 if self.transcript.watched else 2)  # what was noted so far is of the next
-            self._tap = Tap(self._storing, self.recorded, until, first)
+            self._tap = Tap(self._storing, self.known_as[1], self._messages.recorded, until, first)
             self._tap.describe()
             self.transcript.watched = True
         elif until > self._tap.until:  # somebody else may have come
             self._tap.until = until
             self._tap.describe()
         return self._tap is not None
-
-    @property
-    def recorded(self) -> Recorded:
-        """What the recording says of itself."""
-        return self._messages.recorded
 
     # ---------------------------------------------------------------- writing
 
@@ -132,7 +129,7 @@ class SessionWriter:
                 await self._messages.place(self.transcript, self._chunker)
                 self._placed = True
         except RequestTimeout as exc:  # the server is away: what was noted waits
-            log.info("session %s: %s", self.recorded.session, exc.message)
+            log.info("session %s: %s", self._messages.recorded.session, exc.message)
             await self._see_to_the_stream()
             if end is None:
                 return
@@ -156,13 +153,13 @@ class SessionWriter:
 
     async def _see_to_the_stream(self) -> None:
         """It may not be there, which somebody who hears everything hides: then the server says nothing."""
-        self._storing.forget(self.recorded.name)
+        self._storing.forget(self._messages.recorded.name)
         try:
-            await self._storing.ready(self.recorded.name)
+            await self._storing.ready(self._messages.recorded.name)
         except BusClosed:
             raise
         except MeshError as exc:
-            log.info("session %s: %s", self.recorded.session, exc.message)
+            log.info("session %s: %s", self._messages.recorded.session, exc.message)
 
     def _end(self) -> None:
         """Write nothing more."""
@@ -190,7 +187,7 @@ class SessionWriter:
         try:
             made = self._chunker.chunk(noted, end)
         except Exception:
-            log.exception("session %s: what it did cannot be recorded", self.recorded.session)
+            log.exception("session %s: what it did cannot be recorded", self._messages.recorded.session)
             self._chunker.lose(set(range(self.transcript.count)))
             self._lost += sum(map(rows_in, noted))
             self._drop("it cannot be put down")
@@ -198,7 +195,7 @@ class SessionWriter:
         if made is None:
             return
         shown, ended = replace(made[0], first=self._messages.where_they_began(made[0])), made[1]
-        chunk = shown if self.recorded.level == "full" else replace(shown, observations=None, infos=None)
+        chunk = shown if self._messages.recorded.level == "full" else replace(shown, observations=None, infos=None)
         try:
             body = pack_chunk(chunk)
             self._size.seen(sum(one.nbytes for one in noted), len(body))
@@ -229,7 +226,7 @@ class SessionWriter:
 
     def _stop(self, why: str) -> None:
         """Write nothing more: somebody else does."""
-        log.info("session %s: %s", self.recorded.session, why)
+        log.info("session %s: %s", self._messages.recorded.session, why)
         self._end()
 
     def _missed(self, rows: int, why: str) -> None:

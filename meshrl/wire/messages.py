@@ -375,6 +375,11 @@ class Watch(Message):
     seconds: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)]
 
 
+# What stands in a subject, or in a header, that a worker sends for somebody else.
+_STREAM = r"^[A-Za-z0-9_%:@+=~-]+$"
+_MESSAGE_ID = r"^[A-Za-z0-9_.:-]+$"
+
+
 class Read(Message):
     """Has an env worker read a stream, for a login that may not ask JetStream itself.
 
@@ -387,7 +392,7 @@ class Read(Message):
         count: of messages, at most.
     """
 
-    stream: Annotated[str, Field(min_length=1, max_length=255)]
+    stream: Annotated[str, Field(pattern=_STREAM, max_length=255)]
     which: Literal["from", "last", "at"] = "from"
     subject: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     seq: Annotated[int, Field(ge=1, lt=2**63)] = 1
@@ -409,7 +414,7 @@ class Keep(Message):
     env: Annotated[str, Field(min_length=1, max_length=128)]
     consumer: Annotated[str, Field(min_length=1, max_length=128)]
     position: Annotated[str, Field(min_length=1, max_length=256)]
-    message_id: Annotated[str, Field(min_length=1, max_length=255)]
+    message_id: Annotated[str, Field(pattern=_MESSAGE_ID, max_length=128)]
     after: Annotated[int, Field(ge=0, lt=2**63)]
 
 

@@ -36,6 +36,8 @@ def packer(env: Any) -> Callable[[], bytes]:
         nonlocal known, read
         generator = env.np_random.bit_generator
         if generator is not known:
+            if type(generator) is not np.random.PCG64:  # as it was when the env was made
+                raise TypeError(f"the generator of {env!r} is a {type(generator).__name__} now, and no PCG64")
             known, read = generator, _in_place(generator) if lies_as_expected() else _by_dict(generator)
         return read()
 

@@ -119,7 +119,7 @@ class Overdue:
                 known = self._opening[session.key] = (session, now)
             late = now - max(known[1], self._not_before) >= reset_s
             return Late(session, "constructor", "reset", reset_s) if late else None
-        if session.state is not State.OPEN:
+        if session.state is not State.OPEN or (session.held.withhold is not None and session.held.withhold.withheld):
             return None
         if session.lanes is not None:
             return self._late_lanes(session, session.lanes, now)

@@ -24,20 +24,26 @@ class Strict:
     Args:
         transcript: of the session.
         nudge: has the recorder look whose turn it is.
+
+    Attributes:
+        withheld: how many answers are, at this moment: their env has done what it was asked.
     """
 
     def __init__(self, transcript: Transcript, nudge: Callable[[], None]) -> None:
         self._transcript = transcript
         self._nudge = nudge
+        self.withheld = 0
 
     def __call__(self, then: Then) -> None:
         """Call ``then`` when all that was noted so far is stored: with None, or with why it is not."""
         loop = asyncio.get_running_loop()
         waiting: list[Then] = [then]
+        self.withheld += 1
 
         def told(why: str | None) -> None:
             late.cancel()
             while waiting:
+                self.withheld -= 1
                 waiting.pop()(why)
 
         late = loop.call_later(STORED_S, told, f"it was not stored within {STORED_S:g} s")

@@ -357,3 +357,18 @@ async def test_a_feed_has_what_was_asked_for_and_whose_policy_it_was(url: str) -
         assert theirs.policy_versions.tolist() == [5, 5]
         with pytest.raises(UsageError, match="batch_size"):
             m.experience("of", batch_size=0)
+
+
+async def test_what_nobody_runs_again_is_skipped_and_blocks_nobody(url: str) -> None:
+    """Its kwargs are no longer allowed."""
+    async with Mesh(url) as m:
+        async with EnvWorker({"of": "CartPole-v1"}, url, allow_kwargs=("sutton_barto_reward",)):
+            for kwargs in ({"sutton_barto_reward": True}, None):
+                async with await m.env("of", kwargs, record="actions") as env:
+                    told = await drive(env, 1, 1)
+                await listed(m, "of", 1 if kwargs else 2)
+        async with EnvWorker({"of": "CartPole-v1"}, url):
+            feed = m.experience("of", follow=False)
+            batches = [batch async for batch in feed]
+        assert sum(map(len, batches)) == len(told[0].actions)
+        assert feed.skipped == 1

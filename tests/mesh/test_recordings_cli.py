@@ -61,9 +61,14 @@ async def test_an_episode_is_replayed_step_by_step(
     assert await meshrl("replay", f"{session}.0.0", "--json") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["action"] for line in lines] == [int(action) for action in episodes[0].actions]
+    assert all(line["remade"] for line in lines)
     assert [line["observation"] for line in lines] == [obs.tolist() for obs in episodes[0].obs[:-1]]
     assert await meshrl("replay", f"{session}.0.0", "--start", str(len(lines) - 1)) == 0
     assert "terminated" in capsys.readouterr().out
+    assert await meshrl("replay", f"{session}.0.0") == 0
+    said, *shown = capsys.readouterr().out.splitlines()
+    assert said.startswith("observations were made by running it again")
+    assert len(shown) == len(lines)
 
 
 async def test_what_goes_as_it_did_is_said_to(told: tuple[str, list[Told]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,15 @@ from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.storing import Reader, store
 from meshrl.bus.streams import make_stream
-from meshrl.errors import EnvError, EpisodeTorn, EpisodeUnknown, RequestTimeout, TransportError, UnencodableValue
+from meshrl.errors import (
+    EnvError,
+    EpisodeTorn,
+    EpisodeUnknown,
+    NotRecorded,
+    RequestTimeout,
+    TransportError,
+    UnencodableValue,
+)
 from meshrl.protocol.chunks import Chunk, pack_chunk, read_chunk
 from meshrl.recording import chain
 from meshrl.recording.messages import is_description
@@ -28,7 +40,7 @@ from meshrl.wire.codec import pack, unpack
 from meshrl.wire.compressed import compress, decompress
 from meshrl.wire.recorded import Entry
 from meshrl.wire.subjects import Subjects
-from meshrl.worker import records
+from meshrl.worker import records, strict
 from tests.mesh.conftest import until
 from tests.mesh.envs import Counter
 from tests.mesh.own_server import own_server
@@ -134,6 +146,64 @@ async def test_where_a_server_cannot_set_much_aside_less_is_kept(tmp_path: Path)
         with pytest.raises(TransportError, match="insufficient"):  # what an operator asks for is had, or refused
             async with connect(url) as connection:
                 await make_streams(connection, AT, "d", Retention())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of six megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], check=False, capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a disk")
+async def test_on_a_full_disk_steps_go_on_and_when_there_is_room_again_all_of_it_is_stored(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JetStream says nothing then, and so it is as if it were away."""
+    monkeypatch.setattr(strict, "STORED_S", 2.0)
+    config = {"jetstream": {"store_dir": str(small_disk), "max_file_store": 1 << 32}}
+    async with own_server(tmp_path, config) as server:
+        url = server.url()
+        async with EnvWorker({"of": "CartPole-v1"}, url, record="full", slots=70) as worker, Mesh(url) as m:
+            async with await m.env("of") as env:
+                told = await drive(env, 2, 1)
+            first = await listed(m, "of", 2)
+            (small_disk / "of somebody else").write_bytes(bytes(free_on(small_disk) - 200_000))
+            stored, count = worker.recorded.recorded, 0
+            async with await m.vector("of", 64, shards=1) as envs:
+                await envs.reset(seed=1)
+                for n in range(600):
+                    await envs.step(np.full(64, n % 2))
+                    count += 64
+                await asyncio.sleep(1.2)
+                await envs.step(np.zeros(64, np.int64))
+                assert worker.recorded.recorded < stored + count
+                env = await m.env("of", record="strict")
+                with pytest.raises(NotRecorded, match="within 2 s"):
+                    await env.reset()
+                (small_disk / "of somebody else").unlink()
+                await server.kill()
+                await server.start()
+                await envs.step(np.zeros(64, np.int64))
+            rows = stored + 64 * 603 + 1
+            await until(lambda: worker.recorded.recorded >= rows, "all of it is stored")
+            assert worker.recorded.lost == 0
+            for one, summary in zip(told, first, strict=True):
+                same_as(one, await m.episode(summary.episode_id))
+
+
+def free_on(disk: Path) -> int:
+    told = os.statvfs(disk)
+    return told.f_bavail * told.f_frsize
 
 
 def version_two(chunk: bytes) -> bytes:

@@ -84,6 +84,10 @@ async def test_what_workers_record_is_read_by_those_who_may(tmp_path: Path) -> N
     init(home, "--team", "blue")
     async with secured_server(home) as server:
         operator = ["--url", server.url, "--credentials", str(server.login("operator"))]
+        async with Mesh(server.url, credentials=server.login("ann")) as early:
+            for refused in (anext(early.episodes()), anext(early.experience("of", name="mine"))):
+                with pytest.raises(SubjectNotPermitted, match="no env worker"):  # and not that there is nothing
+                    await refused
         async with (
             EnvWorker({"of": "CartPole-v1"}, server.url, credentials=server.login("env-worker")) as worker,
             Mesh(server.url, credentials=server.login("ann")) as ann,

@@ -149,3 +149,24 @@ async def test_vector_implementations_are_recorded_as_strictly(url: str) -> None
             for n in range(1, 20):
                 await envs.step(np.full(4, n % 2))
                 assert await rows(reader, "of") == [4] * (n + 1)
+
+
+async def test_a_withheld_answer_is_no_step_over_its_deadline(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    condemned: list[str] = []
+    monkeypatch.setattr(EnvWorker, "condemn", lambda *_: condemned.append("condemned"))
+    async with (
+        EnvWorker({"of": "CartPole-v1"}, url, step_deadline_s=0.3, last_resort=lambda: None) as worker,
+        Mesh(url) as m,
+        await m.env("of", record="strict") as env,
+    ):
+        await env.reset(seed=1)
+        recorder = worker._records._recorder
+        assert recorder is not None
+        loop = recorder._loop
+        assert loop is not None
+        on = threading.Event()
+        loop.call_soon_threadsafe(on.wait)  # its thread hangs
+        threading.Timer(2.5, on.set).start()
+        _, reward, *_ = await env.step(0)
+        assert reward == 1.0
+        assert condemned == []

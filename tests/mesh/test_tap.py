@@ -13,10 +13,11 @@ import pytest
 from gymnasium import spaces
 
 from meshrl import EnvWorker, Mesh, RemoteEnv
+from meshrl.bus.connection import Connection
 from meshrl.client import tap
 from meshrl.client.context import context_of
 from meshrl.client.tap import Tapped, tapped
-from meshrl.errors import ViewerCut
+from meshrl.errors import MessageTooLarge, ViewerCut
 from tests.mesh.conftest import until
 from tests.mesh.recordings import Told, drive
 from tests.mesh.test_recordings import alike
@@ -236,3 +237,38 @@ class Pictures(gymnasium.Env[Any, Any]):
         self._left -= 1
         self._picture[action] = self._left
         return self._picture, 1.0, not self._left, False, {"left": self._left}
+
+
+async def test_what_cannot_be_shown_ends_no_recording(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A description that is larger than a message may be."""
+    publish = Connection.publish
+
+    def refusing(connection: Connection, subject: str, body: bytes, *args: Any, **kwargs: Any) -> None:
+        if subject.endswith(".about"):
+            raise MessageTooLarge("of 2 MB")
+        publish(connection, subject, body, *args, **kwargs)
+
+    monkeypatch.setattr(Connection, "publish", refusing)
+    async with EnvWorker({"of": "CartPole-v1"}, url) as worker, Mesh(url) as m:
+        async with await m.env("of") as env, watching(m):
+            for n in range(20):
+                await drive(env, 1, n)
+                await asyncio.sleep(0.05)
+            session = env.session_id
+        await stored(m, f"{session}.0.19")
+        assert worker.recorded.lost == 0
+
+
+async def test_a_session_is_watched_by_its_own_id_whatever_its_recording_is_called(url: str) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, url) as worker, Mesh(url) as m:
+        async with await m.env("of") as env, watching(m, session=env.session_id) as viewer:
+            await env.reset()
+            await until(lambda: worker._records._recorder is not None, "it is recorded")
+            recorder = worker._records._recorder
+            assert recorder is not None
+            await until(lambda: bool(recorder._writers), "it is written")
+            (writer,) = recorder._writers.values()
+            messages = writer._messages
+            messages.recorded = messages.recorded.model_copy(update={"session": f"{env.session_id}-2"})
+            await seen(viewer, env)
+            assert viewer.seen[0].session == f"{env.session_id}-2"

@@ -23,7 +23,7 @@ from meshrl.client.mesh import Mesh
 from meshrl.client.recordings import record_of
 from meshrl.errors import EpisodeTorn, MalformedMessage, StorageRefused, UsageError
 from meshrl.protocol.noted import ROW_BYTES
-from meshrl.protocol.transcript import Transcript
+from meshrl.protocol.transcript import MAX_NOTED_BYTES, Transcript
 from meshrl.recording.chain import Storing
 from meshrl.recording.library import Library
 from meshrl.recording.streams import Retention, make_streams
@@ -291,7 +291,7 @@ def _noted(transcript: Transcript, read: Read, base: float) -> Iterator[float]:
             read.infos[t + 1],
             reset=False,
         )
-        if t % _LOOK_STEPS == 0:
+        if t % _LOOK_STEPS == 0 or transcript.nbytes > MAX_NOTED_BYTES // 4:
             yield at_s
     yield at_s
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from meshrl.client.episode import Episode
 from meshrl.client.mesh import Mesh
-from meshrl.errors import RecordingError, WorkerError
+from meshrl.client.rerunning import NEVER_AGAIN
+from meshrl.errors import WorkerError
 from meshrl.recording.episodes import EpisodeSummary
 
 Episodes = str | Iterable[str | EpisodeSummary] | AsyncIterable[str | EpisodeSummary]
@@ -77,7 +78,7 @@ class Source:
             id_ = wanted if isinstance(wanted, str) else wanted.episode_id
             try:
                 episode = await self.mesh.episode(id_, wait=self.wait)
-            except (RecordingError, WorkerError) as exc:
+            except (*NEVER_AGAIN, WorkerError) as exc:
                 if not self.skip_unreadable:
                     exc.details.setdefault("episode_id", id_)
                     if id_ not in exc.message:

@@ -109,3 +109,63 @@ def test_what_comes_between_stays_between() -> None:
         (Note, "int32", None, LANES),
         (Note, "int32", 9, LANES),
     ]
+
+
+def test_whoever_waits_for_what_was_noted_waits_until_it_is_stored_also_where_it_was_taken_before() -> None:
+    noted, told = transcript(), []  # type: ignore[var-annotated]
+    answer(noted, 0)
+    noted.taken(1 << 62)
+    noted.when_stored(told.append)
+    assert told == [], "it is taken, and not stored"
+    noted.settled(None)
+    assert told == [None]
+    noted.when_stored(told.append)
+    assert told == [None, None], "nothing was noted since"
+    answer(noted, 1)
+    noted.dropped()
+    noted.settled("no room")
+    noted.when_stored(told.append)
+    answer(noted, 2)
+    noted.when_stored(told.append)
+    assert told[2:] == ["no room"] * 2, "of a recording with a gap nothing more is said to be stored"
+
+
+def test_who_waits_is_told_when_nobody_stores_any_more() -> None:
+    noted, told = transcript(), []  # type: ignore[var-annotated]
+    answer(noted, 0)
+    noted.when_stored(told.append)
+    noted.close()
+    noted.when_stored(told.append)
+    assert told == ["it is recorded no more"] * 2
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_is_kept_counts_also_where_no_chunk_has_it(monkeypatch: pytest.MonkeyPatch, watched: bool) -> None:
+    monkeypatch.setattr("meshrl.protocol.transcript.MAX_NOTED_BYTES", 100_000)
+    space = spaces.Box(-np.inf, np.inf, (1000,), np.float64)
+    noted = Transcript(2, batching(space), batching(spaces.Discrete(2)), "actions", watched, 40, 8000)
+    noted.watched = watched
+    zeros = np.zeros(2)
+    for n in range(50):
+        noted.note(float(n), None, np.zeros(2, np.int64), np.zeros((2, 1000)), zeros, zeros > 0, zeros > 0, [])
+        noted.settle()
+    assert noted.missed >= 2 * 40
+    (taken,) = noted.taken(1 << 62)[:1]
+    assert isinstance(taken, Note)
+    assert taken.obs is not None
+
+
+def test_actions_of_a_replay_and_of_what_follows_are_one_column() -> None:
+    acted = spaces.Dict({"a": spaces.Discrete(5), "b": spaces.Box(-1, 1, (2,), np.float32)})
+    noted = Transcript(2, batching(spaces.Discrete(9)), batching(acted), "actions", False, 40, 8)
+    actions = [{"a": np.int64(n), "b": np.full(2, n / 10, np.float32)} for n in range(6)]
+    for n in range(2):
+        noted.note_redone(0.0, n, actions[n], 1, 0.0, (False, False), ())
+    zeros = np.zeros(2)
+    for n in (2, 4):
+        batch = batching(acted).stack(actions[n : n + 2])
+        noted.note(1.0, None, batch, np.array([1, 2]), zeros, zeros > 0, zeros > 0, [])
+    column = joined(noted, noted.taken(1 << 62)).actions
+    assert column.form == "items"
+    assert [one["a"] for one in column.values] == list(range(6))
+    assert [one["b"].tolist() for one in column.values] == [one["b"].tolist() for one in actions]

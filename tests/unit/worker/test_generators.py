@@ -45,3 +45,13 @@ def test_both_ways_give_the_same_bytes() -> None:
 def test_what_is_no_state_is_refused(packed: object) -> None:
     with pytest.raises(MalformedMessage):
         generators.unpacked(packed)
+
+
+def test_a_generator_of_another_kind_is_no_memory_to_be_read() -> None:
+    env = gymnasium.make("CartPole-v1").unwrapped
+    env.reset(seed=1)
+    get = generators.packer(env)
+    assert len(get()) == generators.PACKED.size
+    env.np_random = np.random.Generator(np.random.MT19937(1))
+    with pytest.raises(TypeError, match="MT19937"):
+        get()
