@@ -84,9 +84,11 @@ async def tapped(
                 watched, what = subject.split(".")[-2:]
                 try:
                     if what == "about":
-                        recorded = Recorded.from_stream(data)
-                        if watched not in views:
-                            views[watched] = _View(Described.of(recorded))
+                        described = Described.of(Recorded.from_stream(data))
+                        if watched in views:
+                            views[watched].described = described
+                        else:
+                            views[watched] = _View(described)
                         continue
                     view = views.get(watched)
                     if view is None:
@@ -165,11 +167,16 @@ class _Lane:
 
 
 class _View:
-    """What is seen of one session."""
+    """What is seen of one session.
+
+    Attributes:
+        described: of what its recording is.
+        over: whether nothing more comes.
+    """
 
     def __init__(self, described: Described) -> None:
         self.over = False
-        self._described = described
+        self.described = described
         self._n = -1  # of the last chunk
         self._lanes: list[_Lane] = []
 
@@ -179,7 +186,7 @@ class _View:
         Raises:
             MalformedMessage: it is not of this session's spaces.
         """
-        observations, actions = self._described.observations, self._described.actions
+        observations, actions = self.described.observations, self.described.actions
         if chunk.observations is None:
             raise MalformedMessage("a chunk that is shown has observations", field="observations")
         steps = int((~chunk.resets).sum())
@@ -199,7 +206,7 @@ class _View:
         return self._transitions(chunk, acted, told)
 
     def _transitions(self, chunk: Chunk, acted: Iterator[Any], told: list[Any]) -> Iterator[Tapped]:
-        recorded, infos = self._described.recorded, dict(chunk.infos or ())
+        recorded, infos = self.described.recorded, dict(chunk.infos or ())
         numbers, versions = iter(chunk.started.numbers.tolist()), dict(chunk.policies)
         columns = (chunk.lanes, chunk.resets, chunk.rewards, chunk.terminations, chunk.truncations)
         version = None

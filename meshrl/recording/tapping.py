@@ -15,8 +15,8 @@ from meshrl.bus.connection import Connection
 from meshrl.errors import MeshError, SubjectNotPermitted
 from meshrl.protocol.chunks import Chunk, pack_chunk
 from meshrl.recording.chain import Storing
+from meshrl.recording.messages import Messages
 from meshrl.wire.messages import Watch, parse
-from meshrl.wire.recorded import Recorded
 from meshrl.wire.subjects import Subjects
 
 log = logging.getLogger("meshrl.recording")
@@ -34,21 +34,21 @@ class Tap:
     Attributes:
         storing: of its worker.
         session: as its client knows it.
-        recorded: what the recording says of itself, which may be of another id.
+        messages: of its recording, which may be of another id.
         until: when they are believed to be gone, in monotonic seconds.
         first: the number of the first chunk that is shown: of the one before not all was noted for viewers.
     """
 
     storing: Storing
     session: str
-    recorded: Recorded
+    messages: Messages
     until: float
     first: int
 
     def describe(self) -> None:
         """Say what it is; to those who watch already, once more."""
         try:
-            self._publish("about", self.recorded.to_stream())
+            self._publish("about", self.messages.recorded.to_stream())
         except MeshError as exc:  # it may be larger than a message
             log.info("session %s is not shown: %s", self.session, exc.message)
 
@@ -59,10 +59,10 @@ class Tap:
         try:
             self._publish("rows", pack_chunk(chunk))
         except MeshError as exc:
-            log.info("a chunk of session %s is not shown: %s", self.recorded.session, exc.message)
+            log.info("a chunk of session %s is not shown: %s", self.session, exc.message)
 
     def _publish(self, what: str, body: bytes) -> None:
-        subject = self.storing.subjects.tapped(self.recorded.name, self.session, what)
+        subject = self.storing.subjects.tapped(self.messages.recorded.name, self.session, what)
         self.storing.connection.publish(subject, body)
 
 

@@ -94,7 +94,7 @@ class SessionWriter:
             self._tap, self.transcript.watched = None, False
         elif self._tap is None:
             first = self._chunker.n + (1 if self.transcript.watched else 2)  # what was noted so far is of the next
-            self._tap = Tap(self._storing, self.known_as[1], self._messages.recorded, until, first)
+            self._tap = Tap(self._storing, self.known_as[1], self._messages, until, first)
             self._tap.describe()
             self.transcript.watched = True
         elif until > self._tap.until:  # somebody else may have come

@@ -271,4 +271,9 @@ async def test_a_session_is_watched_by_its_own_id_whatever_its_recording_is_call
             messages = writer._messages
             messages.recorded = messages.recorded.model_copy(update={"session": f"{env.session_id}-2"})
             await seen(viewer, env)
-            assert viewer.seen[0].session == f"{env.session_id}-2"
+
+            async def is_known() -> bool:
+                await drive(env, 1, None)
+                return viewer.seen[-1].session == f"{env.session_id}-2"
+
+            await until(is_known, "its episodes have the ids that they will be asked for by")
