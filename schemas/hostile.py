@@ -227,7 +227,7 @@ CONTROL: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "Read": (
         {"stream": "MESHRL_EPISODES"},
         {
-            "stream": [None, "", "s" * 256, 5, b"s", "a b", "a.b", ">", "a\r\nPUB b 0\r\n", "a\n"],
+            "stream": [None, "", "s" * 256, 5, b"s", "a b", "a.b", ">", "a\r\nPUB b 0\r\n"],
             "which": ["to", 1, None],
             "subject": ["", 5, "s" * 1025, []],
             "seq": [None, 0, -1, 1.0, True, "1", 2**63],
@@ -241,7 +241,7 @@ CONTROL: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
             "env": [None, "", "e" * 129, 5],
             "consumer": [None, "", "c" * 129, 5],
             "position": [None, "", "1" * 257, b"1", 5],
-            "message_id": [None, "", "m" * 129, 5, "a b", "a\r\nNats-Rollup: all", "a\n"],
+            "message_id": [None, "", "m" * 129, 5, "a b", "a\r\nNats-Rollup: all"],
             "after": [None, -1, 1.0, True, "1", 2**63],
         },
     ),

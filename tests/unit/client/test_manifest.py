@@ -96,7 +96,7 @@ def test_of_a_script_its_content_counts_and_not_its_path(tmp_path: Path) -> None
         ),
         (PLAIN + '[[wrappers]]\nname = "A"\nargs = 1\n', r"no key wrappers.0.args; the keys are name, kwargs"),
         (PLAIN.replace('env = "cartpole"', ""), r"the key env is missing"),
-        (PLAIN + 'record = "all"\n', r"record: input should be 'actions' or 'full'"),
+        (PLAIN + 'record = "all"\n', r"record: input should be 'actions', 'full' or 'strict'"),
         (PLAIN.replace("[0, 1]", "[0, -1]"), r"seeds.1: input should be greater than or equal to 0"),
         (PLAIN.replace("[0, 1]", "[]"), r"seeds: list should have at least 1 item"),
         (PLAIN.replace("[0, 1]", "[1, 1]"), r"seeds has one twice"),
