@@ -89,6 +89,7 @@ async def _use_everything(server: EmbeddedServer) -> None:
         await _use_pools(mesh)
         await _use_shards_that_are_lost(mesh, envs)
         await _break_rules(server, envs)
+        await until(lambda: not list(envs.table), "what was closed has ended")
         assert await ask(context_of(mesh), envs.id, 1.0) == 0
 
 

@@ -40,7 +40,8 @@ from meshrl.wire.codec import pack, unpack
 from meshrl.wire.compressed import compress, decompress
 from meshrl.wire.recorded import Entry
 from meshrl.wire.subjects import Subjects
-from meshrl.worker import records, strict
+from meshrl.worker import strict
+from meshrl.worker.recording import Recording
 from tests.mesh.conftest import until
 from tests.mesh.envs import Counter
 from tests.mesh.own_server import own_server
@@ -408,7 +409,7 @@ async def test_an_env_of_which_no_recording_can_be_made_is_refused_and_leaves_no
 
     async with EnvWorker({"of": Counter}, url, slots=1, record="full"), Mesh(url) as m:
         with monkeypatch.context() as patch:
-            patch.setattr(records, "Recording", breaks)
+            patch.setattr(Recording, "of_envs", breaks)
             with pytest.raises(EnvError, match="its levels"):
                 await m.env("of", wait=5)
         async with await m.env("of", wait=5) as env:
