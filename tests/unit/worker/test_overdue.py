@@ -23,7 +23,7 @@ def opened(op: str = "", *, vector: bool = False, pool: int = 0) -> tuple[Sessio
     assert session is not None
     if not op:
         return table, session
-    session.held = SimpleNamespace(op=op, vector=object() if vector else None)
+    session.held = SimpleNamespace(op=op, vector=object() if vector else None, withhold=None)
     table.granted(session, b"grant", 0.0)
     if session.lanes is not None:
         session.lanes.receive(np.array([1]), np.array([1]), "asker", 0.0)
@@ -129,3 +129,12 @@ def test_another_session_of_the_same_name_is_looked_at_anew() -> None:
         later += LOOK_S
     assert late[0].session is again
     assert later - now == DEADLINES.reset_s
+
+
+@pytest.mark.parametrize("pool", [0, 3])
+def test_an_answer_that_is_withheld_is_not_late_since_its_env_has_done_what_it_was_asked(pool: int) -> None:
+    table, session = opened("step", pool=pool)
+    session.held.withhold = SimpleNamespace(withheld=1)
+    assert found_at(table) is None
+    session.held.withhold.withheld = 0
+    assert found_at(table) is not None
