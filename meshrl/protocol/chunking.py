@@ -274,8 +274,8 @@ class Chunker:
         reasons = np.where(ends, runs.reasons, RESET)
         ended = Ended(lanes.astype(np.int64), numbers, steps, returns, reasons, first).picked(which)
         behind = lanes[last]
-        for name, column in zip(vars(at), (numbers, steps, returns, first, over | ends, torn), strict=True):
-            getattr(at, name)[behind] = column[last]
+        at.numbers[behind], at.steps[behind], at.returns[behind] = numbers[last], steps[last], returns[last]
+        at.first[behind], at.over[behind], at.torn[behind] = first[last], (over | ends)[last], torn[last]
         return kept, Ended.joined([left, ended]) if len(left) else ended
 
     def _left(self, lanes: NDArray[np.integer[Any]], reason: int) -> Ended:

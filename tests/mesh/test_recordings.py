@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -11,6 +12,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from meshrl import EnvWorker, Mesh
+from meshrl.client import recordings
 from meshrl.errors import EpisodeUnknown, InvalidName, UsageError
 from meshrl.wire.codec import pack
 from tests.mesh.conftest import until
@@ -246,3 +248,24 @@ async def test_a_reset_that_nothing_followed_keeps_the_next_episodes_from_nothin
             assert (await m.verify(one.episode_id)).status == "exact"
         async with await m.fork(found[0].episode_id, 1):
             pass
+
+
+async def test_a_replay_goes_as_many_times_as_fast_as_is_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    async with EnvWorker({"of": "CartPole-v1"}, url, record="full"), Mesh(url) as m:
+        async with await m.env("of") as env:
+            await drive(env, 1, 1)
+        (one,) = await listed(m, "of", 1)
+        at_s = (await m.episode(one.episode_id)).at_s
+        monkeypatch.setattr(recordings, "asyncio", SimpleNamespace(sleep=sleep))
+        for speed in (1e-6, 2e-6):  # so slow that what it takes to read counts nothing
+            pauses.clear()
+            steps = [step.step async for step in m.replay(one.episode_id, 2, speed)]
+            assert steps == list(range(2, one.steps))
+            wanted = (at_s[2:] - at_s[2]) / speed
+            assert np.allclose(pauses, np.maximum(wanted, 0.0), atol=30.0)
+        assert wanted[-1] > 100.0

@@ -21,6 +21,7 @@ from meshrl.cli import main
 from meshrl.errors import EpisodeDiverged, EpisodeNotRendered, UsageError
 from tests.mesh.recordings import drive, listed
 from tests.mesh.test_rendered import Bare, Shaky, local_frames, one_episode
+from tests.mesh.test_tap_cli import playing
 
 
 @pytest.fixture
@@ -165,3 +166,17 @@ async def test_somebody_at_a_terminal_gets_videos(
         ):
             assert await meshrl(*arguments) == 1
             assert said in capsys.readouterr().err
+
+
+async def test_an_episode_under_way_is_waited_for_and_becomes_a_gif(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MESHRL_URL", url)
+    async with playing(url, "pole", "CartPole-v1"), Mesh(url) as m:
+        assert await asyncio.to_thread(main, ["tap", "pole", "--gif", str(tmp_path / "pole.gif")]) == 0
+        told = capsys.readouterr()
+        (id_,) = {
+            word.rstrip(":") for word in told.err.split() if word.startswith(tuple("0123456789abcdef")) and "." in word
+        }
+        shown, _ = read_gif(tmp_path / "pole.gif")
+        assert len(shown) == len(await m.episode(id_)) + 1, "the reset, and each of its steps"
