@@ -1,12 +1,14 @@
 """What it costs to record, and how fast recordings are made and read.
 
-python benchmarks/recording.py                 all of it, about eight minutes; written to results/recording/latest.json
+python benchmarks/recording.py                 all of it, about 15 minutes; written to results/recording/latest.json
 python benchmarks/recording.py --pairs 60
 python benchmarks/recording.py --only cost     of cost, recorder, reading
 
-Each level has a nats-server and a worker of its own, both new for each round; what they use counts whenever they use
-it: a chunk is made a second after its first step. In a round the levels take turns of some hundredths of a second,
-since the machine itself gets slower and faster within tenths; then they are left alone until all is stored.
+What it costs is told in pairs, of a session that is recorded and one that is not. Each has a nats-server and a worker
+of its own, both new for each pair, and what they and the learner use counts whenever they use it: a chunk is made a
+second after its first step. The two take turns of some hundredths of a second, since the machine itself gets slower and
+faster within tenths; then they are left alone until all is stored. Nobody polls for answers (``MESHRL_POLL=0``): that
+is time that nobody else wanted, and as much as a step takes.
 
 The recorder alone is given frames of an Atari game that were made before (where there is none, pictures that look like
 some), and reading is of episodes of CartPole with their observations.
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,11 @@ from meshrl.recording.writing import Size
 from meshrl.wire.batches import batching
 
 RESULTS = Path(__file__).resolve().parent / "results" / "recording" / "latest.json"
-LEVELS = ("off", "actions", "full")
+LEVELS = ("actions", "full")
 TURN_STEPS = 16
 WARM_UP_STEPS = 200
 # Until the last chunk is stored.
-STORED_S = 2.0
+STORED_S = 1.5
 FRAMES = 2048
 READ_STEPS = 200_000
 
@@ -60,62 +62,50 @@ READ_STEPS = 200_000
 
 
 async def costs(pairs: int, turns: int) -> dict[str, Any]:
-    rows = [
-        await one_round(turns, n)
-        for n in track(range(pairs), description=f"vector of {VECTOR}", console=Console(stderr=True))
-    ]
-    told: dict[str, Any] = {f"us_{level}": [1e6 * row[level] for row in rows] for level in LEVELS}
-    for level in LEVELS[1:]:
-        told[level] = estimates.ratio([row[level] for row in rows], [row["off"] for row in rows]).as_dict()
+    told: dict[str, Any] = {}
+    for level in LEVELS:
+        numbers = track(range(pairs), description=f"{level}, vector of {VECTOR}", console=Console(stderr=True))
+        rows = [await pair(level, turns, first=n % 2) for n in numbers]
+        told[level] = {
+            "us_off": [1e6 * off for off, _ in rows],
+            "us": [1e6 * on for _, on in rows],
+            "ratio": estimates.ratio([on for _, on in rows], [off for off, _ in rows]).as_dict(),
+        }
     return told
 
 
-async def one_round(turns: int, number: int) -> dict[str, float]:
-    """Processor time of a step of one sub-environment in seconds, by level."""
-    with ExitStack() as stack:
-        meshes, others = {}, {}
-        for level in LEVELS:
+async def pair(level: str, turns: int, first: int) -> tuple[float, float]:
+    """Processor time of a step of one sub-environment in seconds, without a recording and with one."""
+    sides = "off", level
+    async with AsyncExitStack() as stack:
+        envs, others = [], []
+        for side in sides:
             known = children(os.getpid())
             url = stack.enter_context(EmbeddedServer.start()).url
-            server = server_of(known)
             worker = Worker(url)
             stack.callback(worker.kill)
-            meshes[level], others[level] = Mesh(url), (server, worker.process.pid)
-        try:
-            for mesh in meshes.values():
-                await mesh.__aenter__()
-            return await measured(meshes, others, turns, number)
-        finally:
-            for mesh in meshes.values():
-                await mesh.__aexit__(None, None, None)
-
-
-async def measured(
-    meshes: dict[str, Mesh], others: dict[str, tuple[int, int]], turns: int, number: int
-) -> dict[str, float]:
-    envs = {
-        level: await mesh.vector("cartpole", VECTOR, shards=1, record=level)  # type: ignore[arg-type]
-        for level, mesh in meshes.items()
-    }
-    actions = [np.full(VECTOR, n, np.int64) for n in range(2)]
-    for level in LEVELS:
-        await envs[level].reset(seed=1)
-        for n in range(WARM_UP_STEPS):
-            await envs[level].step(actions[n & 1])
-    await asyncio.sleep(STORED_S)
-    before = {level: sum(map(cpu_s, others[level])) for level in LEVELS}
-    client = dict.fromkeys(LEVELS, 0.0)
-    for turn in range(turns):
-        shift = (turn + number) % len(LEVELS)
-        for level in LEVELS[shift:] + LEVELS[:shift]:
-            began = time.process_time()
-            for n in range(TURN_STEPS):
-                await envs[level].step(actions[n & 1])
-            client[level] += time.process_time() - began
-    await asyncio.sleep(STORED_S)
-    after = {level: sum(map(cpu_s, others[level])) for level in LEVELS}
-    count = turns * TURN_STEPS * VECTOR
-    return {level: (client[level] + after[level] - before[level]) / count for level in LEVELS}
+            mesh = await stack.enter_async_context(Mesh(url))
+            envs.append(await mesh.vector("cartpole", VECTOR, shards=1, record=side))  # type: ignore[arg-type]
+            others.append((server_of(known), worker.process.pid))
+        actions = [np.full(VECTOR, n, np.int64) for n in range(2)]
+        for env in envs:
+            await env.reset(seed=1)
+            for n in range(WARM_UP_STEPS):
+                await env.step(actions[n & 1])
+        await asyncio.sleep(STORED_S)
+        used = [-sum(map(cpu_s, one)) for one in others]
+        for turn in range(turns):
+            for side in ((first + turn) % 2, (first + turn + 1) % 2):
+                began = time.process_time()
+                for n in range(TURN_STEPS):
+                    await envs[side].step(actions[n & 1])
+                used[side] += time.process_time() - began
+        await asyncio.sleep(STORED_S)
+        off, on = (
+            (mine + sum(map(cpu_s, one))) / (turns * TURN_STEPS * VECTOR)
+            for mine, one in zip(used, others, strict=True)
+        )
+        return off, on
 
 
 def server_of(known: Sequence[int]) -> int:
@@ -214,22 +204,23 @@ async def reading(rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--turns", type=int, default=60, help="of each level in a round")
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--turns", type=int, default=200, help="of each side of a pair")
     parser.add_argument("--rounds", type=int, default=10, help="of the recorder alone, and of reading")
     parser.add_argument("--only", nargs="+", choices=("cost", "recorder", "reading"), default=[])
     parser.add_argument("--json", type=Path, default=RESULTS)
     settings = parser.parse_args()
     begun, load = measuring.now(), measuring.load()
+    os.environ["MESHRL_POLL"] = "0"
     os.chdir(tempfile.gettempdir())
     wanted: Sequence[str] = settings.only or ("cost", "recorder", "reading")
     told: dict[str, Any] = {"begun": begun, "machine": measuring.machine(), "load": load}
     console = Console()
     if "cost" in wanted:
         told["cost"] = uvloop.run(costs(settings.pairs, settings.turns))
-        for level in LEVELS[1:]:
-            ratio = told["cost"][level]
-            off, on = (statistics.median(told["cost"][f"us_{one}"]) for one in ("off", level))
+        for level in LEVELS:
+            cost = told["cost"][level]
+            ratio, off, on = cost["ratio"], statistics.median(cost["us_off"]), statistics.median(cost["us"])
             console.print(
                 f"{level}: {on:.1f} µs a step, {off:.1f} without: {ratio['value']:.3f} times "
                 f"({ratio['low']:.3f} to {ratio['high']:.3f})"

@@ -1,12 +1,13 @@
-"""A block: answers to all lanes of a session, one after another, column by column.
+"""A block: answers to all lanes of a session, one after another.
 
-To put five arrays at the end of five lists is all that a step has to do for its recording. Who steps an env writes to a
-block, and who takes what was noted reads behind, at the same time and without a lock: what is in the columns before
-``count`` is not touched any more.
+To put the arrays of an answer behind one another, in one piece of memory, is all that a step has to do for its
+recording; they themselves are free again at once. Who steps an env writes to a block, and who takes what was noted
+reads behind, at the same time and without a lock: what is in it before ``count`` is not touched any more.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,22 @@ ANSWERS = 1024
 MAX_ANSWER_BYTES = 32 * 1024
 
 
+# What few answers have: which that is, the resets that it shows, finals and infos, by lane.
+_Beside = tuple[int, Mapping[int, Began], Sequence[tuple[int, Any]], Sequence[tuple[int, bool, bytes]]]
+# Of the dtypes whose bytes are all that there is to a value, and may be read as such.
+_PLAIN_KINDS = "biufc"
+
+
+def is_plain(array: object) -> bool:
+    """Whether an answer with that can stand in a block."""
+    return type(array) is np.ndarray and array.dtype.kind in _PLAIN_KINDS and array.nbytes <= MAX_ANSWER_BYTES
+
+
 class Block:
     """Some answers like one, written by one thread and read by another.
 
     Args:
-        actions: a batch, one a lane, like those that follow.
+        actions: a batch, one a lane, like those that follow; plain.
         obs: the same of what was told.
         policy: the version of whoever chose the actions.
 
@@ -35,39 +47,27 @@ class Block:
     """
 
     __slots__ = (
-        "_actions",
         "_actions_like",
         "_at",
-        "_begun",
-        "_finals",
-        "_infos",
+        "_beside",
         "_lanes",
         "_nbytes",
-        "_obs",
         "_obs_like",
         "_policy",
-        "_rewards",
         "_taken",
-        "_terminations",
-        "_truncations",
+        "_told",
         "closed",
         "count",
     )
 
     def __init__(self, actions: NDArray[Any], obs: NDArray[Any], policy: int | None) -> None:
         self._lanes = len(obs)
-        self._actions_like, self._obs_like, self._policy = actions.dtype, obs.dtype, policy
+        self._actions_like, self._obs_like = (actions.dtype, actions.shape), (obs.dtype, obs.shape)
+        self._policy = policy
         self._at: list[float] = []
         self._nbytes: list[int] = []
-        self._actions: list[NDArray[Any]] = []
-        self._obs: list[NDArray[Any]] = []
-        self._rewards: list[NDArray[np.float64]] = []
-        self._terminations: list[NDArray[np.bool_]] = []
-        self._truncations: list[NDArray[np.bool_]] = []
-        # By the row in the block, those of what comes first before the others.
-        self._begun: list[tuple[int, Began]] = []
-        self._finals: list[tuple[int, Any]] = []
-        self._infos: list[tuple[int, bool, bytes]] = []
+        self._told: list[bytes] = []  # of each answer, its columns
+        self._beside: list[_Beside] = []
         self.count = 0
         self.closed = False
         self._taken = 0
@@ -77,12 +77,13 @@ class Block:
 
     # ---------------------------------------------------------------- who writes
 
-    def fits(self, actions: NDArray[Any], obs: NDArray[Any], policy: int | None) -> bool:
+    def fits(self, actions: Any, obs: Any, policy: int | None) -> bool:
         """Whether the next answer can stand here."""
         return (
-            self.count < ANSWERS
-            and actions.dtype == self._actions_like
-            and obs.dtype == self._obs_like
+            type(actions) is type(obs) is np.ndarray
+            and self.count < ANSWERS
+            and (actions.dtype, actions.shape) == self._actions_like
+            and (obs.dtype, obs.shape) == self._obs_like
             and policy == self._policy
         )
 
@@ -100,18 +101,16 @@ class Block:
         nbytes: int,
     ) -> None:
         """Take in an answer that fits; the arguments are the fields of a :class:`~meshrl.protocol.noted.Note`."""
+        columns: Sequence[Any] = (actions, obs, rewards, terminations, truncations)
+        try:
+            told = b"".join(columns)
+        except TypeError:  # they are not in one piece themselves
+            told = b"".join([column.tobytes() for column in columns])
         self._at.append(at)
         self._nbytes.append(nbytes)
-        self._actions.append(actions)
-        self._obs.append(obs)
-        self._rewards.append(rewards)
-        self._terminations.append(terminations)
-        self._truncations.append(truncations)
+        self._told.append(told)
         if begun or infos:
-            row = self.count * self._lanes
-            self._begun += [(row + lane, begun[lane]) for lane in sorted(begun)]
-            self._finals += [(row + lane, one) for lane, one in finals]
-            self._infos += [(row + lane, is_final, info) for lane, is_final, info in infos]
+            self._beside.append((self.count, begun, finals, infos))
         self.count += 1
 
     # ---------------------------------------------------------------- who reads
@@ -121,6 +120,11 @@ class Block:
         """Whether there is nothing in it that was not taken."""
         return self._taken == self.count
 
+    @property
+    def oldest_at(self) -> float:
+        """When the first answer was given that was not taken; there is one."""
+        return self._at[self._taken]
+
     def taken(self, limit_bytes: int, *, least: bool) -> Note | None:
         """What is in it, the oldest first, at most so much of it; ``least``: or one answer, if there is any."""
         start, stop, lanes = self._taken, self.count, self._lanes
@@ -129,35 +133,41 @@ class Block:
         if not fit:
             return None
         self._taken = stop = start + fit
-        first = start * lanes
+        beside = [((k - start) * lanes, begun, finals, infos) for k, begun, finals, infos in self._before(stop)]
+        actions, obs, rewards, terminations, truncations = self._columns(start, stop)
         return Note(
             at=np.array(self._at[start:stop]),
             lanes=np.tile(np.arange(lanes), fit),
-            actions=_rows(self._actions, start, stop),
-            obs=_rows(self._obs, start, stop),
-            rewards=_rows(self._rewards, start, stop),
-            terminations=_rows(self._terminations, start, stop),
-            truncations=_rows(self._truncations, start, stop),
-            begun={row - first: one for row, one in _before(self._begun, stop * lanes)},
-            finals=[(row - first, obs) for row, obs in _before(self._finals, stop * lanes)],
-            infos=[(row - first, is_final, info) for row, is_final, info in _before(self._infos, stop * lanes)],
+            actions=actions,
+            obs=obs,
+            rewards=rewards,
+            terminations=terminations,
+            truncations=truncations,
+            begun={row + lane: begun[lane] for row, begun, _, _ in beside for lane in sorted(begun)},
+            finals=[(row + lane, obs) for row, _, finals, _ in beside for lane, obs in finals],
+            infos=[(row + lane, is_final, info) for row, _, _, infos in beside for lane, is_final, info in infos],
             policy=self._policy,
             nbytes=int(sizes[fit - 1]),
         )
 
+    def _columns(self, start: int, stop: int) -> list[NDArray[Any]]:
+        """Some answers column by column; they are kept no more."""
+        told = self._told[start:stop]
+        self._told[start:stop] = [b""] * len(told)  # as long as before, whatever is put behind it meanwhile
+        answers = np.frombuffer(b"".join(told), np.uint8).reshape(len(told), -1)
+        columns, at = [], 0
+        number, flag = ((np.dtype(kind), (self._lanes,)) for kind in (np.float64, np.bool_))
+        for dtype, shape in (self._actions_like, self._obs_like, number, flag, flag):
+            size = dtype.itemsize * math.prod(shape)
+            part = np.ascontiguousarray(answers[:, at : at + size])
+            columns.append(part.view(dtype).reshape(len(told) * self._lanes, *shape[1:]))
+            at += size
+        return columns
 
-def _rows(column: list[Any], start: int, stop: int) -> NDArray[Any]:
-    """Some answers of a column as one array, of the byte order that they have; the column keeps them no more."""
-    parts = column[start:stop]
-    column[start:stop] = [None] * len(parts)  # as long as before, whatever is put behind it meanwhile
-    like = parts[0]
-    return np.concatenate(parts, out=np.empty((len(parts) * len(like), *like.shape[1:]), like.dtype))
-
-
-def _before(entries: list[Any], row: int) -> list[Any]:
-    """Take those out that are of rows before that one; more may be written behind them meanwhile."""
-    count = 0
-    while count < len(entries) and entries[count][0] < row:
-        count += 1
-    taken, entries[:count] = entries[:count], []
-    return taken
+    def _before(self, stop: int) -> list[_Beside]:
+        """What stands beside the answers before that one; it is kept no more."""
+        count = 0
+        while count < len(self._beside) and self._beside[count][0] < stop:
+            count += 1
+        taken, self._beside[:count] = self._beside[:count], []  # more may be put behind it meanwhile
+        return taken

@@ -99,6 +99,7 @@ class One(NamedTuple):
 class Asked:
     """Something else that was asked of a lane and changes its env: ``call`` or ``set_attr``."""
 
+    at: float
     lane: int
     op: str
     given: Info

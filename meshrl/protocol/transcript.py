@@ -11,6 +11,7 @@ when a chunk is taken, on whichever thread has time for it (:mod:`~meshrl.protoc
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshrl.errors import UnencodableValue
-from meshrl.protocol.block import MAX_ANSWER_BYTES, Block
+from meshrl.protocol.block import Block, is_plain
 from meshrl.protocol.digests import hashes_of
 from meshrl.protocol.noted import Asked, Began, Indices, Info, Note, One, rows_in
 from meshrl.protocol.values import hashes_of_values, numbers_of, own, truths_of
@@ -78,11 +79,13 @@ class Transcript:
     begun: int = 1
     _waiting: deque[tuple[int, Callable[[str | None], None]]] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _full: Callable[[], None] = lambda: None
+    _full_at: float = math.inf
     _noted_bytes: int = 0
     _taken_bytes: int = 0
     _settled_bytes: int = 0
-    _noted_rows: int = 0
-    _taken_rows: int = 0
+    _most: int = 0  # that may be noted and not taken
+    _row_bytes: int = 0  # what a row takes until it is
     _failed: str | None = None  # why some of it was not stored, at any time
     _began: dict[int, Began] = field(default_factory=dict)
     _numbers: list[int] = field(default_factory=list)
@@ -93,6 +96,9 @@ class Transcript:
 
     def __post_init__(self) -> None:
         self._numbers = [0] * self.count
+        self._most = MAX_NOTED_BYTES
+        hashed_later = self.level == "actions" and not self.hashes_at_once  # kept until then, and in no chunk
+        self._row_bytes = self.row_bytes + (self.shown_bytes if hashed_later else 0)
 
     @property
     def shows(self) -> bool:
@@ -110,14 +116,14 @@ class Transcript:
         return self._noted_bytes - self._taken_bytes
 
     def began(self, lane: int, seed: int | None, state: bytes | None, options: Info | None) -> int:
-        """A lane is about to be reset; the next answer to it shows what that gave. Returns the episode's number."""
+        """A lane is about to be reset; the next answer to it shows what that gave.
+
+        Returns:
+            the episode's number as its client keeps it for a replay: with the epoch in which its recording began.
+        """
         number = self._numbers[lane]
         self._numbers[lane] = number + 1
         self._began[lane] = Began(number, seed, state, options)
-        return number
-
-    def nth(self, number: int) -> int:
-        """An episode's number as its client keeps it for a replay: with the epoch in which its recording began."""
         return self.begun << _NUMBER_BITS | number
 
     def numbered(self, lane: int, nth: int) -> None:
@@ -169,33 +175,33 @@ class Transcript:
                 ]
             if self.shows:
                 told = _packed(infos, {row for row, _ in finals})
-        nbytes = (len(rewards) + len(finals)) * self.row_bytes + sum([len(info) for _, _, info in told])
-        policy = self.policy if policies is None else policies
-        if (
-            lanes is None
-            and type(obs) is np.ndarray
-            and type(actions) is np.ndarray
-            and not self.hashes_at_once
-            and actions.nbytes + obs.nbytes <= MAX_ANSWER_BYTES
-        ):
-            if self._takes(len(rewards)):
-                block = self._block_for(actions, obs)
+        rows, more = len(rewards) + len(finals), sum([len(info) for _, _, info in told]) if told else 0
+        if lanes is None and not self.hashes_at_once:
+            if self._noted_bytes - self._taken_bytes > self._most and self._refuses(len(rewards)):
+                return
+            block = self._block
+            if block is None or not block.fits(actions, obs, self.policy):
+                block = self._next_block(actions, obs)
+            if block is not None:
+                nbytes = rows * self._row_bytes + more
                 block.add(at, actions, obs, rewards, terminations, truncations, begun, finals, told, nbytes)
-                self._noted_bytes += nbytes
-            return
+                self._noted_now(nbytes)
+                return
+        policy = self.policy if policies is None else policies
+        nbytes = self._bytes_of(rows) + more
         note = Note(at, lanes, actions, obs, rewards, terminations, truncations, begun, finals, told, policy, nbytes)
         if self.hashes_at_once or type(obs) is Rows:
             self._unsettled.append(note)
         else:
             self._keep(note)
 
-    def _block_for(self, actions: NDArray[Any], obs: NDArray[Any]) -> Block:
-        """Where the next answer to all lanes is written."""
-        block = self._block
-        if block is None or not block.fits(actions, obs, self.policy):
-            self._close_block()
-            block = self._block = Block(actions, obs, self.policy)
-            self._noted.append(block)
+    def _next_block(self, actions: Any, obs: Any) -> Block | None:
+        """A new one, for the next answer to all lanes; None where that is noted by itself."""
+        if not (is_plain(actions) and is_plain(obs)):
+            return None
+        self._close_block()
+        block = self._block = Block(actions, obs, self.policy)
+        self._noted.append(block)
         return block
 
     def _close_block(self) -> None:
@@ -215,10 +221,10 @@ class Transcript:
         else:
             self._settle_one(*one)
 
-    def asked(self, lane: int, op: str, given: Info) -> None:
+    def asked(self, at: float, lane: int, op: str, given: Info) -> None:
         """A method of a lane's env was called, or an attribute set."""
         self.settle()
-        self._keep(Asked(lane, op, given))
+        self._keep(Asked(at, lane, op, given))
 
     def note_redone(
         self, at: float, lane: int, action: Any, obs: Any, reward: Any, ended: tuple[Any, Any], infos: Sequence[Info]
@@ -238,7 +244,7 @@ class Transcript:
             finals,
             _packed([(0, info) for info in infos], {0} if finals else ()) if self.shows else (),
             self.policy,
-            (1 + len(finals)) * self.row_bytes,
+            self._bytes_of(1 + len(finals)),
         )
         if self.hashes_at_once and not self.shows:
             note = self._hashed(note)
@@ -268,7 +274,7 @@ class Transcript:
         info: Any,
         begun: Began | None,
     ) -> None:
-        packed, hash_, nbytes = None, None, self.row_bytes
+        packed, hash_, nbytes = None, None, self._bytes_of(1)
         if self.shows:
             packed = (_told(info) or None) if info else None
             nbytes += len(packed or b"")
@@ -286,27 +292,31 @@ class Transcript:
         self._keep(One(at, action, obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_))
 
     def _keep(self, note: Note | One | Asked) -> None:
-        if self._takes(rows_in(note)):
-            self._close_block()
-            self._noted.append(note)
-            self._noted_bytes += note.nbytes
+        if self._noted_bytes - self._taken_bytes > self._most and self._refuses(rows_in(note)):
+            return
+        self._close_block()
+        self._noted.append(note)
+        self._noted_now(note.nbytes)
 
-    def _takes(self, rows: int) -> bool:
-        """Whether these can be noted."""
+    def _noted_now(self, nbytes: int) -> None:
+        self._noted_bytes += nbytes
+        if self._noted_bytes >= self._full_at:
+            self._full_at = math.inf
+            self._full()
+
+    def _refuses(self, rows: int) -> bool:
+        """Whether these cannot be noted, where there is as much as there may be, or nobody takes it."""
         if self.closed:
+            return True
+        if self.strict:  # who is answered nothing does not go on
             return False
-        if self._held_bytes > MAX_NOTED_BYTES and not self.strict:  # who is answered nothing does not go on
-            self.missed += rows
-            return False
-        self._noted_rows += rows
+        self.missed += rows
         return True
 
-    @property
-    def _held_bytes(self) -> int:
-        """About what is kept that was not taken: observations too, where they are not hashed, and no chunk has them."""
-        kept = self.level == "actions" and (self.watched or not self.hashes_at_once)
-        rows = self._noted_rows - self._taken_rows
-        return self.nbytes + (rows * self.shown_bytes if kept else 0)
+    def _bytes_of(self, rows: int) -> int:
+        """About what they take until they are taken; what is hashed at once is kept for viewers alone."""
+        seen = self.watched and self.hashes_at_once and self.level == "actions"
+        return rows * (self._row_bytes + (self.shown_bytes if seen else 0))
 
     def _hashed(self, note: Note) -> Note:
         """The same with hashes in place of observations, of the rows and of the finals behind them."""
@@ -332,7 +342,6 @@ class Transcript:
             hashed = one.hashed if hashed is None else hashed
             taken.append(one)
         self._taken_bytes += size
-        self._taken_rows += sum(map(rows_in, taken))
         return taken
 
     def _first(self, limit_bytes: int, hashed: bool | None, *, least: bool) -> Note | One | Asked | None:
@@ -351,6 +360,23 @@ class Transcript:
                 return None
             self._noted.popleft()
         return None
+
+    # ---------------------------------------------------------------- when to take it
+
+    @property
+    def oldest_at(self) -> float:
+        """When the first of what was noted and not taken was told; infinity if there is nothing."""
+        for k in range(len(self._noted)):
+            first = self._noted[k]
+            if not isinstance(first, Block):
+                return float(first.at)
+            if not first.exhausted:
+                return first.oldest_at
+        return math.inf
+
+    def when_full(self, nbytes: int, full: Callable[[], None]) -> None:
+        """Call ``full`` once, on the thread that notes it, when about as much was noted and not taken."""
+        self._full, self._full_at = full, self._taken_bytes + nbytes
 
     # ---------------------------------------------------------------- whether it is stored
 
@@ -376,7 +402,7 @@ class Transcript:
 
     def close(self) -> None:
         """Note nothing more: nobody takes it."""
-        self.closed = True
+        self.closed, self._most = True, -1
         self.settled("it is recorded no more")
 
     def dropped(self) -> tuple[set[int], int]:

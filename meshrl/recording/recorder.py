@@ -24,14 +24,14 @@ from meshrl.recording.chain import STORED_S, Counts, Storing
 from meshrl.recording.serving import Serving
 from meshrl.recording.streams import Retention, make_streams
 from meshrl.recording.tapping import SHOWN_S, Watched
-from meshrl.recording.writing import SessionWriter
+from meshrl.recording.writing import CHUNK_S, SessionWriter
 from meshrl.wire.recorded import Recorded
 from meshrl.wire.subjects import Subjects
 
 log = logging.getLogger("meshrl.recording")
 
-# Between looks whose turn it is.
-LOOK_S = 0.2
+# Between looks whose turn it is: no longer than a chunk takes, and, where nobody says that it is full, no shorter.
+MIN_LOOK_S = 0.2
 # A worker that ends has so long to write what is left.
 LAST_S = 5.0
 # Chunks under way at once, each of another session.
@@ -139,7 +139,7 @@ class Recorder:
         try:
             async with Reader(connection, STORED_S) as reader:
                 storing = Storing(connection, reader, self._subjects, self._maker(connection), self.counts)
-                self._watched = watched = Watched(connection, self._subjects)
+                self._watched = watched = Watched(connection, self._subjects, self._wake.set)
                 await watched.begin()
                 serving = Serving(connection, reader, self._subjects)
                 await serving.begin()
@@ -174,10 +174,10 @@ class Recorder:
         while True:
             now = time.monotonic()
             self._take_in(storing)
-            look_s = LOOK_S
+            look_at, least_s = now + CHUNK_S, MIN_LOOK_S
             for key, writer in list(self._writers.items()):
                 if writer.watched(watched.until(*writer.known_as), now):
-                    look_s = SHOWN_S / 2
+                    least_s = SHOWN_S / 2
                 if key in under_way:
                     continue
                 if writer.over:
@@ -186,12 +186,14 @@ class Recorder:
                     task = asyncio.create_task(_write(writer, turn))
                     under_way[key] = task
                     task.add_done_callback(partial(self._done, under_way, key))
+                else:
+                    look_at = min(look_at, writer.due_at)
             if self._stopping:
                 stop_by = stop_by or now + LAST_S
                 if now > stop_by or not (under_way or self._added or self._ended):
                     break
             try:
-                async with asyncio.timeout(look_s):
+                async with asyncio.timeout(max(look_at - now, least_s)):
                     await self._wake.wait()
             except TimeoutError:
                 continue
@@ -212,7 +214,9 @@ class Recorder:
     def _take_in(self, storing: Storing) -> None:
         while self._added:
             transcript, recorded, epoch, asked = self._added.pop(0)
-            self._writers[id(transcript)] = SessionWriter(transcript, recorded, epoch, storing, asked=asked)
+            self._writers[id(transcript)] = SessionWriter(
+                transcript, recorded, epoch, storing, full=self.nudge, asked=asked
+            )
         ended, self._ended = self._ended, []
         for transcript, reason in ended:
             writer = self._writers.get(id(transcript))

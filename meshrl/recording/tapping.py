@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from meshrl.bus.connection import Connection
@@ -72,11 +73,13 @@ class Watched:
     Args:
         connection: over which they say so.
         subjects: of the worker.
+        wake: has the recorder look who is watched.
     """
 
-    def __init__(self, connection: Connection, subjects: Subjects) -> None:
+    def __init__(self, connection: Connection, subjects: Subjects, wake: Callable[[], None]) -> None:
         self._connection = connection
         self._subjects = subjects
+        self._wake = wake
         self._until: dict[tuple[str | None, str | None], float] = {}  # by env and session
 
     async def begin(self) -> None:
@@ -98,6 +101,7 @@ class Watched:
         if wanted in known or len(known) < MAX_WATCHES:
             known[wanted] = max(known.get(wanted, 0.0), now + watch.seconds)
         self._until = known  # another one: it is looked into on other threads
+        self._wake()
 
     def until(self, name: str, session: str) -> float:
         """Until when somebody watches a session of an env, in monotonic seconds; 0 if nobody ever did."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ log = logging.getLogger("meshrl.recording")
 # seen from the chunks before; pictures, by some dozens.
 CHUNK_BYTES = 512 * 1024
 CHUNK_S = 1.0
-MAX_FACTOR = 32.0
+MAX_FACTOR = 128.0
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class SessionWriter:
         recorded: what the recording is of.
         epoch: of the session.
         storing: what it shares with others.
+        full: called, on any thread, when a chunk's worth is noted.
         asked: whether somebody wants it recorded; that it is not is a warning then.
 
     Attributes:
@@ -67,18 +69,27 @@ class SessionWriter:
     """
 
     def __init__(
-        self, transcript: Transcript, recorded: Recorded, epoch: int, storing: Storing, *, asked: bool = True
+        self,
+        transcript: Transcript,
+        recorded: Recorded,
+        epoch: int,
+        storing: Storing,
+        *,
+        full: Callable[[], None] = lambda: None,
+        asked: bool = True,
     ) -> None:
         self.transcript = transcript
         self.over = False
         self.end: str | None = None
         self._storing = storing
+        self._full = full
         self._asked = asked
         self.known_as = recorded.name, recorded.session
         self._messages = Messages(recorded, epoch, storing)
         self._chunker = Chunker(transcript, recorded.every)
         self._size = Size()
-        self._due_at = 0.0
+        transcript.when_full(self._size.limit, full)
+        self._not_before = 0.0
         self._lost = 0  # rows of a chunk that could not be stored, to be told with what was dropped for it
         self._tap: Tap | None = None
         self._placed = False  # whether it is known where it goes on
@@ -111,11 +122,16 @@ class SessionWriter:
         noted = self.transcript.nbytes
         if self.end is not None or noted >= self._size.limit or (noted and self.transcript.strict):
             return True
-        if not noted:
-            self._due_at = 0.0
-        elif not self._due_at:
-            self._due_at = now + (CHUNK_S if self._tap is None else SHOWN_S)
-        return bool(self._due_at) and now >= self._due_at
+        return now >= self.due_at
+
+    @property
+    def due_at(self) -> float:
+        """When there will be, if nothing more comes; in monotonic seconds."""
+        return max(self.transcript.oldest_at + self._pace_s, self._not_before)
+
+    @property
+    def _pace_s(self) -> float:
+        return CHUNK_S if self._tap is None else SHOWN_S
 
     async def write(self) -> None:
         """Write what was noted; what cannot be kept is counted.
@@ -123,7 +139,7 @@ class SessionWriter:
         Raises:
             BusClosed: the connection was closed.
         """
-        end, self._due_at = self.end, 0.0
+        end, self._not_before = self.end, time.monotonic() + self._pace_s
         try:
             if not self._placed and self.transcript.nbytes:
                 await self._messages.place(self.transcript, self._chunker)
@@ -150,6 +166,8 @@ class SessionWriter:
             self._drop(exc.message)
         if end is not None:
             self._end()
+        else:
+            self.transcript.when_full(self._size.limit, self._full)
 
     async def _see_to_the_stream(self) -> None:
         """It may not be there, which somebody who hears everything hides: then the server says nothing."""

@@ -102,7 +102,7 @@ class Recording:
         """Sub-environment ``i`` is about to be reset, on the thread that does it; gives what a replay says of that."""
         state = self._states[i] if seed is None else None
         given = None if options is None else own(options)  # its env may take things out of them
-        return self.transcript.nth(self.transcript.began(i, seed, None if state is None else state(), given))
+        return self.transcript.began(i, seed, None if state is None else state(), given)
 
     def begins_from(self, i: int, origin: Info) -> None:
         """The next reset of sub-environment ``i`` is that with which a journal begins."""
@@ -161,4 +161,4 @@ class Recording:
     def asked(self, lanes: Sequence[int], op: str, given: Sequence[Info]) -> None:
         """Something else was asked of some, which changes them."""
         for lane, one in zip(lanes, given, strict=True):
-            self.transcript.asked(lane, op, one)
+            self.transcript.asked(time.monotonic(), lane, op, one)

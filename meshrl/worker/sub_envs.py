@@ -272,12 +272,16 @@ class SubEnvs:
 
     def _begins(self, i: int, seed: int | None, options: Info | None = None) -> int | None:
         """A reset is about to begin, with that seed."""
-        if self.proof is not None:
-            self._guarded(i, self.proof.begins, i, seed)
-        if self.recording is not None:
-            number = self._guarded(i, self.recording.began, i, seed, options)
-            if self.proof is not None:
-                self.proof.numbered(i, number)
+        proof, recording = self.proof, self.recording
+        try:
+            if proof is not None:
+                proof.begins(i, seed)
+            if recording is not None:
+                number = recording.began(i, seed, options)
+                if proof is not None:
+                    proof.numbered(i, number)
+        except BaseException as exc:
+            raise Crashed(self.first + i) from exc
         return seed
 
     def _begins_from(self, i: int, origin: Info, options: Info | None) -> int | None:

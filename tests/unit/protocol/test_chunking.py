@@ -307,7 +307,7 @@ def test_that_an_env_was_changed_is_said_from_then_on(taken_over: bool) -> None:
     lanes = Lanes(noted, "pool", 2)
     chunker = Chunker(noted)
     lanes.reset([0, 1, 2])
-    noted.asked(1, "set_attr", {"name": "gravity", "value": 9.0})
+    noted.asked(0.0, 1, "set_attr", {"name": "gravity", "value": 9.0})
     first, _ = chunker.chunk(noted.taken(1 << 20)) or pytest.fail("it holds a reset")
     assert (first.touched, [change.lane for change in first.changes]) == ((), [1])
     if taken_over:
@@ -387,7 +387,7 @@ def test_versions_of_policies_and_changes_stand_where_they_happened() -> None:
     lanes.reset([0, 1])
     noted.policy = 7
     lanes.step([0, 1])
-    noted.asked(1, "set_attr", {"name": "x", "value": 3})
+    noted.asked(0.0, 1, "set_attr", {"name": "x", "value": 3})
     noted.policy = 8
     lanes.step([1])
     one = chunker.chunk(noted.taken(1 << 62))

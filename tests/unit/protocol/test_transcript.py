@@ -92,7 +92,7 @@ def test_what_comes_between_stays_between() -> None:
     noted = transcript()
     for n in range(3):
         answer(noted, n)
-    noted.asked(1, "call", {"name": "f"})
+    noted.asked(0.0, 1, "call", {"name": "f"})
     answer(noted, 3)
     answer(noted, 4, np.int32)
     noted.policy = 9
@@ -153,6 +153,71 @@ def test_what_is_kept_counts_also_where_no_chunk_has_it(monkeypatch: pytest.Monk
     (taken,) = noted.taken(1 << 62)[:1]
     assert isinstance(taken, Note)
     assert taken.obs is not None
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_arrays_that_are_not_in_one_piece_are_noted_as_they_are(order: str) -> None:
+    noted = transcript()
+    wide = np.arange(2 * 2 * LANES * 2, dtype=f"{order}f4").reshape(2 * LANES, 4)
+    zeros = np.zeros(2 * LANES)[::2]
+    noted.note(0.0, None, np.arange(2 * LANES)[::2], wide[::2, ::2], zeros, zeros > 0, zeros == 0, [])
+    noted.note(1.0, None, np.arange(LANES), np.asfortranarray(wide[:LANES, :2]), zeros, zeros > 0, zeros == 0, [])
+    told = joined(noted, noted.taken(1 << 62))
+    assert told.observations is not None
+    assert told.observations.values.tolist() == [*wide[::2, ::2].tolist(), *wide[:LANES, :2].tolist()]
+    assert told.actions.values.tolist() == [0, 2, 4, 0, 1, 2]
+    assert told.truncations.all()
+
+
+def test_observations_of_another_shape_begin_another_block() -> None:
+    noted = transcript()
+    zeros = np.zeros(LANES)
+    for n, size in enumerate((2, 2, 3, 2)):
+        noted.note(float(n), None, zeros, np.full((LANES, size), n), zeros, zeros > 0, zeros > 0, [])
+    taken = noted.taken(1 << 62)
+    assert [one.obs.shape for one in taken if isinstance(one, Note)] == [(2 * LANES, 2), (LANES, 3), (LANES, 2)]
+
+
+def test_values_that_are_no_plain_numbers_are_noted_one_by_one() -> None:
+    noted, zeros = transcript(), np.zeros(LANES)
+    obs = np.array([{"a": 1}, None, "text"], object)
+    noted.note(0.0, None, zeros, obs, zeros, zeros > 0, zeros > 0, [])
+    (note,) = noted.taken(1 << 62)
+    assert isinstance(note, Note)
+    assert note.obs is obs
+
+
+def test_who_takes_is_called_once_when_as_much_is_noted() -> None:
+    noted, called = transcript(), []
+    noted.when_full(3 * LANES * ROW_BYTES, lambda: called.append(noted.nbytes))
+    for n in range(5):
+        answer(noted, 7 * n + 1)
+    assert len(called) == 1
+    assert called[0] >= 3 * LANES * ROW_BYTES
+    noted.taken(1 << 62)
+    noted.when_full(LANES * ROW_BYTES, lambda: called.append(-1))
+    noted.asked(14.0, 0, "call", {"name": "nothing"})
+    assert len(called) == 1
+    answer(noted, 1)
+    assert called[1:] == [-1]
+
+
+def test_the_oldest_is_what_was_noted_first_and_not_taken() -> None:
+    noted = transcript()
+    assert noted.oldest_at == np.inf
+    for n in (11, 12, 13):
+        answer(noted, n)
+    noted.asked(14.0, 0, "call", {"name": "nothing"})
+    answer(noted, 15)
+    assert noted.oldest_at == 11.0
+    noted.taken(1)
+    assert noted.oldest_at == 12.0
+    noted.taken(2 * LANES * ROW_BYTES + 10)
+    assert noted.oldest_at == 14.0
+    noted.taken(1)
+    assert noted.oldest_at == 15.0
+    noted.taken(1 << 62)
+    assert noted.oldest_at == np.inf
 
 
 def test_actions_of_a_replay_and_of_what_follows_are_one_column() -> None:
