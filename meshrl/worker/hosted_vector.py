@@ -14,7 +14,7 @@ import numpy as np
 
 from meshrl.errors import MalformedMessage, UnencodableValue
 from meshrl.protocol.pace import BatchPace
-from meshrl.protocol.values import own
+from meshrl.protocol.values import own_rows
 from meshrl.wire.batches import batching
 from meshrl.wire.frames import Frame
 from meshrl.wire.infos import pack_infos
@@ -219,7 +219,7 @@ class HostedVector:
         actions = body.get("actions")
         self._batches.check(actions, count, "actions", exact=False)
         if self._subs.recording is not None:
-            self._acted = own(actions)
+            self._acted = own_rows(actions)
             self._subs.recording.acted(body)
         return list(self._batches.rows(actions, count))
 
