@@ -124,6 +124,19 @@ class Digests:
         self.values[i] = value
 
 
+def seen(value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int | None:
+    """What a long observation counts by, where it is an array of that dtype and shape, its space's; else None.
+
+    A leaf of such numbers, as uint64, has the same hashes as one of the arrays.
+    """
+    if type(value) is not np.ndarray or value.dtype != dtype or value.shape != shape:
+        return None
+    if value.nbytes <= SHORT_BYTES or dtype.kind in "OMm":
+        return None
+    whole: Any = value if value.flags.c_contiguous else np.ascontiguousarray(value)
+    return xxhash.xxh3_64_intdigest(whole)
+
+
 def hashes_of(
     leaves: Sequence[Any],
     rewards: NDArray[np.float64],

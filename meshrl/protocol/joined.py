@@ -77,6 +77,9 @@ def joined(transcript: Transcript, noted: Noted) -> Told:
             told.asked.append((row, one))
             continue
         size = 1 if isinstance(one, One) else len(one.rewards)
+        if one.policy is None:
+            row += size
+            continue
         for at, version in enumerate(one.policy if isinstance(one.policy, list) else (one.policy,), row):
             if version is not None and version != policy:
                 told.policies.append((at, version))
@@ -123,28 +126,37 @@ def _part(transcript: Transcript, note: Note, start: int, stop: int) -> Note:
 
 
 def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
-    begun = {row: one.begun for row, one in enumerate(ones) if one.begun is not None}
-    values = [[getattr(one, name) for one in ones] for name in ("reward", "terminated", "truncated")]
-    observations = None
-    if ones[0].hash is not None:
-        hashes = np.array([one.hash for one in ones], np.uint64)
+    at, actions, obs, rewards, terminated, truncated, infos, begun, *_, numbers = map(list, zip(*ones, strict=True))
+    resets = [one is not None for one in begun]
+    anew = [row for row, reset in enumerate(resets) if reset]
+    told = numbers_of(rewards), truths_of(terminated), truths_of(truncated)
+    hashed = ones[0].hashed
+    if None not in numbers:
+        hashes = hashes_of([np.array(numbers, np.uint64)], *told, anew)
+    elif hashed:  # one by one, where not each is an array like those of its space
+        hashes = np.array([_hash_of(one) for one in ones], np.uint64)
     else:
-        obs = [one.obs for one in ones]
-        hashes = hashes_of_values(transcript.observations, obs, values[0], values[1], values[2], list(begun))
-        observations = column_of(transcript.observations, obs)
+        hashes = hashes_of_values(transcript.observations, obs, rewards, terminated, truncated, anew)
     return Told(
         lanes=np.zeros(len(ones), np.int64),
-        rewards=numbers_of(values[0]),
-        terminations=truths_of(values[1]),
-        truncations=truths_of(values[2]),
-        at=np.array([one.at for one in ones]),
-        resets=np.array([one.begun is not None for one in ones]),
-        begun=begun,
+        rewards=told[0],
+        terminations=told[1],
+        truncations=told[2],
+        at=np.array(at),
+        resets=np.array(resets),
+        begun={row: begun[row] for row in anew},
         hashes=hashes,
-        actions=column_of(transcript.actions, [one.action for one in ones if one.begun is None]),
-        observations=observations,
-        infos=[(row, False, one.info) for row, one in enumerate(ones) if one.info is not None],
+        actions=column_of(transcript.actions, [one for one, reset in zip(actions, resets, strict=True) if not reset]),
+        observations=None if hashed else column_of(transcript.observations, obs),
+        infos=[(row, False, info) for row, info in enumerate(infos) if info is not None],
     )
+
+
+def _hash_of(one: One) -> int:
+    if one.hash is not None:
+        return one.hash
+    told = numbers_of([one.reward]), truths_of([one.terminated]), truths_of([one.truncated])
+    return int(hashes_of([np.array([one.seen], np.uint64)], *told, [] if one.begun is None else [0])[0])
 
 
 def _whole(parts: list[NDArray[Any]]) -> NDArray[Any]:

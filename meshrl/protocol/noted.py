@@ -75,7 +75,12 @@ class Note(NamedTuple):
 
 
 class One(NamedTuple):
-    """An answer to the only lane of a session of one env: its own values, a row of a :class:`Note`."""
+    """An answer to the only lane of a session of one env: its own values, a row of a :class:`Note`.
+
+    Attributes:
+        hash: of the row, where its observation is large, and not kept.
+        seen: that of a large observation alone, kept or not (:func:`~meshrl.protocol.digests.seen`).
+    """
 
     at: float
     action: Any
@@ -88,11 +93,12 @@ class One(NamedTuple):
     policy: int | None
     nbytes: int
     hash: int | None
+    seen: int | None
 
     @property
     def hashed(self) -> bool:
         """Whether a hash stands for its observation."""
-        return self.hash is not None
+        return self.hash is not None or (self.seen is not None and self.obs is None)
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from meshrl.errors import UnencodableValue
 from meshrl.protocol.block import Block, is_plain
-from meshrl.protocol.digests import hashes_of
+from meshrl.protocol.digests import hashes_of, seen
 from meshrl.protocol.noted import Asked, Began, Indices, Info, Note, One, rows_in
 from meshrl.protocol.values import hashes_of_values, numbers_of, own, truths_of
 from meshrl.wire.batches import Batching
@@ -86,6 +86,7 @@ class Transcript:
     _settled_bytes: int = 0
     _most: int = 0  # that may be noted and not taken
     _row_bytes: int = 0  # what a row takes until it is
+    _space: tuple[np.dtype[Any], tuple[int, ...]] | None = None  # of observations that are arrays
     _failed: str | None = None  # why some of it was not stored, at any time
     _began: dict[int, Began] = field(default_factory=dict)
     _numbers: list[int] = field(default_factory=list)
@@ -97,6 +98,8 @@ class Transcript:
     def __post_init__(self) -> None:
         self._numbers = [0] * self.count
         self._most = MAX_NOTED_BYTES
+        space = self.observations.space
+        self._space = None if space.dtype is None or space.shape is None else (space.dtype, space.shape)
         hashed_later = self.level == "actions" and not self.hashes_at_once  # kept until then, and in no chunk
         self._row_bytes = self.row_bytes + (self.shown_bytes if hashed_later else 0)
 
@@ -274,22 +277,24 @@ class Transcript:
         info: Any,
         begun: Began | None,
     ) -> None:
-        packed, hash_, nbytes = None, None, self._bytes_of(1)
-        if self.shows:
-            packed = (_told(info) or None) if info else None
+        packed, number, hash_, nbytes = None, None, None, self._bytes_of(1)
+        if self.shows and info:
+            packed = _told(info) or None
             nbytes += len(packed or b"")
-        if self.hashes_at_once and not self.shows:
-            hash_, obs = (
-                int(
-                    hashes_of_values(
-                        self.observations, [obs], [reward], [terminated], [truncated], [0] if begun else []
-                    )[0]
-                ),
-                None,
-            )
-        else:
+        if self.hashes_at_once:
+            if self._space is not None:
+                number = seen(obs, *self._space)
+            if not self.shows:
+                if number is None:
+                    anew = [0] if begun else []
+                    columns = [reward], [terminated], [truncated]
+                    hash_ = int(hashes_of_values(self.observations, [obs], *columns, anew)[0])
+                obs = None
+        if obs is not None:
             obs = own(obs)
-        self._keep(One(at, action, obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_))
+        self._keep(
+            One(at, action, obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_, number)
+        )
 
     def _keep(self, note: Note | One | Asked) -> None:
         if self._noted_bytes - self._taken_bytes > self._most and self._refuses(rows_in(note)):

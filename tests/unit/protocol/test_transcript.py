@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from meshrl.protocol.block import ANSWERS
 from meshrl.protocol.joined import Noted, joined
 from meshrl.protocol.noted import Asked, Note, One
 from meshrl.protocol.transcript import Transcript
+from meshrl.protocol.values import hashes_of_values
 from meshrl.wire.batches import batching
 
 LANES = 3
@@ -234,3 +236,25 @@ def test_actions_of_a_replay_and_of_what_follows_are_one_column() -> None:
     assert column.form == "items"
     assert [one["a"] for one in column.values] == list(range(6))
     assert [one["b"].tolist() for one in column.values] == [one["b"].tolist() for one in actions]
+
+
+@pytest.mark.parametrize("level", ["actions", "full"])
+def test_large_observations_have_the_digests_of_their_values_whatever_they_are(level: Any) -> None:
+    """Most are arrays like those of their space, which are hashed as they come; an env need not keep to it."""
+    space = spaces.Box(0, 255, (40, 40), np.uint8)
+    rng = np.random.default_rng(1)
+    shown = [rng.integers(0, 256, (40, 40), np.uint8) for _ in range(3)]
+    fortran = np.asfortranarray(rng.integers(0, 256, (40, 40), np.uint8))
+    odd: list[Any] = [*shown, fortran, shown[0].astype(np.float64), shown[1][:20], "text", shown[2]]
+    noted = Transcript(1, batching(space), batching(spaces.Discrete(2)), level, True, 40, 1600)
+    noted.began(0, 5, None, None)
+    for n, obs in enumerate(odd):
+        noted.note_one(float(n), None if n == 0 else 1, obs, n / 2, n == 7, False, {}, reset=n == 0)
+        noted.settle()
+    hashes = joined(noted, noted.taken(1 << 62)).hashes
+    rewards, over = [n / 2 for n in range(len(odd))], [n == 7 for n in range(len(odd))]
+    expected = hashes_of_values(batching(space), odd, rewards, over, [False] * len(odd), [0])
+    assert hashes.tolist() == expected.tolist()
+    for n, obs in enumerate(shown):
+        alone = hashes_of_values(batching(space), [obs], rewards[n : n + 1], [False], [False], [0] if n == 0 else [])
+        assert hashes[n] == alone[0]
