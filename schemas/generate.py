@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from meshrl.wire import audited, messages, record, recorded
+from meshrl.wire import audited, messages, of_recordings, record, recorded
 from meshrl.wire.subjects import VERSION
 from schemas.asyncapi import asyncapi
 from schemas.frames import DIALECT, frames
@@ -35,7 +35,7 @@ def models() -> dict[str, type[messages.Message]]:
     """Every control message, by the name of its schema: ``session_state`` for ``SessionState``."""
     return {
         re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): cls
-        for name, cls in (vars(messages) | vars(audited) | vars(recorded)).items()
+        for name, cls in (vars(messages) | vars(audited) | vars(recorded) | vars(of_recordings)).items()
         if inspect.isclass(cls) and issubclass(cls, messages.Message) and cls not in _BY_HAND
     }
 

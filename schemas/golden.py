@@ -28,6 +28,7 @@ from meshrl.wire.codec import Codec
 from meshrl.wire.frames import error_reply
 from meshrl.wire.infos import pack_infos
 from meshrl.wire.merged_infos import pack_merged
+from meshrl.wire.of_recordings import Keep, Kept, Read, Watch
 from meshrl.wire.parts import split
 from meshrl.wire.record import Record
 from meshrl.wire.recorded import Recorded
@@ -224,10 +225,10 @@ def control() -> Iterator[tuple[str, m.Message]]:
     yield "Renewed", m.Renewed(lease_s=15.0, lost=[("s2", "session_expired")])
     yield "Probe", m.Probe(awaited=[("s1", 1, 0, 2)])
     yield "Probed", m.Probed(states=["running"])
-    yield "Read", m.Read(stream="MESHRL_EPISODES", subject="meshrl.v1.default.episodes.*.*", since_us=5, count=9)
-    yield "Keep", m.Keep(env="CartPole-v1", consumer="dqn", position="7.1.0.3", message_id="a", after=6)
-    yield "Kept", m.Kept(seq=7)
-    yield "Watch", m.Watch(env="CartPole-v1", seconds=8.0)
+    yield "Read", Read(stream="MESHRL_EPISODES", subject="meshrl.v1.default.episodes.*.*", since_us=5, count=9)
+    yield "Keep", Keep(env="CartPole-v1", consumer="dqn", position="7.1.0.3", message_id="a", after=6)
+    yield "Kept", Kept(seq=7)
+    yield "Watch", Watch(env="CartPole-v1", seconds=8.0)
     yield "Drain", m.Drain(seconds=60.0)
     yield "Drained", m.Drained(sessions=3)
     yield "Recorded", Recorded(session="s1", worker="e1", user="ann", name="CartPole-v1", description=description)

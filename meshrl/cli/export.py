@@ -1,15 +1,13 @@
 """``meshrl export``: recorded episodes as files of other libraries."""
 
 import json
-import sys
 from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from meshrl.adapters.datasets.exporting import Exported
 from meshrl.adapters.datasets.minari import export_minari
@@ -18,6 +16,7 @@ from meshrl.adapters.datasets.parquet import export_parquet
 from meshrl.adapters.datasets.source import Episodes
 from meshrl.adapters.datasets.source import Progress as Done
 from meshrl.adapters.videos import MAX_FPS
+from meshrl.cli.bars import Bars
 from meshrl.cli.options import CredentialsFile, Json, Namespace, Url
 from meshrl.cli.recordings import Label, WaitForWorker, labels_in, mesh_at, time_of
 from meshrl.cli.videos import files_of, write_videos
@@ -170,42 +169,6 @@ def export(
         console.print(f"left out {one.episode_id}: {one.why}", markup=False)
     if told.skipped:
         console.print(f"{len(told.skipped)} episodes were left out, which could not be read")
-
-
-class Bars:
-    """A bar on the terminal for each phase, while something is exported or imported."""
-
-    def __init__(self, *, hidden: bool = False) -> None:
-        self._bars = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed:,.0f} episodes, {task.fields[steps]:,} steps"),
-            TextColumn("{task.fields[left_out]}"),
-            console=Console(file=sys.stderr),
-            disable=hidden or not sys.stderr.isatty(),
-            transient=True,
-        )
-        self._tasks: dict[str, Any] = {}
-        self._read = 0
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._bars.stop()
-
-    def show(self, done: Done) -> None:
-        """How far it is."""
-        if done.phase not in self._tasks:
-            # What is written was read before; how many there are to read, nobody knows.
-            self._tasks[done.phase] = self._bars.add_task(done.phase, total=self._read or None, steps=0, left_out="")
-        if done.phase == "reading":
-            self._read = done.episodes
-        left_out = f"[yellow]{done.skipped} left out" if done.skipped else ""
-        task = self._tasks[done.phase]
-        self._bars.update(task, completed=done.episodes, steps=done.steps, left_out=left_out)
 
 
 def _plain(told: Exported, format_: str) -> dict[str, Any]:

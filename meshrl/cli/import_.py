@@ -10,7 +10,7 @@ from meshrl.adapters.datasets.importing import Destination, Imported, import_to
 from meshrl.bus.connect import connect
 from meshrl.bus.locate import locate
 from meshrl.bus.storing import Reader
-from meshrl.cli.export import Bars
+from meshrl.cli.bars import Bars
 from meshrl.cli.options import (
     RECORD_BYTES,
     CredentialsFile,

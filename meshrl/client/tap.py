@@ -21,7 +21,7 @@ from meshrl.protocol.chunks import Chunk, Column, read_chunk
 from meshrl.protocol.joined import checked
 from meshrl.recording.episodes import Described, EpisodeId
 from meshrl.wire.batches import Batching
-from meshrl.wire.messages import Watch
+from meshrl.wire.of_recordings import Watch
 from meshrl.wire.recorded import Recorded
 
 if TYPE_CHECKING:

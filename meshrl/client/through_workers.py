@@ -15,7 +15,8 @@ from meshrl.bus.connection import Connection
 from meshrl.bus.storing import Reader, Stored, store
 from meshrl.errors import MalformedMessage, MeshError, RequestTimeout, SubjectNotPermitted, from_wire
 from meshrl.wire.codec import unpack
-from meshrl.wire.messages import Keep, Kept, Read, parse
+from meshrl.wire.messages import parse
+from meshrl.wire.of_recordings import Keep, Kept, Read
 from meshrl.wire.subjects import Subjects
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -20,7 +20,8 @@ from meshrl.errors import BusClosed, MalformedMessage, MeshError, MeshFull, NotA
 from meshrl.recording.streams import EPISODES, POSITIONS, is_recording
 from meshrl.wire.codec import pack
 from meshrl.wire.frames import error_reply
-from meshrl.wire.messages import Keep, Kept, Message, Read, parse
+from meshrl.wire.messages import Message, parse
+from meshrl.wire.of_recordings import Keep, Kept, Read
 from meshrl.wire.subjects import READERS, Subjects
 
 log = logging.getLogger("meshrl.recording")

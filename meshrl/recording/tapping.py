@@ -17,7 +17,8 @@ from meshrl.errors import MeshError, SubjectNotPermitted
 from meshrl.protocol.chunks import Chunk, pack_chunk
 from meshrl.recording.chain import Storing
 from meshrl.recording.messages import Messages
-from meshrl.wire.messages import Watch, parse
+from meshrl.wire.messages import parse
+from meshrl.wire.of_recordings import Watch
 from meshrl.wire.subjects import Subjects
 
 log = logging.getLogger("meshrl.recording")

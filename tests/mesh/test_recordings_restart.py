@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import astuple
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
 from meshrl import Mesh
-from meshrl.adapters.datasets import export_npz
-from meshrl.client.episode import Episode
+from tests.mesh.exported import same_as_exported
 from tests.mesh.learners import Learned, of_all, play_one, play_pool, play_vector
 from tests.mesh.restarting import Signal, restarted
 from tests.mesh.test_vector_parity import different
@@ -63,15 +61,4 @@ async def test_what_was_told_is_there_when_all_that_told_it_is_gone(
         for verdict in (await of_all(m.verify, told.episodes)).values():
             assert verdict.status == "exact", verdict
         for env in envs:
-            await exported(m, env, read, tmp_path / f"{env}.npz")
-
-
-async def exported(m: Mesh, env: str, read: Mapping[str, Episode], path: Path) -> None:
-    """A dataset of an env's episodes has the same arrays to the bit; tests/exports has those of Minari and Parquet."""
-    ids = [one.episode_id async for one in m.episodes(env)]
-    await export_npz(m, ids, path)
-    with np.load(path, allow_pickle=False) as file:
-        plain = ("observations", "actions") if env != "nested" else ()
-        for name in ("rewards", "terminations", "truncations", *plain):
-            whole = np.concatenate([getattr(read[id_], name) for id_ in ids])
-            assert (file[name].dtype, file[name].tobytes()) == (whole.dtype, whole.tobytes()), f"{env}: {name}"
+            await same_as_exported(m, env, read, tmp_path / f"{env}.npz")

@@ -19,7 +19,7 @@ from meshrl.recording.serving import Serving
 from meshrl.recording.streams import EPISODES
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import check_reply
-from meshrl.wire.messages import Read
+from meshrl.wire.of_recordings import Read
 from meshrl.wire.subjects import Subjects
 from tests.mesh.conftest import until
 from tests.mesh.recordings import drive, listed

@@ -9,6 +9,7 @@ import pytest
 
 from meshrl import Mesh
 from meshrl.worker.sealing import StateKey
+from tests.mesh.exported import same_as_exported
 from tests.mesh.learners import Learned, of_all, play_one, play_pool, play_vector
 from tests.mesh.restarting import restarted
 from tests.mesh.test_recordings_forks import go_on
@@ -42,6 +43,7 @@ async def test_what_simulators_told_is_there_when_all_that_told_it_is_gone(tmp_p
         for verdict in (await of_all(m.verify, told.episodes)).values():
             assert verdict.status == "exact", verdict
         for name in SERVED:
+            await same_as_exported(m, name, read, tmp_path / f"{name}.npz")
             some = [(id_, one) for id_, one in told.episodes.items() if one.env == name]
             for id_, one in (some[0], some[-1]):  # with a seed, and without
                 size = len(one.rewards)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshrl.errors import MalformedMessage, MeshError, UnsupportedVersion
-from meshrl.wire import messages
+from meshrl.wire import messages, of_recordings
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.messages import (
     MAX_BATCH,
@@ -22,22 +22,19 @@ from meshrl.wire.messages import (
     Drained,
     Full,
     Grant,
-    Keep,
-    Kept,
     Known,
     Load,
     Message,
     Open,
     Probe,
     Probed,
-    Read,
     Renew,
     Renewed,
     SessionState,
-    Watch,
     check,
     parse,
 )
+from meshrl.wire.of_recordings import Keep, Kept, Read, Watch
 from meshrl.wire.subjects import MAX_NAME_CHARS
 from tests.unit.wire.strategies import values
 
@@ -81,7 +78,8 @@ ONE_OF_EACH: list[Message] = [
     Kept(seq=3),
     SessionState(session="s1", worker="w1", name="x", phase="running", episode=2, steps=3, total_steps=9, seed=0),
 ]
-MODELS = [value for value in vars(messages).values() if isinstance(value, type) and issubclass(value, Message)]
+DEFINED = (vars(messages) | vars(of_recordings)).values()
+MODELS = [value for value in DEFINED if isinstance(value, type) and issubclass(value, Message)]
 
 
 @pytest.mark.parametrize("message", ONE_OF_EACH, ids=lambda m: type(m).__name__)
