@@ -27,15 +27,21 @@ async def same_as_exported(m: Mesh, env: str, read: Mapping[str, Episode], path:
                 parts.setdefault(name, []).append(array)
         assert {name for name in file if name.partition("/")[0] in TOLD} == set(parts)
         for name, arrays in parts.items():
+            if not isinstance(arrays[0], np.ndarray):
+                assert file[name].tolist() == [text for texts in arrays for text in texts], f"{env}: {name}"
+                continue
             whole = np.concatenate(arrays)
             assert (file[name].dtype, file[name].shape) == (whole.dtype, whole.shape), f"{env}: {name}"
             assert file[name].tobytes() == whole.tobytes(), f"{env}: {name}"
 
 
 def leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The arrays of nested values, each by its path."""
-    if isinstance(values, Mapping | tuple):
-        for key, part in values.items() if isinstance(values, Mapping) else enumerate(values):
+    """The arrays and texts of nested values, each by its path."""
+    if isinstance(values, Mapping):
+        for key, part in values.items():
             yield from leaves(part, f"{name}/{key}".lstrip("/"))
+    elif isinstance(values, tuple) and not all(isinstance(part, str) for part in values):
+        for n, part in enumerate(values):
+            yield from leaves(part, f"{name}/{n}")
     else:
         yield name, values
