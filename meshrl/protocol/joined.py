@@ -130,13 +130,16 @@ def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
     resets = [one is not None for one in begun]
     anew = [row for row, reset in enumerate(resets) if reset]
     told = numbers_of(rewards), truths_of(terminated), truths_of(truncated)
-    hashed = ones[0].hashed
+    hashed, observations = ones[0].hashed, None
     if None not in numbers:
         hashes = hashes_of([np.array(numbers, np.uint64)], *told, anew)
+        if not hashed:
+            observations = Column("batch", transcript.observations.rows_or_stack(obs))
     elif hashed:  # one by one, where not each is an array like those of its space
         hashes = np.array([_hash_of(one) for one in ones], np.uint64)
     else:
         hashes = hashes_of_values(transcript.observations, obs, rewards, terminated, truncated, anew)
+        observations = column_of(transcript.observations, obs)
     return Told(
         lanes=np.zeros(len(ones), np.int64),
         rewards=told[0],
@@ -147,7 +150,7 @@ def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
         begun={row: begun[row] for row in anew},
         hashes=hashes,
         actions=column_of(transcript.actions, [one for one, reset in zip(actions, resets, strict=True) if not reset]),
-        observations=None if hashed else column_of(transcript.observations, obs),
+        observations=observations,
         infos=[(row, False, info) for row, info in enumerate(infos) if info is not None],
     )
 

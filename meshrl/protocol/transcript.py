@@ -26,7 +26,7 @@ from meshrl.protocol.block import Block, is_plain
 from meshrl.protocol.digests import hashes_of, seen
 from meshrl.protocol.noted import Asked, Began, Indices, Info, Note, One, rows_in
 from meshrl.protocol.values import hashes_of_values, numbers_of, own, truths_of
-from meshrl.wire.batches import Batching
+from meshrl.wire.batches import Batching, form_of
 from meshrl.wire.codec import pack
 from meshrl.wire.large import LARGE_BYTES, Rows
 
@@ -99,7 +99,8 @@ class Transcript:
         self._numbers = [0] * self.count
         self._most = MAX_NOTED_BYTES
         space = self.observations.space
-        self._space = None if space.dtype is None or space.shape is None else (space.dtype, space.shape)
+        if form_of(space) == "array" and space.dtype is not None and space.shape is not None:
+            self._space = space.dtype, space.shape
         hashed_later = self.level == "actions" and not self.hashes_at_once  # kept until then, and in no chunk
         self._row_bytes = self.row_bytes + (self.shown_bytes if hashed_later else 0)
 

@@ -30,6 +30,7 @@ async def serve(url: str, namespace: str, host: str, names: list[str]) -> None:
         url,
         namespace=namespace,
         slots=SLOTS,
+        record="off",  # as at every peer; recording.py measures what it adds
         capabilities={"host": host},
         vectors={"fast": "gymnasium"} if "fast" in names else "meshrl",
     )

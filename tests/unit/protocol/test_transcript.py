@@ -258,3 +258,19 @@ def test_large_observations_have_the_digests_of_their_values_whatever_they_are(l
     for n, obs in enumerate(shown):
         alone = hashes_of_values(batching(space), [obs], rewards[n : n + 1], [False], [False], [0] if n == 0 else [])
         assert hashes[n] == alone[0]
+
+
+class Keys(spaces.Space[Any]):
+    """A space of arrays that Gymnasium batches as single values."""
+
+    def __init__(self) -> None:
+        super().__init__((40, 40), np.uint8)
+
+
+def test_arrays_that_travel_one_by_one_are_hashed_as_such() -> None:
+    space, key = Keys(), np.zeros((40, 40), np.uint8)
+    noted = Transcript(1, batching(space), batching(spaces.Discrete(2)), "actions", True, 40, 1600)
+    noted.note_one(0.0, 1, key, 1.0, False, False, {}, reset=False)
+    noted.settle()
+    hashes = joined(noted, noted.taken(1 << 62)).hashes
+    assert hashes.tolist() == hashes_of_values(batching(space), [key], [1.0], [False], [False], []).tolist()
