@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
-import pty
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,6 +13,7 @@ import pytest
 from meshrl import EnvWorker, Mesh
 from meshrl.cli import main
 from tests.mesh.conftest import until
+from tests.mesh.terminals import at_a_terminal
 from tests.mesh.test_tap import Pictures
 
 
@@ -93,33 +91,8 @@ async def test_a_gif_and_other_output_are_not_both_to_be_had(capsys: pytest.Capt
 
 async def test_pictures_are_drawn_in_a_terminal(url: str) -> None:
     async with playing(url, "of", Pictures):
-        parent, child = pty.openpty()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "meshrl",
-            *("tap", "of", "--steps", "3", "--url", url),
-            stdout=child,
-            stderr=child,
-            env={**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "100", "LINES": "60"},
-        )
-        os.close(child)
-        shown = await asyncio.to_thread(read_all, parent)
-        assert await process.wait() == 0, shown
+        code, shown = await at_a_terminal("tap", "of", "--steps", "3", "--url", url)
+        assert code == 0, shown
     assert shown.count("▀") >= 40 * 20
     assert "\x1b[38;2;" in shown
     assert "step " in shown
-
-
-def read_all(fd: int) -> str:
-    parts = []
-    while True:
-        try:
-            part = os.read(fd, 65536)
-        except OSError:  # its other end is closed
-            break
-        if not part:
-            break
-        parts.append(part)
-    os.close(fd)
-    return b"".join(parts).decode()

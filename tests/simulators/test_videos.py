@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from meshrl.bus.embedded import EmbeddedServer
 from meshrl.cli import main
 from meshrl.errors import EpisodeDiverged, EpisodeNotRendered, UsageError
 from tests.mesh.recordings import drive, listed
+from tests.mesh.terminals import at_a_terminal
 from tests.mesh.test_rendered import Bare, Shaky, local_frames, one_episode
 from tests.mesh.test_tap_cli import playing
 
@@ -166,6 +168,18 @@ async def test_somebody_at_a_terminal_gets_videos(
         ):
             assert await meshrl(*arguments) == 1
             assert said in capsys.readouterr().err
+
+
+async def test_a_bar_shows_how_far_a_video_is(url: str, tmp_path: Path) -> None:
+    async with EnvWorker({"odd": Odd}, url), Mesh(url) as m:
+        async with await m.env("odd", record="actions") as env:
+            await drive(env, 1, 3, max_steps=9)
+        (summary,) = await listed(m, "odd", 1)
+        to = ("--to", str(tmp_path / "film.gif"), "--url", url)
+        code, shown = await at_a_terminal("export", summary.episode_id, *to)
+    assert code == 0, shown
+    assert re.search(r"film\.gif .*10/10", shown), shown
+    assert f"{tmp_path / 'film.gif'}: 10 frames" in " ".join(shown.split()), shown
 
 
 async def test_an_episode_under_way_is_waited_for_and_becomes_a_gif(
