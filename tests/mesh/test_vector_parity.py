@@ -1,11 +1,13 @@
 """``Mesh.vector`` against Gymnasium's SyncVectorEnv over local envs: the same values, types and bits.
 
 A random script of operations is played on three vectors at once: the local one, one of one shard and one of three.
+``MESHRL_PARITY_STEPS`` says how many steps it has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from meshrl.protocol.seeds import derive
 from meshrl.worker.factories import as_factory
 from tests.mesh.worker_process import WorkerProcess
 
-STEPS = 2000
+STEPS = int(os.environ.get("MESHRL_PARITY_STEPS", "2000"))
 NUM_ENVS = 5
 RENDERS = 2  # of one script: most envs draw with pygame, which takes longer than a hundred steps
 
