@@ -18,8 +18,8 @@ from meshrl.protocol.noted import Began, Note
 
 # Answers in one: about as many as a fast env gives until a chunk is made, which is made of few blocks best.
 ANSWERS = 1024
-# What is larger is noted by itself.
-MAX_ANSWER_BYTES = 32 * 1024
+# An answer with a larger array is noted by itself.
+MAX_ARRAY_BYTES = 32 * 1024
 
 
 # What few answers have: which that is, the resets that it shows, finals and infos, by lane.
@@ -30,7 +30,7 @@ _PLAIN_KINDS = "biufc"
 
 def is_plain(array: object) -> bool:
     """Whether an answer with that can stand in a block."""
-    return type(array) is np.ndarray and array.dtype.kind in _PLAIN_KINDS and array.nbytes <= MAX_ANSWER_BYTES
+    return type(array) is np.ndarray and array.dtype.kind in _PLAIN_KINDS and array.nbytes <= MAX_ARRAY_BYTES
 
 
 class Block:
@@ -162,6 +162,8 @@ class Block:
             part = np.ascontiguousarray(answers[:, at : at + size])
             columns.append(part.view(dtype).reshape(len(told) * self._lanes, *shape[1:]))
             at += size
+        if at != answers.shape[1]:
+            raise ValueError("an answer was noted whose rewards are no float64, or whose flags are no bools")
         return columns
 
     def _before(self, stop: int) -> list[_Beside]:

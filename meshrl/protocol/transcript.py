@@ -41,6 +41,14 @@ MAX_NOTED_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(slots=True)
+class _Full:
+    """What is called when as much was noted; a new one each time, since one thread sets it and another one calls."""
+
+    at: float
+    call: Callable[[], None]
+
+
+@dataclass(slots=True)
 class Transcript:
     """What the lanes of one session did, until it is taken.
 
@@ -79,8 +87,7 @@ class Transcript:
     begun: int = 1
     _waiting: deque[tuple[int, Callable[[str | None], None]]] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _full: Callable[[], None] = lambda: None
-    _full_at: float = math.inf
+    _full: _Full = field(default_factory=lambda: _Full(math.inf, lambda: None))
     _noted_bytes: int = 0
     _taken_bytes: int = 0
     _settled_bytes: int = 0
@@ -306,9 +313,10 @@ class Transcript:
 
     def _noted_now(self, nbytes: int) -> None:
         self._noted_bytes += nbytes
-        if self._noted_bytes >= self._full_at:
-            self._full_at = math.inf
-            self._full()
+        full = self._full
+        if self._noted_bytes >= full.at:
+            full.at = math.inf
+            full.call()
 
     def _refuses(self, rows: int) -> bool:
         """Whether these cannot be noted, where there is as much as there may be, or nobody takes it."""
@@ -321,8 +329,8 @@ class Transcript:
 
     def _bytes_of(self, rows: int) -> int:
         """About what they take until they are taken; what is hashed at once is kept for viewers alone."""
-        seen = self.watched and self.hashes_at_once and self.level == "actions"
-        return rows * (self._row_bytes + (self.shown_bytes if seen else 0))
+        shown = self.watched and self.hashes_at_once and self.level == "actions"
+        return rows * (self._row_bytes + (self.shown_bytes if shown else 0))
 
     def _hashed(self, note: Note) -> Note:
         """The same with hashes in place of observations, of the rows and of the finals behind them."""
@@ -382,7 +390,7 @@ class Transcript:
 
     def when_full(self, nbytes: int, full: Callable[[], None]) -> None:
         """Call ``full`` once, on the thread that notes it, when about as much was noted and not taken."""
-        self._full, self._full_at = full, self._taken_bytes + nbytes
+        self._full = _Full(self._taken_bytes + nbytes, full)
 
     # ---------------------------------------------------------------- whether it is stored
 

@@ -59,11 +59,6 @@ def truths_of(values: list[Any]) -> NDArray[np.bool_]:
     return np.fromiter(map(bool, values), np.bool_, len(values))
 
 
-def own_rows(batch: Any) -> Any:
-    """A batch that nobody writes to who is given its rows; those of an array without further axes are numbers."""
-    return batch if type(batch) is np.ndarray and batch.ndim == 1 else own(batch)
-
-
 def own(value: Any) -> Any:
     """A value with arrays that nobody else writes to."""
     if isinstance(value, np.ndarray):

@@ -24,13 +24,13 @@ from meshrl.recording.chain import STORED_S, Counts, Storing
 from meshrl.recording.serving import Serving
 from meshrl.recording.streams import Retention, make_streams
 from meshrl.recording.tapping import SHOWN_S, Watched
-from meshrl.recording.writing import CHUNK_S, SessionWriter
+from meshrl.recording.writing import CHUNK_BYTES, CHUNK_S, SessionWriter
 from meshrl.wire.recorded import Recorded
 from meshrl.wire.subjects import Subjects
 
 log = logging.getLogger("meshrl.recording")
 
-# Between looks whose turn it is: no longer than a chunk takes, and, where nobody says that it is full, no shorter.
+# Between looks whose turn it is, at least: where nobody watches, or says that it is full, or has ended.
 MIN_LOOK_S = 0.2
 # A worker that ends has so long to write what is left.
 LAST_S = 5.0
@@ -87,8 +87,11 @@ class Recorder:
             return
         if self._watched is not None and self._watched.until(recorded.name, recorded.session) > time.monotonic():
             transcript.watched = True  # from its first row on
+        transcript.when_full(CHUNK_BYTES, self.nudge)  # it may be so before anybody looks
         self._added.append((transcript, recorded, epoch, asked))
         self.start()
+        if transcript.watched:
+            self.nudge()
 
     def start(self) -> None:
         """Begin, also without a session: others may want to read."""
@@ -177,7 +180,7 @@ class Recorder:
             look_at, least_s = now + CHUNK_S, MIN_LOOK_S
             for key, writer in list(self._writers.items()):
                 if writer.watched(watched.until(*writer.known_as), now):
-                    least_s = SHOWN_S / 2
+                    look_at, least_s = min(look_at, now + SHOWN_S / 2), SHOWN_S / 2
                 if key in under_way:
                     continue
                 if writer.over:
@@ -190,6 +193,7 @@ class Recorder:
                     look_at = min(look_at, writer.due_at)
             if self._stopping:
                 stop_by = stop_by or now + LAST_S
+                look_at = min(look_at, stop_by)
                 if now > stop_by or not (under_way or self._added or self._ended):
                     break
             try:

@@ -14,8 +14,8 @@ import numpy as np
 
 from meshrl.errors import MalformedMessage, UnencodableValue
 from meshrl.protocol.pace import BatchPace
-from meshrl.protocol.values import own_rows
-from meshrl.wire.batches import batching
+from meshrl.protocol.values import own
+from meshrl.wire.batches import batching, form_of
 from meshrl.wire.frames import Frame
 from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
@@ -79,7 +79,10 @@ class HostedVector:
         self.envs = self._subs.envs
         self.counts = self._subs.counts
         self.draws = self._subs.draws
-        self._batches = batching(envs[0].action_space)
+        space = envs[0].action_space
+        self._batches = batching(space)
+        # The rows of an array of numbers are no views of it, so that no env writes there.
+        self._acts_in_numbers = form_of(space) == "array" and space.shape == ()
         self._attributes = Attributes(open_.name, allow)
         self._threads = threads
         self._calls = Calls(threads)
@@ -219,7 +222,7 @@ class HostedVector:
         actions = body.get("actions")
         self._batches.check(actions, count, "actions", exact=False)
         if self._subs.recording is not None:
-            self._acted = own_rows(actions)
+            self._acted = actions if self._acts_in_numbers else own(actions)
             self._subs.recording.acted(body)
         return list(self._batches.rows(actions, count))
 

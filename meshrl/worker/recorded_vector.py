@@ -43,7 +43,8 @@ class RecordedVector:
         """A step is about to be answered."""
         self.recording.acted(body)
         own_frame = {name: own(frame[name]) for name in ("obs", "rewards", "terminations", "truncations")}
-        own_frame["rewards"] = own_frame["rewards"].astype(np.float64, copy=False)
+        for name, dtype in (("rewards", np.float64), ("terminations", np.bool_), ("truncations", np.bool_)):
+            own_frame[name] = own_frame[name].astype(dtype, copy=False)
         ended = own_frame["terminations"] | own_frame["truncations"]
         told = row_infos(infos, self._count)
         if self._mode == "SameStep":

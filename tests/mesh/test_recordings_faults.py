@@ -110,6 +110,33 @@ async def test_what_does_not_fit_is_counted_and_no_step_fails(url: str, caplog: 
         assert [record for record in caplog.records if "is not recorded" in record.getMessage()]
 
 
+class Screens(gymnasium.Env[Any, Any]):
+    """100 KB a step."""
+
+    observation_space = spaces.Box(0, 255, (210, 160, 3), np.uint8)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros((210, 160, 3), np.uint8), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.full((210, 160, 3), action, np.uint8), 0.0, False, False, {}
+
+
+async def test_a_session_that_begins_with_much_loses_nothing_of_it(url: str) -> None:
+    """More than may wait is noted before the recorder, which sleeps, would look whether there are new sessions."""
+    async with EnvWorker({"screens": Screens}, url, record="full") as worker, Mesh(url) as m:
+        for _ in range(3):
+            async with await m.vector("screens", 8, shards=1) as envs:
+                await envs.reset(seed=1)
+                for n in range(150):  # 120 MB
+                    await envs.step(np.full(8, n % 2))
+                    await asyncio.sleep(0.005)
+            await asyncio.sleep(0.3)  # until it sleeps again
+        assert worker.recorded.lost == 0, worker.recorded.why
+
+
 @pytest.mark.parametrize("asked", [True, False])
 async def test_without_jetstream_nothing_is_recorded_and_it_is_said_to_who_asked(
     tmp_path: Path, asked: bool, caplog: pytest.LogCaptureFixture

@@ -165,6 +165,22 @@ async def test_a_session_that_begins_while_somebody_watches_is_seen_from_its_fir
                 same(viewer.of(id_), told)
 
 
+async def test_a_slow_session_is_seen_step_by_step_and_not_in_bursts(url: str) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, url), Mesh(url) as m, Mesh(url) as other:
+        async with await m.env("of") as env, watching(other, env="of") as viewer:
+            await seen(viewer, env)
+            await asyncio.sleep(1.0)  # nothing more is noted, so that only a step wakes whom shows it
+            await env.reset()
+            counts = set()
+            for n in range(16):
+                _, _, terminated, truncated, _ = await env.step(n % 2)
+                if terminated or truncated:
+                    await env.reset()
+                await asyncio.sleep(0.1)
+                counts.add(len(viewer.seen))
+            assert len(counts) >= 6, "once a second would be two or three times"
+
+
 async def test_who_does_not_keep_up_is_cut_off_and_stops_nobody(url: str) -> None:
     async with EnvWorker({"of": "CartPole-v1"}, url, record="full"), Mesh(url) as m:
         async with await m.env("of") as env, aclosing(tapped(context_of(m), "of", None, 20_000)) as shown:

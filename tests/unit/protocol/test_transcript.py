@@ -204,6 +204,28 @@ def test_who_takes_is_called_once_when_as_much_is_noted() -> None:
     assert called[1:] == [-1]
 
 
+def test_who_asks_again_while_it_is_called_is_called_again() -> None:
+    noted, called = transcript(), []
+    again = 2 * LANES * ROW_BYTES
+
+    def full() -> None:
+        called.append(noted.nbytes)
+        if len(called) == 1:
+            noted.when_full(again, full)
+
+    noted.when_full(1, full)
+    for n in range(4):
+        answer(noted, 7 * n + 1)
+    assert len(called) == 2
+
+
+def test_flags_that_are_no_bools_are_not_taken_for_others() -> None:
+    noted, zeros = transcript(), np.zeros(LANES)
+    noted.note(0.0, None, zeros, np.zeros((LANES, 2), np.float32), zeros, zeros.astype(np.int32), zeros > 0, [])
+    with pytest.raises(ValueError, match="flags are no bools"):
+        noted.taken(1 << 62)
+
+
 def test_the_oldest_is_what_was_noted_first_and_not_taken() -> None:
     noted = transcript()
     assert noted.oldest_at == np.inf
