@@ -16,7 +16,7 @@ from meshrl.bus.connection import Connection
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client.mesh import Mesh
 from meshrl.errors import MalformedMessage, MeshError
-from meshrl.wire import messages, spaces
+from meshrl.wire import messages, of_recordings, spaces
 from meshrl.wire.codec import pack, unpack
 from meshrl.wire.frames import OPS, check_lanes, check_reply, check_request, is_of_lanes
 from meshrl.wire.parts import Assembler, is_part
@@ -51,7 +51,7 @@ def decode(decoder: str, data: bytes) -> object:
         return unpack(data)
     if decoder == "reply":
         return check_reply(unpack(data), 1)
-    return messages.parse(getattr(messages, decoder), data)
+    return messages.parse(vars(messages).get(decoder) or getattr(of_recordings, decoder), data)
 
 
 DECODED = [
