@@ -16,6 +16,7 @@ from meshrl.bus.connect import connect
 from meshrl.bus.embedded import EmbeddedServer
 from meshrl.bus.storing import Reader
 from meshrl.client.context import context_of
+from meshrl.errors import StreamMissing
 from meshrl.protocol.chunks import Chunk, read_chunk
 from meshrl.recording.messages import Messages, is_description
 from meshrl.recording.streams import stream_of
@@ -40,6 +41,26 @@ async def chunks_of(server: EmbeddedServer, env: str, session: str) -> list[Chun
     epochs = [int(one.message_id.split(":")[1]) for one in stored]
     assert epochs == sorted(epochs), "what an earlier worker had left was stored behind a later one's"
     return [read_chunk(one.body) for one in stored if not is_description(one)]
+
+
+async def more_is_stored(server: EmbeddedServer, env: str) -> None:
+    """Wait until some of what was done just now is stored."""
+    subjects = Subjects()
+    async with connect(server.url) as connection, Reader(connection, 5.0) as reader:
+
+        async def chunks() -> int:
+            try:
+                stored = [one async for one in reader.get(stream_of(subjects, env), subjects.recording(env, "*"))]
+            except StreamMissing:
+                return 0
+            return sum(not is_description(one) for one in stored)
+
+        before = await chunks()
+
+        async def has_grown() -> bool:
+            return await chunks() > before
+
+        await until(has_grown, "more is stored")
 
 
 def check_gapless(chunks: list[Chunk]) -> None:
@@ -81,7 +102,7 @@ async def test_an_episode_that_outlives_its_workers_is_one_recording(
                 told.obs.append(copied(obs))
                 told.infos.append(copied(info))
                 if n == 60:
-                    await asyncio.sleep(1.5)  # until some of it is stored, and then some more
+                    await more_is_stored(server, name)
                 if n == 120 and episode < 2:
                     await workers.kill(env.worker)
                     workers.start()
@@ -123,7 +144,7 @@ async def test_a_shard_that_outlives_its_workers_is_one_recording(
         if n < at:
             return
         if what == "wait":
-            await asyncio.sleep(1.3)
+            await more_is_stored(server, "CartPole-v1")
         else:
             await workers.kill(worker_of(envs))
             workers.start()
@@ -155,7 +176,7 @@ async def test_who_comes_late_to_write_pushes_out_nobody_who_came_after(
 
         async def meanwhile(envs: Any, n: int) -> None:
             if n in {30, 80}:
-                await asyncio.sleep(1.3)  # until some of it is stored
+                await more_is_stored(server, name)
             if n == 40:
                 await stack.enter_async_context(slow)
                 await workers.kill(worker_of(envs))
@@ -203,7 +224,7 @@ async def test_who_came_after_goes_on_where_an_older_one_writes_at_the_same_mome
 
         async def meanwhile(env: Any, n: int) -> None:
             if n == 30:
-                await asyncio.sleep(1.3)  # until some of it is stored
+                await more_is_stored(server, name)
             if n == 40:
                 await stack.enter_async_context(second)
                 await workers.kill(env.worker)
@@ -228,7 +249,7 @@ async def test_of_a_session_that_could_not_be_resumed_what_is_stored_ends_as_los
         await env.reset(seed=1)
         for n in range(5):
             await env.step(n % 2)
-        await asyncio.sleep(1.5)
+        await more_is_stored(server, "CartPole-v1")
         await workers.kill(env.worker)
         _, _, _, truncated, _ = await env.step(0)
         assert truncated
@@ -252,7 +273,7 @@ async def test_what_was_begun_anew_and_is_then_resumed_is_one_recording(
         await env.reset(seed=1)
         for n in range(6):
             await env.step(n % 2)
-        await asyncio.sleep(1.5)
+        await more_is_stored(server, name)
         await workers.kill(env.worker)
         assert (await env.step(0))[3], "nobody could take it in time"
         workers.start(2)
@@ -260,7 +281,8 @@ async def test_what_was_begun_anew_and_is_then_resumed_is_one_recording(
             await env.reset(seed=seed)
             for n in range(7):
                 await env.step(n % 2)
-        await asyncio.sleep(1.5)
+        await more_is_stored(server, name)
+        await asyncio.sleep(1.2)  # where that was not all of it
         for n in range(2):
             await env.step(n % 2)
         await workers.kill(env.worker)
