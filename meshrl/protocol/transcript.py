@@ -58,7 +58,7 @@ class Transcript:
         actions: the same.
         level: ``full`` keeps observations and infos too.
         hashes_at_once: whether observations are too large to be kept until a chunk is taken.
-        row_bytes: about what a row takes of a chunk.
+        row_bytes: about what a row takes of a chunk; what it takes until then is added.
         shown_bytes: of one observation.
 
     Attributes:
@@ -92,7 +92,6 @@ class Transcript:
     _taken_bytes: int = 0
     _settled_bytes: int = 0
     _most: int = 0  # that may be noted and not taken
-    _row_bytes: int = 0  # what a row takes until it is
     _space: tuple[np.dtype[Any], tuple[int, ...]] | None = None  # of observations that are arrays
     _failed: str | None = None  # why some of it was not stored, at any time
     _began: dict[int, Began] = field(default_factory=dict)
@@ -108,8 +107,8 @@ class Transcript:
         space = self.observations.space
         if form_of(space) == "array" and space.dtype is not None and space.shape is not None:
             self._space = space.dtype, space.shape
-        hashed_later = self.level == "actions" and not self.hashes_at_once  # kept until then, and in no chunk
-        self._row_bytes = self.row_bytes + (self.shown_bytes if hashed_later else 0)
+        if self.level == "actions" and not self.hashes_at_once:  # kept until they are hashed, and in no chunk
+            self.row_bytes += self.shown_bytes
 
     @property
     def shows(self) -> bool:
@@ -194,7 +193,7 @@ class Transcript:
             if block is None or not block.fits(actions, obs, self.policy):
                 block = self._next_block(actions, obs)
             if block is not None:
-                nbytes = rows * self._row_bytes + more
+                nbytes = rows * self.row_bytes + more
                 block.add(at, actions, obs, rewards, terminations, truncations, begun, finals, told, nbytes)
                 self._noted_now(nbytes)
                 return
@@ -330,7 +329,7 @@ class Transcript:
     def _bytes_of(self, rows: int) -> int:
         """About what they take until they are taken; what is hashed at once is kept for viewers alone."""
         shown = self.watched and self.hashes_at_once and self.level == "actions"
-        return rows * (self._row_bytes + (self.shown_bytes if shown else 0))
+        return rows * (self.row_bytes + (self.shown_bytes if shown else 0))
 
     def _hashed(self, note: Note) -> Note:
         """The same with hashes in place of observations, of the rows and of the finals behind them."""
