@@ -163,19 +163,20 @@ def recorder(rounds: int) -> dict[str, Any]:
             transcript.settle()
             if full.is_set():
                 full.clear()
-                size += drained(transcript, chunker, chunks)
+                size += written(transcript, chunker, chunks)
                 transcript.when_full(chunks.limit, full.set)
             used += time.perf_counter() - began
         began = time.perf_counter()
-        size += drained(transcript, chunker, chunks)
+        size += written(transcript, chunker, chunks, all_of_it=True)
         rates.append(len(shown) / (used + time.perf_counter() - began))
         sizes.append(size / len(shown))
     return {"steps_per_s": rates, "median": statistics.median(rates), "bytes_a_step": statistics.median(sizes)}
 
 
-def drained(transcript: Transcript, chunker: Chunker, chunks: Size) -> int:
+def written(transcript: Transcript, chunker: Chunker, chunks: Size, *, all_of_it: bool = False) -> int:
+    """What is full, or all of it, as chunks; gives their size in bytes."""
     size = 0
-    while noted := transcript.taken(chunks.limit):
+    while (all_of_it or transcript.nbytes >= chunks.limit) and (noted := transcript.taken(chunks.limit)):
         made = chunker.chunk(noted)
         assert made is not None
         stored = len(pack_chunk(made[0]))

@@ -390,7 +390,9 @@ def _chunk() -> Schema:
         "end": {"type": "string", "description": "Why the session ended, where that ends its episodes."},
     }
     needed = ["n", *rows, *lanes, "actions", "started"]
-    return _object("What lanes of a session did, in a Zstandard frame that says its size.", properties, needed)
+    return _object(
+        "What lanes of a session did, in a Zstandard frame that says its size and is checked.", properties, needed
+    )
 
 
 def _entry() -> Schema:

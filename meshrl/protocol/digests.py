@@ -15,6 +15,7 @@ step that ended the episode before.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ _INVERSE = np.uint64(pow(int(_STEP), -1, 1 << 64))
 _BEHIND = 2
 
 
+@lru_cache(maxsize=64)
 def _weights(count: int) -> Words:
     """As many odd weights; those of a shorter row are the first of them."""
     numbers = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)

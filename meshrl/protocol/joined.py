@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from meshrl.errors import MalformedMessage
 from meshrl.protocol.chunks import Column
 from meshrl.protocol.digests import Words, hashes_of
-from meshrl.protocol.noted import Asked, Began, Indices, Note, One
+from meshrl.protocol.noted import Asked, Began, Indices, Note, One, rows_in
 from meshrl.protocol.transcript import Transcript
 from meshrl.protocol.values import hashes_of_values, numbers_of, truths_of
 from meshrl.wire.batches import Batching
@@ -66,26 +67,34 @@ class Told:
 
 def joined(transcript: Transcript, noted: Noted) -> Told:
     """What was noted in ``transcript``, the oldest first, as columns."""
-    notes = [one for one in noted if isinstance(one, Note)]
-    ones = [one for one in noted if isinstance(one, One)]
-    told = _of_ones(transcript, ones) if ones else _of_notes(transcript, notes) if notes else Told()
+    kinds = set(map(type, noted))
+    if One in kinds:
+        told = _of_ones(transcript, [one for one in noted if type(one) is One])
+    elif Note in kinds:
+        told = _of_notes(transcript, [one for one in noted if type(one) is Note])
+    else:
+        told = Told()
     if not transcript.shows:
         told.observations = None
+    if Asked in kinds or list(map(attrgetter("policy"), noted)).count(None) < len(noted):
+        _put_between(told, noted)
+    return told
+
+
+def _put_between(told: Told, noted: Noted) -> None:
+    """What else was asked, and who chose the actions, by the rows before which they stand."""
     row, policy = 0, None
     for one in noted:
         if isinstance(one, Asked):
             told.asked.append((row, one))
             continue
-        size = 1 if isinstance(one, One) else len(one.rewards)
-        if one.policy is None:
-            row += size
-            continue
-        for at, version in enumerate(one.policy if isinstance(one.policy, list) else (one.policy,), row):
-            if version is not None and version != policy:
-                told.policies.append((at, version))
-                policy = version
+        size = rows_in(one)
+        if one.policy is not None:
+            for at, version in enumerate(one.policy if isinstance(one.policy, list) else (one.policy,), row):
+                if version is not None and version != policy:
+                    told.policies.append((at, version))
+                    policy = version
         row += size
-    return told
 
 
 def halves(transcript: Transcript, noted: Noted) -> tuple[Noted, Noted] | None:
@@ -137,9 +146,12 @@ def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
             observations = Column("batch", transcript.observations.rows_or_stack(obs))
     elif hashed:  # one by one, where not each is an array like those of its space
         hashes = np.array([_hash_of(one) for one in ones], np.uint64)
+    elif (batch := _arrays(transcript.observations, obs)) is not None:
+        hashes = hashes_of(list(transcript.observations.leaves(batch, len(obs))), *told, anew)
+        observations = Column("batch", batch)
     else:
         hashes = hashes_of_values(transcript.observations, obs, rewards, terminated, truncated, anew)
-        observations = column_of(transcript.observations, obs)
+        observations = column_of(transcript.observations, obs) if transcript.shows else None
     return Told(
         lanes=np.zeros(len(ones), np.int64),
         rewards=told[0],
@@ -263,17 +275,29 @@ def _dtypes(batches: Batching, batch: Any, size: int) -> list[Any]:
 
 def column_of(batches: Batching, values: list[Any]) -> Column:
     """One env's own values: as a batch, where that keeps each of them to the bit, else as they are."""
+    if (batch := _arrays(batches, values)) is not None:
+        return Column("batch", batch)
     space: Any = batches.space
     kinds = set(map(type, values))
-    if kinds == {np.ndarray}:
-        if all(one.dtype == space.dtype and one.shape == space.shape for one in values):
-            rows = large_rows(values, space.shape, np.dtype(space.dtype))
-            return Column("batch", np.stack(values) if rows is None else rows)
-    elif kinds and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds) and space.shape == ():
-        batch = np.array(values)
-        if batch.dtype.kind in "iu" and (batch.astype(space.dtype) == batch).all():
-            return Column("batch", batch.astype(space.dtype))
+    if kinds and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds) and space.shape == ():
+        numbers = np.array(values)
+        if numbers.dtype.kind in "iu" and (numbers.astype(space.dtype) == numbers).all():
+            return Column("batch", numbers.astype(space.dtype))
     return Column("items", values)
+
+
+def _arrays(batches: Batching, values: list[Any]) -> NDArray[Any] | Rows | None:
+    """Arrays of the space's dtype and shape as a batch; None where there are none, or one is something else."""
+    dtype, shape, count = batches.space.dtype, batches.space.shape, len(values)
+    if not values or dtype is None or shape is None or list(map(type, values)).count(np.ndarray) < count:
+        return None
+    if list(map(attrgetter("dtype"), values)).count(dtype) < count:
+        return None
+    if list(map(attrgetter("shape"), values)).count(shape) < count:
+        return None
+    if (rows := large_rows(values, shape, dtype)) is not None:
+        return rows
+    return np.concatenate(values).reshape(count, *shape) if shape else np.array(values)
 
 
 def batched(batches: Batching, column: Column) -> Column:

@@ -36,6 +36,8 @@ _Untold = tuple[float, Any, Any, Any, Any, Any, Any, "Began | None"]
 
 # Of an episode's number, as clients keep it.
 _NUMBER_BITS = 40
+# Whether observations were hashed: those that were and those that are kept stand in no chunk together.
+_BOTH = {True, False}
 # What may wait to be taken.
 MAX_NOTED_BYTES = 64 * 1024 * 1024
 
@@ -297,7 +299,9 @@ class Transcript:
                     columns = [reward], [terminated], [truncated]
                     hash_ = int(hashes_of_values(self.observations, [obs], *columns, anew)[0])
                 obs = None
-        if obs is not None:
+        if number is not None and obs is not None:
+            obs = obs.copy()
+        elif obs is not None:
             obs = own(obs)
         self._keep(
             One(at, action, obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_, number)
@@ -349,30 +353,29 @@ class Transcript:
         Where somebody began to watch, or does no more, it ends.
         """
         taken: list[Note | One | Asked] = []
-        size, hashed = 0, None
-        while (one := self._first(limit_bytes - size, hashed, least=not taken)) is not None:
-            size += one.nbytes
-            hashed = one.hashed if hashed is None else hashed
-            taken.append(one)
+        part: Note | One | Asked | None
+        hashed: bool | None = None
+        noted, size = self._noted, 0
+        while noted:
+            first = noted[0]
+            if isinstance(first, Block):
+                closed = first.closed  # looked at first: nothing is written after it
+                part = first.taken(limit_bytes - size, least=not taken)
+                if part is None:
+                    if not (closed and first.exhausted):
+                        break
+                    noted.popleft()
+                    continue
+            else:
+                part, its = first, first.hashed
+                if taken and (part.nbytes > limit_bytes - size or {hashed, its} == _BOTH):
+                    break
+                hashed = hashed if its is None else its
+                noted.popleft()
+            size += part.nbytes
+            taken.append(part)
         self._taken_bytes += size
         return taken
-
-    def _first(self, limit_bytes: int, hashed: bool | None, *, least: bool) -> Note | One | Asked | None:
-        """What was noted first, if it is like what was before it, and no more than so much, or ``least``."""
-        while self._noted:
-            first = self._noted[0]
-            if not isinstance(first, Block):
-                if not (least or first.nbytes <= limit_bytes) or {hashed, first.hashed} == {True, False}:
-                    return None
-                self._noted.popleft()
-                return first
-            closed = first.closed  # looked at first: nothing is written after it
-            if (note := first.taken(limit_bytes, least=least)) is not None:
-                return note
-            if not (closed and first.exhausted):
-                return None
-            self._noted.popleft()
-        return None
 
     # ---------------------------------------------------------------- when to take it
 

@@ -38,6 +38,7 @@ class Size:
     """
 
     factor: float = 1.0
+    _weight: float = 1.0  # of the next that is seen; nothing is known before the first
 
     @property
     def limit(self) -> int:
@@ -47,7 +48,8 @@ class Size:
     def seen(self, noted: int, stored: int) -> None:
         """What was noted has become a chunk of so many bytes."""
         if noted > stored or stored > CHUNK_BYTES:  # little of it is mostly what every chunk has
-            self.factor += (min(MAX_FACTOR, max(1.0, noted / stored)) - self.factor) / 4
+            self.factor += (min(MAX_FACTOR, max(1.0, noted / stored)) - self.factor) * self._weight
+            self._weight = 0.25
 
 
 class SessionWriter:
