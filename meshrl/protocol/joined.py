@@ -18,6 +18,7 @@ from meshrl.errors import MalformedMessage
 from meshrl.protocol.chunks import Column
 from meshrl.protocol.digests import Words, hashes_of
 from meshrl.protocol.noted import Asked, Began, Indices, Note, One, rows_in
+from meshrl.protocol.shelf import rows_of
 from meshrl.protocol.transcript import Transcript
 from meshrl.protocol.values import hashes_of_values, numbers_of, truths_of
 from meshrl.wire.batches import Batching
@@ -143,7 +144,7 @@ def _of_ones(transcript: Transcript, ones: Sequence[One]) -> Told:
     if None not in numbers:
         hashes = hashes_of([np.array(numbers, np.uint64)], *told, anew)
         if not hashed:
-            observations = Column("batch", transcript.observations.rows_or_stack(obs))
+            observations = Column("batch", rows_of(obs))
     elif hashed:  # one by one, where not each is an array like those of its space
         hashes = np.array([_hash_of(one) for one in ones], np.uint64)
     elif (batch := _arrays(transcript.observations, obs)) is not None:

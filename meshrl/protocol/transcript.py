@@ -25,6 +25,7 @@ from meshrl.errors import UnencodableValue
 from meshrl.protocol.block import Block, is_plain
 from meshrl.protocol.digests import hashes_of, seen
 from meshrl.protocol.noted import Asked, Began, Indices, Info, Note, One, rows_in
+from meshrl.protocol.shelf import Shelf
 from meshrl.protocol.values import hashes_of_values, numbers_of, own, truths_of
 from meshrl.wire.batches import Batching, form_of
 from meshrl.wire.codec import pack
@@ -94,7 +95,7 @@ class Transcript:
     _taken_bytes: int = 0
     _settled_bytes: int = 0
     _most: int = 0  # that may be noted and not taken
-    _space: tuple[np.dtype[Any], tuple[int, ...]] | None = None  # of observations that are arrays
+    _shelf: Shelf | None = None  # for observations, where they are arrays
     _failed: str | None = None  # why some of it was not stored, at any time
     _began: dict[int, Began] = field(default_factory=dict)
     _numbers: list[int] = field(default_factory=list)
@@ -107,8 +108,8 @@ class Transcript:
         self._numbers = [0] * self.count
         self._most = MAX_NOTED_BYTES
         space = self.observations.space
-        if form_of(space) == "array" and space.dtype is not None and space.shape is not None:
-            self._space = space.dtype, space.shape
+        if form_of(space) == "array" and space.dtype is not None and space.shape:
+            self._shelf = Shelf(space.dtype, space.shape)
         if self.level == "actions" and not self.hashes_at_once:  # kept until they are hashed, and in no chunk
             self.row_bytes += self.shown_bytes
 
@@ -287,22 +288,21 @@ class Transcript:
         begun: Began | None,
     ) -> None:
         packed, number, hash_, nbytes = None, None, None, self._bytes_of(1)
+        shelf = self._shelf
         if self.shows and info:
             packed = _told(info) or None
             nbytes += len(packed or b"")
         if self.hashes_at_once:
-            if self._space is not None:
-                number = seen(obs, *self._space)
+            if shelf is not None:
+                number = seen(obs, shelf.dtype, shelf.shape)
             if not self.shows:
                 if number is None:
                     anew = [0] if begun else []
                     columns = [reward], [terminated], [truncated]
                     hash_ = int(hashes_of_values(self.observations, [obs], *columns, anew)[0])
                 obs = None
-        if number is not None and obs is not None:
-            obs = obs.copy()
-        elif obs is not None:
-            obs = own(obs)
+        if obs is not None:
+            obs = own(obs) if number is None or shelf is None else shelf.put(obs)
         self._keep(
             One(at, action, obs, reward, terminated, truncated, packed, begun, self.policy, nbytes, hash_, number)
         )
@@ -375,6 +375,8 @@ class Transcript:
             size += part.nbytes
             taken.append(part)
         self._taken_bytes += size
+        if self._shelf is not None and taken:
+            self._shelf = self._shelf.another()
         return taken
 
     # ---------------------------------------------------------------- when to take it

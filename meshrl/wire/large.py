@@ -40,15 +40,19 @@ class Rows:
 
     Attributes:
         items: one or more, of one shape and dtype and in C order; see :func:`large_rows`.
+        pieces: the same in larger arrays, where some stand side by side.
         shape: of the array.
         dtype: of it.
         nbytes: of it.
     """
 
-    __slots__ = ("dtype", "items", "nbytes", "shape")
+    __slots__ = ("dtype", "items", "nbytes", "pieces", "shape")
 
-    def __init__(self, items: Sequence[np.ndarray[Any, Any]]) -> None:
+    def __init__(
+        self, items: Sequence[np.ndarray[Any, Any]], pieces: Sequence[np.ndarray[Any, Any]] | None = None
+    ) -> None:
         self.items = items
+        self.pieces = items if pieces is None else pieces
         self.shape = (len(items), *items[0].shape)
         self.dtype = items[0].dtype
         self.nbytes = len(items) * items[0].nbytes
@@ -105,7 +109,7 @@ def parts_ending(
     head = pack({**rest, key: form})
     assert head.endswith(_EMPTY_BIN), "the array's data is the last of the message"
     length = array.nbytes.to_bytes(_LENGTH_BYTES, "big")
-    data = array.items if type(array) is Rows else (array,)
+    data = array.pieces if type(array) is Rows else (array,)
     return [head[: -len(_EMPTY_BIN)] + _BIN_32 + length, *data]
 
 
