@@ -59,7 +59,7 @@ class PlainPath:
 
     async def unsubscribe(self, subscription: Any, *, drain: bool = False) -> None:
         """End a subscription; with ``drain``, when what is under way has come."""
-        await (subscription.drain() if drain else subscription.unsubscribe())
+        await (self._flushes.drain(subscription) if drain else subscription.unsubscribe())
 
     def publish(self, subject: str, reply: str, body: bytes) -> None:
         """Send soon, in order."""

@@ -293,8 +293,12 @@ class ThinPath:
 
     async def unsubscribe(self, subscription: Any, *, drain: bool = False) -> None:
         """End a subscription; messages that are still under way go nowhere, or (``drain``) where all others went."""
-        await (subscription.drain() if drain else subscription.unsubscribe())
-        self.handlers.pop(str(subscription._id).encode(), None)  # noqa: SLF001
+        try:
+            await subscription.unsubscribe()
+            if drain:
+                await self.flush(SUBSCRIBE_S)
+        finally:
+            self.handlers.pop(str(subscription._id).encode(), None)  # noqa: SLF001
 
     def publish(self, subject: str, reply: str, body: bytes) -> None:
         """Send now if it is the first since a read that brought one message or none, else with others.

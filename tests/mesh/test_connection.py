@@ -227,6 +227,43 @@ async def test_a_flush_that_was_given_up_leaves_the_connection_whole(server: Emb
         assert not bus.raw._reading_task.done(), "nats-py still reads"
 
 
+async def test_a_drain_that_is_cancelled_at_its_very_end_is_cancelled(
+    url: str, path: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11's ``wait_for`` forgets a cancellation in the turn of the loop that brings its result."""
+    async with connect(url) as bus, connect(url) as other:
+        subscription = await bus.subscribe("x", lambda *_: None)
+        answered = bus.path.client._process_pong
+
+        async def and_cancel() -> None:
+            await answered()
+            task.cancel()
+
+        monkeypatch.setattr(bus.path.client, "_process_pong", and_cancel)
+        task = asyncio.create_task(subscription.drain())
+        await asyncio.wait({task}, timeout=10.0)
+        assert task.cancelled()
+        monkeypatch.undo()
+        await bus.flush(10.0)
+        assert await other.ask("x", b"", 10.0) is None
+
+
+async def test_what_was_sent_before_a_drain_still_arrives(url: str, path: type[Any]) -> None:
+    async with connect(url) as bus, connect(url) as other:
+        seen: list[bytes] = []
+        subscription = await bus.subscribe("x", lambda _s, _r, body: seen.append(body))
+        for n in range(100):
+            other.publish("x", bytes([n]))
+        await other.flush(10.0)  # the server has them, and whether they were read here is open
+        await subscription.drain()
+        assert seen == [bytes([n]) for n in range(100)]
+        await subscription.drain()
+        other.publish("x", b"more")
+        await other.flush(10.0)
+        await bus.flush(10.0)
+        assert len(seen) == 100
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="stops the server by signal")
 async def test_deadlines_of_nats_py_itself_leave_the_thin_path_whole(server: EmbeddedServer) -> None:
     async with connect(server.url) as bus:
