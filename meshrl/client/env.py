@@ -11,6 +11,7 @@ from meshrl.client.actions import Check, checker
 from meshrl.client.forking import fork
 from meshrl.client.leased import Leased
 from meshrl.client.readable import check_spaces
+from meshrl.client.resumable import ResumableSession
 from meshrl.client.session import RemoteSession, fields_of
 from meshrl.client.window import Shows, Window
 from meshrl.errors import MalformedMessage, ResetNeeded, SessionLost, StepUnsettled, UsageError
@@ -87,6 +88,22 @@ class RemoteEnv(Leased):
     def unsettled(self) -> str:
         """The op whose result :meth:`settle` gives, such as ``step``; empty if there is none."""
         return self._session.unsettled if self._unshown is None else self._unshown[0]
+
+    def last(self) -> Step:
+        """What the last reset or step told, as a step's tuple, of which a reset has its observation and info.
+
+        It costs no round trip. A fork has what its origin told last, so that this is where it goes on from.
+
+        Raises:
+            UsageError: it was leased with ``on_loss="raise"``, which keeps no answer.
+            ResetNeeded: before the first ``reset``.
+        """
+        if not isinstance(self._session, ResumableSession):
+            raise UsageError(f"{self.name}: on_loss='raise' keeps no answers; 'resume' and 'truncate' do")
+        told = self._session.told
+        if not told:
+            raise ResetNeeded(f"{self.name}: nothing was told yet; reset it")
+        return _step_of({"reward": 0.0, "terminated": False, "truncated": False, **unpack(whole(told))})
 
     # ---------------------------------------------------------------- an env's calls
 

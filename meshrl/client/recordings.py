@@ -210,6 +210,8 @@ class Recordings(ABC):
     ) -> RemoteEnv:
         """A live env in the state in which a recorded episode was after so many steps.
 
+        ``env.last()`` gives what was told there: the observation to go on from.
+
         Args:
             episode_id: of :meth:`episodes`.
             step: after how many steps; 0 is right after the reset, None the end.

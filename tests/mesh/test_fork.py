@@ -12,7 +12,7 @@ import pytest
 
 from meshrl import Mesh
 from meshrl.bus.embedded import EmbeddedServer
-from meshrl.errors import ConcurrentStep, MeshFull, ReplayDiverged, UsageError
+from meshrl.errors import ConcurrentStep, MeshFull, ReplayDiverged, ResetNeeded, UsageError
 from tests.mesh.conftest import until
 from tests.mesh.gymnasium_ids import TAXI
 from tests.mesh.losing import Workers, same
@@ -41,6 +41,8 @@ async def test_forks_go_on_as_the_env_itself_and_apart_from_it(
             if theirs[2] or theirs[3]:
                 same(await env.reset(), local.reset())
         forks = await env.fork(4)
+        for fork in forks:
+            same(fork.last(), env.last())
         assert len({fork.session_id for fork in forks} | {env.session_id}) == 5
         assert len({fork.worker for fork in forks}) == 2, "spread like any others"
         actions = [local.action_space.sample() for _ in range(30)]
@@ -60,6 +62,29 @@ async def play(env: Any, actions: list[Any]) -> list[Any]:
         if told[-1][2] or told[-1][3]:
             await env.reset()
     return told
+
+
+async def test_last_is_what_was_told_last(server: EmbeddedServer, workers: Workers) -> None:
+    assert workers
+    async with Mesh(server.url) as m:
+        for on_loss in ("resume", "truncate"):
+            async with await m.env("CartPole-v1", on_loss=on_loss) as env:
+                with pytest.raises(ResetNeeded):
+                    env.last()
+                obs, info = await env.reset(seed=1)
+                same(env.last(), (obs, 0.0, False, False, info))
+                told = await env.step(1)
+                await env.get_attr("x_threshold")
+                same(env.last(), told)
+                stepping = asyncio.ensure_future(env.step(1))
+                await asyncio.sleep(0)
+                same(env.last(), told)
+                told = await stepping
+                same(env.last(), told)
+        async with await m.env("CartPole-v1", on_loss="raise") as env:
+            await env.reset(seed=1)
+            with pytest.raises(UsageError, match="keeps no answers"):
+                env.last()
 
 
 async def test_forks_of_an_env_with_attributes_have_them(server: EmbeddedServer, workers: Workers) -> None:

@@ -21,6 +21,9 @@ from tests.mesh.test_vector_parity import different
 async def go_on(env: RemoteEnv, told: ToldEpisode, infos: list[Any], at: int, until: int | None = None) -> None:
     """Take the actions that were taken after some steps; all that is told must be what was told then."""
     spaces = told.spaces[0]
+    before, *_, info = env.last()
+    pair = (before, told.obs[at]) if told.infos else (batch_of(spaces, [before]), batch_of(spaces, [told.obs[at]]))
+    assert not different([info, pair[0]], [infos[at], pair[1]], f"after {at} steps")
     for n in range(at, len(told.rewards) if until is None else until):
         obs, *facts, info = await env.step(told.actions[n])
         assert facts == [told.rewards[n], told.terminations[n], told.truncations[n]]
