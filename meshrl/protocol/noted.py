@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meshrl.errors import UnencodableValue
 from meshrl.protocol.digests import Words
+from meshrl.wire.codec import pack
 
 Indices = NDArray[np.int64]
 Info = dict[str, Any]
@@ -118,3 +120,23 @@ def rows_in(noted: Note | One | Asked) -> int:
     if isinstance(noted, Note):
         return len(noted.rewards)
     return 1 if isinstance(noted, One) else 0
+
+
+def packed_infos(infos: Sequence[tuple[int, Info]], finals: Collection[int]) -> list[tuple[int, bool, bytes]]:
+    """Those that are not empty; of a row that is a final, the first is that of its step."""
+    packed = []
+    for row, info in infos:
+        if row in finals and "final_obs" in info:
+            if info.get("final_info"):
+                packed.append((row, True, packed_info(info["final_info"])))
+        elif info:
+            packed.append((row, False, packed_info(info)))
+    return [one for one in packed if one[2]]
+
+
+def packed_info(info: Info) -> bytes:
+    """An info, packed; nothing of one that cannot be: its learner was told an error in its place."""
+    try:
+        return pack(info)
+    except UnencodableValue:
+        return b""

@@ -14,21 +14,20 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshrl.errors import UnencodableValue
 from meshrl.protocol.block import Block, is_plain
 from meshrl.protocol.digests import hashes_of, seen
-from meshrl.protocol.noted import Asked, Began, Indices, Info, Note, One, rows_in
+from meshrl.protocol.noted import Asked, Began, Indices, Info, Note, One, packed_info, packed_infos, rows_in
 from meshrl.protocol.shelf import Shelf
+from meshrl.protocol.stored import Stored, Told
 from meshrl.protocol.values import hashes_of_values, numbers_of, own, truths_of
 from meshrl.wire.batches import Batching, form_of
-from meshrl.wire.codec import pack
 from meshrl.wire.large import LARGE_BYTES, Rows
 
 Level = Literal["actions", "full"]
@@ -88,15 +87,13 @@ class Transcript:
     watched: bool = False
     redone: bool = False
     begun: int = 1
-    _waiting: deque[tuple[int, Callable[[str | None], None]]] = field(default_factory=deque)
+    _stored: Stored = field(default_factory=Stored)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _full: _Full = field(default_factory=lambda: _Full(math.inf, lambda: None))
     _noted_bytes: int = 0
     _taken_bytes: int = 0
-    _settled_bytes: int = 0
     _most: int = 0  # that may be noted and not taken
     _shelf: Shelf | None = None  # for observations, where they are arrays
-    _failed: str | None = None  # why some of it was not stored, at any time
     _began: dict[int, Began] = field(default_factory=dict)
     _numbers: list[int] = field(default_factory=list)
     _noted: deque[Block | Note | One | Asked] = field(default_factory=deque)
@@ -187,7 +184,7 @@ class Transcript:
                     if "final_obs" in info and row in begun and (terminations[row] or truncations[row])
                 ]
             if self.shows:
-                told = _packed(infos, {row for row, _ in finals})
+                told = packed_infos(infos, {row for row, _ in finals})
         rows, more = len(rewards) + len(finals), sum([len(info) for _, _, info in told]) if told else 0
         if lanes is None and not self.hashes_at_once:
             if self._noted_bytes - self._taken_bytes > self._most and self._refuses(len(rewards)):
@@ -255,7 +252,7 @@ class Transcript:
             truths_of([ended[1]]),
             {} if begun is None else {0: begun},
             finals,
-            _packed([(0, info) for info in infos], {0} if finals else ()) if self.shows else (),
+            packed_infos([(0, info) for info in infos], {0} if finals else ()) if self.shows else (),
             self.policy,
             self._bytes_of(1 + len(finals)),
         )
@@ -290,7 +287,7 @@ class Transcript:
         packed, number, hash_, nbytes = None, None, None, self._bytes_of(1)
         shelf = self._shelf
         if self.shows and info:
-            packed = _told(info) or None
+            packed = packed_info(info) or None
             nbytes += len(packed or b"")
         if self.hashes_at_once:
             if shelf is not None:
@@ -398,25 +395,13 @@ class Transcript:
 
     # ---------------------------------------------------------------- whether it is stored
 
-    def when_stored(self, told: Callable[[str | None], None]) -> None:
+    def when_stored(self, told: Told) -> None:
         """Call ``told``, on any thread, when all that was noted so far is stored: with None, or with why it is not."""
-        with self._lock:
-            why = "it is recorded no more" if self.closed else self._failed
-            if why is None and self._settled_bytes < self._noted_bytes:
-                self._waiting.append((self._noted_bytes, told))
-                return
-        told(why)
+        self._stored.when(self._noted_bytes, told)
 
     def settled(self, why: str | None) -> None:
         """All that was taken is stored, or, where it is said why, is not."""
-        ready = []
-        with self._lock:
-            self._settled_bytes = until = self._noted_bytes if self.closed else self._taken_bytes
-            self._failed = self._failed or why
-            while self._waiting and self._waiting[0][0] <= until:
-                ready.append(self._waiting.popleft()[1])
-        for told in ready:
-            told(why)
+        self._stored.settled(self._noted_bytes if self.closed else self._taken_bytes, why)
 
     def close(self) -> None:
         """Note nothing more: nobody takes it."""
@@ -435,23 +420,3 @@ class Transcript:
                 else:
                     lanes.add(one.lane if isinstance(one, Asked) else 0)
         return lanes, rows
-
-
-def _packed(infos: Sequence[tuple[int, Info]], finals: Collection[int]) -> list[tuple[int, bool, bytes]]:
-    """Those that are not empty; of a row that is a final, the first is that of its step."""
-    packed = []
-    for row, info in infos:
-        if row in finals and "final_obs" in info:
-            if info.get("final_info"):
-                packed.append((row, True, _told(info["final_info"])))
-        elif info:
-            packed.append((row, False, _told(info)))
-    return [one for one in packed if one[2]]
-
-
-def _told(info: Info) -> bytes:
-    """An info, packed; nothing of one that cannot be: its learner was told an error in its place."""
-    try:
-        return pack(info)
-    except UnencodableValue:
-        return b""
