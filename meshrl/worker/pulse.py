@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
+from meshrl.bus.answering import answer
 from meshrl.bus.connect import connect
 from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
@@ -238,7 +239,7 @@ class Pulse:
                     self._worker.expire(expired)
                 self._say_audit(connection)
                 for to, packed in self._worker.overdue(now):
-                    connection.publish(to, packed)
+                    answer(connection, to, packed)
                 if now >= due:
                     due = now + ADVERTISE_S
                     self._advertise(connection)
@@ -296,8 +297,7 @@ class Pulse:
         try:
             ask = parse(Ask, body)
         except MeshError as exc:
-            if reply:
-                connection.publish(reply, pack(error_reply(exc)))
+            answer(connection, reply, pack(error_reply(exc)))
             return
         if (ask.worker or self._worker.id) != self._worker.id or (ask.kind or self._worker.kind) != self._worker.kind:
             return
@@ -320,12 +320,12 @@ class Pulse:
             known = Known(advertisements=[self._advertisement(d) for d in some], descriptions=some).to_wire()
             for reply in replies:
                 # All workers answer one reply subject: the lane keeps their parts apart.
-                connection.publish(reply, known, mark=(crc32(self._worker.id.encode()) >> 1, at, 0))
+                answer(connection, reply, known, mark=(crc32(self._worker.id.encode()) >> 1, at, 0))
 
     def _say_making(self, connection: Connection, name: str, replies: set[str]) -> None:
         making = Known(advertisements=[], descriptions=[], making=[name]).to_wire()
         for reply in replies:
-            connection.publish(reply, making)
+            answer(connection, reply, making)
 
     async def _provide(self, connection: Connection, name: str) -> None:
         """Answer all who ask for ``name`` until it is there, or cannot be; meanwhile they hear that it is made."""
@@ -359,20 +359,19 @@ class Pulse:
         exc.details["asked"] = [self._worker.kind, name]
         packed = pack(error_reply(exc))
         for reply in replies:
-            connection.publish(reply, packed)
+            answer(connection, reply, packed)
 
     # ---------------------------------------------------------------- probes and leases
 
     def _answering(
-        self, connection: Connection, answer: Callable[[str, bytes], bytes]
+        self, connection: Connection, tell: Callable[[str, bytes], bytes]
     ) -> Callable[[str, str, bytes], None]:
         def deliver(subject: str, reply: str, body: bytes) -> None:
             try:
-                answered = answer(subject.rpartition(".")[2], body)
+                answered = tell(subject.rpartition(".")[2], body)
             except MeshError as exc:
                 answered = pack(error_reply(exc))
-            if reply:
-                connection.publish(reply, answered)
+            answer(connection, reply, answered)
 
         return deliver
 

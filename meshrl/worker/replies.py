@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from meshrl.bus.answering import answer
 from meshrl.bus.connection import Connection
 from meshrl.errors import MeshError, UnencodableValue
 from meshrl.wire.codec import pack
@@ -18,9 +19,9 @@ class Replies:
         self._attempts = itertools.count(1)
 
     def send(self, to: str, packed: bytes, lane: int = 0, seq: int = 0) -> None:
-        """Send; a request without a reply subject gets none."""
-        if to and self.connection is not None and not self.connection.closed:
-            self.connection.publish(to, packed, mark=(lane, seq, next(self._attempts)))
+        """Send; a request without an inbox for it gets none."""
+        if self.connection is not None and not self.connection.closed:
+            answer(self.connection, to, packed, mark=(lane, seq, next(self._attempts)))
 
     def refuse(self, to: str, exc: MeshError, seq: int | None = None) -> None:
         """Send an error; facts of it that cannot travel (an env may raise anything) stay here."""

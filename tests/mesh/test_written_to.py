@@ -155,12 +155,12 @@ async def test_digests_are_of_what_was_sent_also_where_the_next_request_waits_al
             await envs.recv()
         session, heard = envs._sessions[0], []
         async with connect(server.url) as bus:
-            await bus.subscribe("answers", lambda _subject, _reply, body: heard.append(unpack(body)))
+            await bus.subscribe("_INBOX.answers", lambda _subject, _reply, body: heard.append(unpack(body)))
 
             def ask(seq: int) -> None:
                 which = {"lane": 0, "seq": seq} if form == "vector" else {"lanes": zero, "seqs": np.array([seq])}
                 body = {"epoch": session.grant.epoch, **which, "actions": one}
-                bus.publish(f"{session._subject}step", pack(body), "answers")
+                bus.publish(f"{session._subject}step", pack(body), "_INBOX.answers")
 
             for seq in range(122, 182, 2):  # each writes its pictures into those of the one before
                 ask(seq)

@@ -1,0 +1,71 @@
+"""Answers go to inboxes: nobody has a worker publish anywhere else what only a worker may."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshrl import AgentWorker, EnvWorker
+from meshrl.bus.connect import connect
+from meshrl.wire.codec import pack, unpack
+from meshrl.wire.messages import Ask, Close, Open, Probe, Renew
+from meshrl.wire.subjects import Subjects
+from meshrl.worker.policies import random_policy
+from tests.mesh.envs import Counter
+
+AT = Subjects()
+BROKEN = b"\xc1"
+# What workers may publish on, and learners may not.
+ELSEWHERE = [
+    AT.audit("e1"),
+    AT.advertisement("env", "counter", "e1"),
+    AT.recording("counter", "s"),
+    AT.episodes("counter", "s"),
+    "_INBOXES.x",
+    "x",
+]
+
+
+def asked(seq: int, **fields: object) -> bytes:
+    return pack({"epoch": 1, "lane": 0, "seq": seq, **fields})
+
+
+async def test_what_wants_its_answer_elsewhere_is_answered_nowhere(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with (
+        EnvWorker({"counter": Counter}, url) as worker,
+        AgentWorker({"random": random_policy}, url) as agents,
+        connect(url) as bus,
+    ):
+        user, heard = bus.user, list[str]()
+
+        def session(op: str) -> str:
+            return AT.session(worker.id, user, "s", op)
+
+        requests = [
+            (AT.ask, Ask().to_wire()),
+            (AT.ask, Ask(name="counter").to_wire()),
+            (AT.worker(worker.id, "probe", user), Probe(awaited=[]).to_wire()),
+            (AT.worker(agents.id, "renew", user), Renew(sessions=[]).to_wire()),
+            (AT.worker(worker.id, "drain", user), BROKEN),
+            (AT.any_open("counter", user), Open(session="other", name="counter").to_wire()),
+            (AT.worker(worker.id, "open", user), Open(session="s", name="counter").to_wire()),
+            (session("reset"), asked(1, seed=1)),
+            (session("step"), asked(2, action=1)),
+            (session("get_attr"), asked(3, name="count")),
+            (session("fly"), asked(4)),
+            (session("step"), BROKEN),
+            (session("step"), pack({"epoch": 7, "lane": 0, "seq": 1, "action": 1})),
+            (session("close"), Close(epoch=1).to_wire()),
+            (AT.any_act("random", user), pack({"obs": 1})),
+            (AT.worker(agents.id, "act", user), BROKEN),
+        ]
+        for subject in ELSEWHERE:
+            await bus.subscribe(subject, lambda at, _reply, _body: heard.append(at))
+        for subject, body in requests:
+            for reply in ELSEWHERE:
+                bus.publish(subject, body, reply)
+            answer = await bus.ask(subject, body, 10.0)
+            assert answer is not None, f"{subject} is answered on an inbox"
+            assert type(unpack(answer)) is dict
+        await bus.flush()
+        assert heard == []
+        assert {f"an answer is wanted on {reply!r}" in caplog.text for reply in ELSEWHERE} == {True}
