@@ -110,15 +110,17 @@ class Chunker:
     Args:
         transcript: of the session.
         every: of each lane every so many episodes are recorded, the first among them.
+        shows: whether observations and infos are in them; None where the level of the recording says so.
 
     Attributes:
         n: the number of the last chunk.
     """
 
-    def __init__(self, transcript: Transcript, every: int = 1) -> None:
+    def __init__(self, transcript: Transcript, every: int = 1, *, shows: bool | None = None) -> None:
         self.n = 0
         self._transcript = transcript
         self._every = every
+        self._shows = transcript.level == "full" if shows is None else shows
         self._lanes = _Lanes(transcript.count)
         self._digests = np.zeros(transcript.count, np.uint64)
         self._touched: set[int] = set()
@@ -196,7 +198,7 @@ class Chunker:
         if not (len(rows.source) or told.asked or len(ended) or lost or end):
             self.n -= 1
             return None
-        full = self._transcript.level == "full" or (self._transcript.watched and told.observations is not None)
+        full = self._shows and (told.observations is not None or not len(rows.source))
         touched = sorted(self._touched)
         self._touched.update(one.lane for _, one in told.asked)
         policy, self._policy = self._policy, told.policies[-1][1] if told.policies else self._policy

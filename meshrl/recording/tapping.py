@@ -1,8 +1,8 @@
 """Tapping: what recorded sessions do, shown to whoever watches at this moment, and stored for nobody.
 
 A viewer says again and again that it watches. As long as that lasts, a worker cuts the chunks of the session more
-often, keeps observations and infos in them whatever the level of the recording is, and publishes each as it is made. No
-step waits for that, and the server cuts off a viewer that does not keep up.
+often, and publishes others beside them that have observations and infos whatever the level of the recording is, and all
+episodes, however few of them are kept. No step waits for that, and the server cuts off a viewer that does not keep up.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from meshrl.bus.connection import Connection
 from meshrl.errors import MeshError, SubjectNotPermitted
-from meshrl.protocol.chunks import Chunk, pack_chunk
+from meshrl.protocol.chunking import Chunker
+from meshrl.protocol.chunks import pack_chunk
+from meshrl.protocol.joined import Noted
 from meshrl.recording.chain import Storing
 from meshrl.recording.messages import Messages
 from meshrl.wire.messages import parse
@@ -38,14 +42,16 @@ class Tap:
         session: as its client knows it.
         messages: of its recording, which may be of another id.
         until: when they are believed to be gone, in monotonic seconds.
-        first: the number of the first chunk that is shown: of the one before not all was noted for viewers.
+        chunker: of what is shown.
+        late: whether something was noted before anybody watched, and so without what viewers want.
     """
 
     storing: Storing
     session: str
     messages: Messages
     until: float
-    first: int
+    chunker: Chunker
+    late: bool
 
     def describe(self) -> None:
         """Say what it is; to those who watch already, once more."""
@@ -54,12 +60,14 @@ class Tap:
         except MeshError as exc:  # it may be larger than a message
             log.info("session %s is not shown: %s", self.session, exc.message)
 
-    def show(self, chunk: Chunk) -> None:
-        """Show a chunk; one that is too large for a message is a gap to its viewers."""
-        if chunk.n < self.first or chunk.observations is None:
+    def show(self, noted: Noted, end: str) -> None:
+        """Show what was noted; what is too large for a message is a gap to its viewers."""
+        made = self.chunker.chunk(noted, end)
+        late, self.late = self.late, False
+        if made is None or late or made[0].observations is None:
             return
         try:
-            self._publish("rows", pack_chunk(chunk))
+            self._publish("rows", pack_chunk(replace(made[0], first=np.zeros_like(made[0].first))))
         except MeshError as exc:
             log.info("a chunk of session %s is not shown: %s", self.session, exc.message)
 

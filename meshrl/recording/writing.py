@@ -94,6 +94,7 @@ class SessionWriter:
         self._not_before = 0.0
         self._lost = 0  # rows of a chunk that could not be stored, to be told with what was dropped for it
         self._tap: Tap | None = None
+        self._shown = 0  # the number of the last chunk that was shown by an earlier one
         self._placed = False  # whether it is known where it goes on
 
     def __repr__(self) -> str:
@@ -104,16 +105,29 @@ class SessionWriter:
     def watched(self, until: float, now: float) -> bool:
         """Somebody watches until then; gives whether it is shown."""
         if self.over or until <= now:
-            self._tap, self.transcript.watched = None, False
+            self._forget_viewers()
+            self.transcript.watched = False
         elif self._tap is None:
-            first = self._chunker.n + (1 if self.transcript.watched else 2)  # what was noted so far is of the next
-            self._tap = Tap(self._storing, self.known_as[1], self._messages, until, first)
+            chunker = Chunker(self.transcript, shows=True)
+            chunker.go_back(self._chunker.standing())
+            chunker.n = self._shown + 1  # one more, so that no viewer takes it for the next of those before
+            late = not self.transcript.watched and self.transcript.nbytes > 0
+            self._tap = Tap(self._storing, self.known_as[1], self._messages, until, chunker, late)
             self._tap.describe()
             self.transcript.watched = True
         elif until > self._tap.until:  # somebody else may have come
             self._tap.until = until
             self._tap.describe()
         return self._tap is not None
+
+    def _show(self, noted: Noted, end: str) -> None:
+        if self._tap is not None:
+            self._tap.show(noted, end)
+
+    def _forget_viewers(self) -> None:
+        """Who goes on watching is shown what comes from now on, as if they had come just now."""
+        if self._tap is not None:
+            self._shown, self._tap = self._tap.chunker.n, None
 
     # ---------------------------------------------------------------- writing
 
@@ -190,6 +204,7 @@ class SessionWriter:
         if self.transcript.missed:
             missed, self.transcript.missed = self.transcript.missed, 0
             self._chunker.lose(set(range(self.transcript.count)))
+            self._forget_viewers()
             self._missed(missed, "the server does not keep up")
         while noted := self.transcript.taken(self._size.limit):
             last = end is not None and not self.transcript.nbytes
@@ -213,17 +228,16 @@ class SessionWriter:
             self._drop("it cannot be put down")
             return
         if made is None:
+            self._show(noted, end)
             return
-        shown, ended = replace(made[0], first=self._messages.where_they_began(made[0])), made[1]
-        chunk = shown if self._messages.recorded.level == "full" else replace(shown, observations=None, infos=None)
+        chunk, ended = replace(made[0], first=self._messages.where_they_began(made[0])), made[1]
         try:
             body = pack_chunk(chunk)
             self._size.seen(sum(one.nbytes for one in noted), len(body))
             too_large = len(body) > self._storing.connection.max_headed
             parts = halves(self.transcript, noted) if too_large else None
             if parts is None:
-                if self._tap is not None:
-                    self._tap.show(shown)
+                self._show(noted, end)
                 await self._messages.store(chunk, body, ended, self._chunker.oldest)
                 self._storing.counts.recorded += len(chunk)
         except MeshError:
@@ -255,6 +269,7 @@ class SessionWriter:
     def _drop(self, why: str) -> None:
         lanes, rows = self.transcript.dropped()
         self._chunker.lose(lanes)
+        self._forget_viewers()
         self._missed(rows + self._lost, why)
         self._lost = 0
         self.transcript.settled(why)

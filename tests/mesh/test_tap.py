@@ -17,7 +17,8 @@ from meshrl.bus.connection import Connection
 from meshrl.client import tap
 from meshrl.client.context import context_of
 from meshrl.client.tap import Tapped, tapped
-from meshrl.errors import MessageTooLarge, ViewerCut
+from meshrl.errors import MessageTooLarge, TransportError, ViewerCut
+from meshrl.recording.messages import Messages
 from tests.mesh.conftest import until
 from tests.mesh.recordings import Told, drive
 from tests.mesh.test_recordings import alike
@@ -76,6 +77,11 @@ async def stored(m: Mesh, episode_id: str) -> None:
 
 def same(shown: list[Tapped], told: Told, first: int = 0) -> None:
     assert [one.transition.step for one in shown] == list(range(first, len(told.actions)))
+    right(shown, told)
+
+
+def right(shown: list[Tapped], told: Told) -> None:
+    """Whatever of an episode was seen was told so."""
     for one in shown:
         transition, t = one.transition, one.transition.step
         assert alike(transition.observation, told.obs[t])
@@ -100,6 +106,58 @@ async def test_whole_episodes_are_seen_with_observations_and_infos(url: str, lev
                 assert {(view.session, view.env, view.env_id) for view in shown} == {(env.session_id, "of", 0)}
         await stored(other, last)
         assert (await other.episode(last)).remade == (level == "actions"), "what is stored has its own level"
+
+
+@pytest.mark.parametrize("level", ["actions", "full"])
+async def test_all_episodes_are_seen_however_few_of_them_are_kept(url: str, level: Any) -> None:
+    async with EnvWorker({"of": "CartPole-v1"}, url), Mesh(url) as m:
+        async with await m.env("of", record=level, record_every=3) as env, watching(m, env="of") as viewer:
+            number = await seen(viewer, env)
+            told = await drive(env, 7, 2)
+            numbers = range(number, number + 7)
+            ids = [f"{env.session_id}.0.{n}" for n in numbers]
+            await until(lambda: len(viewer.of(ids[-1])) == len(told[-1].actions), "the last episode is seen")
+            for id_, one in zip(ids, told, strict=True):
+                same(viewer.of(id_), one)
+        kept = [id_ for id_, n in zip(ids, numbers, strict=True) if n % 3 == 0]
+        await stored(m, kept[-1])
+        listed = {one.episode_id async for one in m.episodes("of")}
+        assert listed & set(ids) == set(kept)
+        assert (await m.verify(kept[-1])).status == "exact"
+
+
+async def test_behind_what_could_not_be_stored_nothing_wrong_is_seen(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, calls = Messages.store, 0
+
+    async def failing(messages: Messages, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            await asyncio.sleep(0.2)  # what is noted meanwhile is dropped with it
+            raise TransportError("no room")
+        await store(messages, *args)
+
+    monkeypatch.setattr(Messages, "store", failing)
+    async with EnvWorker({"of": "CartPole-v1"}, url) as worker, Mesh(url) as m:
+        async with await m.env("of") as env, watching(m, env="of") as viewer:
+            number = await seen(viewer, env)
+            told = []
+            for n in range(20):
+                told.append(await drive(env, 1, n))
+                await asyncio.sleep(0.06)
+
+            async def goes_on() -> bool:
+                await drive(env, 1, None)
+                return int(viewer.seen[-1].episode_id.rpartition(".")[2]) >= number + len(told)
+
+            await until(goes_on, "what comes behind all of these is seen")
+            assert worker.recorded.lost > 0
+            whole = [viewer.of(f"{env.session_id}.0.{n}") for n in range(number, number + len(told))]
+            for shown, (one,) in zip(whole, told, strict=True):
+                steps = [seen.transition.step for seen in shown]
+                assert steps == sorted(set(steps))
+                right(shown, one)
+            assert 0 < sum(map(len, whole)) < sum(len(one.actions) for (one,) in told)
 
 
 async def test_lanes_of_vectors_and_pools_are_told_apart(url: str) -> None:
