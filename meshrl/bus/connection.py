@@ -362,7 +362,7 @@ class Connection:
 
     def sending(self, rid: int) -> bool:
         """Whether the server has yet to take the request ``rid``, which was split: it cannot have been answered."""
-        return self._window.sending(f"{self._awaited.inbox}.{rid}")
+        return self._window.busy and self._window.sending(f"{self._awaited.inbox}.{rid}")
 
     def reads_of(self, body: bytes) -> Reads | None:
         """What a large message was joined of, for whom it is given to at this moment; None where that is not known.

@@ -107,6 +107,11 @@ class Window:
         self._sending[key] = task
         task.add_done_callback(lambda done: self._done(key, done))
 
+    @property
+    def busy(self) -> bool:
+        """Whether any message is under way."""
+        return bool(self._sending)
+
     def sending(self, reply: str) -> bool:
         """Whether a message with that reply subject is under way."""
         return any(key[1] == reply for key in self._sending)

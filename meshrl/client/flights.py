@@ -267,7 +267,8 @@ class Flights:
         connected = self._connection.connected
         asked: dict[str, list[Flight]] = defaultdict(list)
         for flight in list(self._quiet):
-            doubt = self._doubt(flight)
+            doubt = flight.doubt
+            assert doubt is not None, "a quiet one has its doubt"
             if late or self._connection.sending(flight.rid):
                 # Its answer may wait for this process; or the request, and a probe behind it, for the network.
                 doubt.deaf(now)

@@ -368,7 +368,10 @@ async def close_all(sessions: Sequence[RemoteSession], begun: Callable[[], None]
         sessions: which.
         begun: is called once all count as closed, while the workers are told.
     """
-    await shielded(_close_all(sessions, begun))
+    if len(sessions) == 1 and begun is None:
+        await shielded(sessions[0].close())
+    else:
+        await shielded(_close_all(sessions, begun))
 
 
 async def _close_all(sessions: Sequence[RemoteSession], begun: Callable[[], None] | None) -> None:
