@@ -22,6 +22,7 @@ from meshrl.bus.login import Login
 from meshrl.bus.plain import PlainPath
 from meshrl.bus.polling import Polling, may_poll
 from meshrl.bus.splitting import Joining, Window, whole
+from meshrl.bus.subscription import Subscription
 from meshrl.bus.thin import MAX_HELD_BYTES, RawHandler, ThinPath, thin_supported
 from meshrl.errors import (
     BusClosed,
@@ -42,30 +43,6 @@ HEADER_BYTES = 1024
 
 # A connection that is closed waits this long for the server to take what is left.
 CLOSE_S = 1.0
-
-
-class Subscription:
-    """A subscription, until it is closed."""
-
-    def __init__(self, connection: Connection, raw: Any) -> None:
-        self._connection = connection
-        self._raw = raw
-
-    async def close(self) -> None:
-        """End it. Safe to cancel, and to call twice."""
-        raw, self._raw = self._raw, None
-        if raw is not None and not self._connection.closed:
-            self._connection.ended(raw)
-            with contextlib.suppress(nats.errors.Error):
-                await self._connection.path.unsubscribe(raw)
-
-    async def drain(self) -> None:
-        """End it; what the server sends before it knows of that still comes to the handler. Safe to call twice."""
-        raw, self._raw = self._raw, None
-        if raw is not None and not self._connection.closed:
-            self._connection.ended(raw)
-            with contextlib.suppress(nats.errors.Error):
-                await self._connection.path.unsubscribe(raw, drain=True)
 
 
 class Connection:

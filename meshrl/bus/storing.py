@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from meshrl.bus.connection import Connection, Subscription
+from meshrl.bus.connection import Connection
 from meshrl.bus.headers import DESCRIPTION, STATUS, read_headers
+from meshrl.bus.subscription import Subscription
 from meshrl.errors import MeshError, RequestTimeout, StorageRefused, StreamMissing, TransportError, WrongSequence
 
 MESSAGE_ID = "Nats-Msg-Id"

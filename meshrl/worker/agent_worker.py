@@ -9,8 +9,9 @@ from typing import Any
 
 import gymnasium
 
-from meshrl.bus.connection import Connection, Subscription
+from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
+from meshrl.bus.subscription import Subscription
 from meshrl.errors import AgentError, InvalidName, MalformedMessage, MeshError, NotAllowed
 from meshrl.wire import spaces
 from meshrl.wire.codec import unpack

@@ -14,8 +14,9 @@ from typing import Any
 import gymnasium
 from gymnasium.vector import VectorEnv
 
-from meshrl.bus.connection import Connection, Subscription
+from meshrl.bus.connection import Connection
 from meshrl.bus.login import Credentials
+from meshrl.bus.subscription import Subscription
 from meshrl.errors import EnvError, MeshError, UnknownName, UsageError
 from meshrl.protocol.names import near
 from meshrl.protocol.session import Last, Session

@@ -18,12 +18,13 @@ from meshrl.wire.frames import Frame, Indices
 from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
 from meshrl.worker.calls import Calls
-from meshrl.worker.hosted_vector import close_all, has_coroutines
+from meshrl.worker.outcomes import Outcome, Outcomes, flags_of, rewards_of
 from meshrl.worker.recording import Recording
 from meshrl.worker.redoing import Deed, Done, Redoing, Replay
 from meshrl.worker.sealing import StateKey
+from meshrl.worker.several import close_all, has_coroutines
 from meshrl.worker.spread import Finished, Spread
-from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, is_number, rewards_of
+from meshrl.worker.sub_envs import Crashed, SubEnvs, is_number
 from meshrl.worker.threads import Threads
 
 # Gives the reply's own fields of one lane of several, by its place among them; before any of them runs again.
@@ -233,7 +234,7 @@ class HostedPool:
             spread.stop()
 
     async def close(self, seconds: float) -> None:
-        """Close every sub-environment; see :func:`~meshrl.worker.hosted_vector.close_all`."""
+        """Close every sub-environment; see :func:`~meshrl.worker.several.close_all`."""
         await close_all(self._calls, self._subs.envs, seconds)
 
     def _tell(self, op: str, lanes: Indices, finished: list[tuple[int, Any]], told: Told) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from operator import methodcaller
 from typing import Any
@@ -20,28 +18,25 @@ from meshrl.wire.frames import Frame
 from meshrl.wire.infos import pack_infos
 from meshrl.wire.messages import Open
 from meshrl.worker.attributes import Attributes, is_wrapped
-from meshrl.worker.calls import Calls, is_coroutine
-from meshrl.worker.drawing import alone, draws
+from meshrl.worker.calls import Calls
+from meshrl.worker.gathered import Gathered, Told
+from meshrl.worker.outcomes import Outcome, Outcomes, flags_of, rewards_of
 from meshrl.worker.process_env import ProcessEnv
 from meshrl.worker.recording import Recording
 from meshrl.worker.redoing import Deed, Done, Redoing, Replay
 from meshrl.worker.sealing import StateKey
-from meshrl.worker.spread import Finished, Spread
-from meshrl.worker.sub_envs import FEW_IDS, Outcome, Outcomes, SubEnvs, flags_of, rewards_of
+from meshrl.worker.several import close_all, has_coroutines, together
+from meshrl.worker.sub_envs import FEW_IDS, SubEnvs
 from meshrl.worker.threads import Threads
 
 # What can be spread over threads, a sub-environment each.
 SPREAD = frozenset({"reset", "step", "replay"})
 # Where methods that are coroutine functions leave what is to be awaited.
 AWAITABLE = frozenset({"frames", "values"})
-# What sub-environments may take to be cancelled when one of them has crashed.
-CANCEL_S = 5.0
 # Where an info stands that could not be packed; see pack_infos.
 _IN_ENTRY = re.compile(r"infos\.entries\[(\d+)\]")
 # Of one sub-environment's reset: its seed, the options, and how many episodes a root has had that is not new.
 ResetArguments = tuple[int | None, dict[str, Any] | None, int | None]
-# What a spread gives in the end.
-Told = Callable[[Frame | BaseException], None]
 
 
 class HostedVector:
@@ -180,19 +175,19 @@ class HostedVector:
         subs = self._subs
         if op == "step":
             actions = self._actions(body)
-            outcomes = await _together(subs.step_one_async(i, action) for i, action in enumerate(actions))
+            outcomes = await together(subs.step_one_async(i, action) for i, action in enumerate(actions))
             return self._stepped(Outcomes.of(outcomes))
         if op == "reset":
             ids, arguments = self._reset_arguments(body)
-            outcomes = await _together(subs.reset_one_async(i, *arguments(i)) for i in ids)
+            outcomes = await together(subs.reset_one_async(i, *arguments(i)) for i in ids)
             return self._was_reset(ids, Outcomes.of(outcomes))
         if op == "replay":
             replay = self._replay(body)
-            return self._replayed(await _together(self._redoing.one_async(i, replay) for i in range(len(subs))))
+            return self._replayed(await together(self._redoing.one_async(i, replay) for i in range(len(subs))))
         frame: Frame = await self._calls(self.run, op, body)
         for field in AWAITABLE & frame.keys():
             told = zip(self._chosen(body), frame[field], strict=True)
-            frame[field] = await _together(subs.awaited(i, lambda value=value: value) for i, value in told)
+            frame[field] = await together(subs.awaited(i, lambda value=value: value) for i, value in told)
         return frame
 
     async def close(self, seconds: float) -> None:
@@ -360,88 +355,6 @@ class HostedVector:
         return ids
 
 
-class Gathered:
-    """A step, reset or replay of a vector on threads: one answer when all sub-environments have finished."""
-
-    def __init__(
-        self,
-        pace: BatchPace,
-        ids: Sequence[int],
-        job: Callable[[int], Any],
-        frame: Callable[[list[Any]], Frame],
-        told: Told,
-        threads: Threads,
-        *,
-        narrow: bool,
-    ) -> None:
-        self._pace = pace
-        self._count = len(ids)
-        self._frame = frame
-        self._told = told
-        self._spread = Spread(threads, len(ids), job, self._collect, together=True, wide=self._pace.wide, narrow=narrow)
-
-    def stop(self) -> None:
-        """Begin no more of them."""
-        self._spread.stop()
-
-    def _collect(self, finished: list[Finished]) -> None:
-        self._pace.took(sum(one.seconds for one in finished), self._count)
-        outcomes: list[Any] = [None] * self._count
-        for number, outcome, _ in finished:
-            outcomes[number] = outcome
-        try:
-            crashes = [one for one in outcomes if isinstance(one, BaseException)]
-            # Of those that did not begin any more, nothing is to be told where another says why.
-            crash = min(crashes, key=lambda one: isinstance(one, asyncio.CancelledError), default=None)
-            frame = crash if crash is not None else self._frame(outcomes)
-        except Exception as exc:  # noqa: BLE001  # an observation that does not fit its space is the env's error
-            frame = exc
-        self._told(frame)
-
-
 def _asked(body: Frame) -> Frame:
     """What a request asks of one sub-environment, without what makes it a request."""
     return {name: body[name] for name in ("name", "args", "kwargs", "outermost") if name in body}
-
-
-async def _together(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Run coroutines of several sub-environments at once; when one of them fails, the others are cancelled."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks, timeout=CANCEL_S)
-        raise
-
-
-def has_coroutines(env: Any) -> bool:
-    """Whether an env's ``reset`` or ``step`` is a coroutine function."""
-    bare = getattr(env, "unwrapped", env)
-    return any(is_coroutine(getattr(of, op, None)) for of in (env, bare) for op in ("reset", "step"))
-
-
-async def close_all(calls: Calls, envs: Sequence[Any], seconds: float) -> None:
-    """Close envs, in their order; an error of one is raised when all were tried."""
-    failed: BaseException | None = None
-    end = time.monotonic() + seconds
-    if not is_coroutine(envs[0].close):
-
-        def close() -> None:
-            nonlocal failed
-            for env in envs:
-                try:
-                    (alone(env.close) if draws(env) else env.close)()
-                except Exception as exc:  # noqa: BLE001  # the others are closed all the same
-                    failed = failed or exc
-
-        await calls.close(close, seconds)
-    else:
-        for env in envs:
-            try:
-                await calls.close(env.close, max(0.0, end - time.monotonic()))
-            except Exception as exc:  # noqa: BLE001  # as above
-                failed = failed or exc
-    if failed is not None:
-        raise failed

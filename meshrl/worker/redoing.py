@@ -21,7 +21,8 @@ from meshrl.protocol.seeds import check_seed
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import unpack
 from meshrl.wire.frames import Frame
-from meshrl.worker.sub_envs import FEW_IDS, Outcome, SubEnvs, flags_of, rewards_of
+from meshrl.worker.outcomes import Outcome, flags_of, rewards_of
+from meshrl.worker.sub_envs import FEW_IDS, SubEnvs
 
 # Rows that wait to be taken into a digest together.
 ROWS = 256

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from meshrl.bus.connect import dial
-from meshrl.bus.connection import Connection, Subscription
+from meshrl.bus.connection import Connection
 from meshrl.bus.locate import locate
 from meshrl.bus.login import Credentials
+from meshrl.bus.subscription import Subscription
 from meshrl.errors import InvalidName, MeshError, UsageError, WorkerCondemned, WorkerError
 from meshrl.protocol.session import GRANT_S, LEASE_S, Session, SessionTable, State
 from meshrl.wire.messages import Description, Kind, Open

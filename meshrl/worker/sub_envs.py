@@ -10,10 +10,9 @@ import asyncio
 import inspect
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meshrl.errors import MalformedMessage, MeshError, ResetNeeded
 from meshrl.protocol.autoreset import RULES, Ended, OnEnd
@@ -22,6 +21,7 @@ from meshrl.wire.batches import batching
 from meshrl.wire.messages import AutoresetName, Open
 from meshrl.worker.drawing import alone, draws
 from meshrl.worker.origins import resumable
+from meshrl.worker.outcomes import Info, Outcome, Outcomes
 from meshrl.worker.proof import Proof, says_digests
 from meshrl.worker.recording import Recording
 from meshrl.worker.sealing import StateKey
@@ -31,47 +31,6 @@ SEED_BITS = 31
 
 # So many ids may a request name even of fewer sub-environments, some of them more than once.
 FEW_IDS = 64
-
-Info = dict[str, Any]
-
-
-class Outcome(NamedTuple):
-    """What came of one sub-environment's step or reset.
-
-    Attributes:
-        infos: those that are not empty, in the order in which Gymnasium merges them.
-    """
-
-    obs: Any
-    reward: Any
-    terminated: Any
-    truncated: Any
-    infos: Sequence[Info]
-
-
-class Outcomes:
-    """What came of several, in the order of the request: the columns of a reply."""
-
-    __slots__ = ("infos", "obs", "rewards", "terminated", "truncated")
-
-    def __init__(self) -> None:
-        self.obs: list[Any] = []
-        self.rewards: list[Any] = []
-        self.terminated: list[Any] = []
-        self.truncated: list[Any] = []
-        self.infos: list[tuple[int, Info]] = []
-
-    @classmethod
-    def of(cls, outcomes: Iterable[Outcome]) -> Outcomes:
-        """The columns of single outcomes."""
-        columns = cls()
-        for k, outcome in enumerate(outcomes):
-            columns.obs.append(outcome.obs)
-            columns.rewards.append(outcome.reward)
-            columns.terminated.append(outcome.terminated)
-            columns.truncated.append(outcome.truncated)
-            columns.infos += [(k, info) for info in outcome.infos]
-        return columns
 
 
 class Crashed(Exception):
@@ -391,29 +350,6 @@ def _as_now(info: Info) -> Info:
         else:
             now[key] = value.copy() if isinstance(value, np.ndarray) else value
     return now
-
-
-def rewards_of(values: list[Any]) -> NDArray[np.float64]:
-    """Rewards as Gymnasium's vector envs cast them.
-
-    Raises:
-        Exception: one of them is no number.
-    """
-    column = np.asarray(values, np.float64)
-    return column if column.ndim == 1 else _cast(values, np.dtype(np.float64))
-
-
-def flags_of(values: list[Any]) -> NDArray[np.bool_]:
-    """Terminations or truncations as Gymnasium's vector envs cast them."""
-    column = np.asarray(values, np.bool_)
-    return column if column.ndim == 1 else _cast(values, np.dtype(np.bool_))
-
-
-def _cast(values: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    column = np.zeros(len(values), dtype)
-    for k, value in enumerate(values):
-        column[k] = value
-    return column
 
 
 def is_number(value: object) -> bool:

@@ -15,7 +15,8 @@ from meshrl.errors import InvalidSeed, ResetNeeded
 from meshrl.protocol.seeds import derive
 from meshrl.wire.messages import AutoresetName, Open, Seeding
 from meshrl.worker.attributes import is_wrapped
-from meshrl.worker.sub_envs import Crashed, Outcome, Outcomes, SubEnvs, flags_of, rewards_of
+from meshrl.worker.outcomes import Outcome, Outcomes, flags_of, rewards_of
+from meshrl.worker.sub_envs import Crashed, SubEnvs
 
 ENDS, CUT, RAISES, EXITS, SHORT = 1, 2, 3, 4, 5
 
