@@ -1,7 +1,8 @@
 """Flights: requests under way, each until its answer or until it is lost (R9).
 
-One timer looks after all of them. A request that has just been sent costs an entry in a dict; only one that is quiet
-for a moment gets a :class:`~meshrl.protocol.doubt.Doubt`, and one probe a worker asks about all of its quiet ones.
+One timer looks after all of them, when there is something to look at. A request that has just been sent costs an entry
+in a dict; only one that is quiet for a moment gets a :class:`~meshrl.protocol.doubt.Doubt`, and one probe a worker asks
+about all of its quiet ones.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from meshrl.wire.subjects import Subjects
 if TYPE_CHECKING:
     from meshrl.client.session import RemoteSession
 
+# Between looks, at least; while there is no connection, always.
 TICK_S = 0.05
-# A tick that comes this late says that this process was stopped or its loop blocked: nobody else is to blame.
+# A look that comes this late says that this process was stopped or its loop blocked: nobody else is to blame.
 LATE_S = 0.5
 
 _WHY = {
@@ -180,7 +182,8 @@ class Flights:
         self._fresh: dict[int, Flight] = {}  # in the order they were sent
         self._quiet: set[Flight] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._last_tick = 0.0
+        self._over = False
+        self._look_at = 0.0  # when the timer is to go off, in monotonic seconds
         connection.on_reconnect.append(self._reconnected)
         connection.on_close.append(self._closed)
 
@@ -227,9 +230,8 @@ class Flights:
             on_fail=flight.failed,
         )
         self._fresh[flight.rid] = flight
-        if self._timer is None:
-            self._last_tick = flight.sent_at
-            self._timer = self.loop.call_later(TICK_S, self._tick)
+        if self._timer is None:  # else it goes off before this one is quiet
+            self._look_by(flight.sent_at + QUIET_S, flight.sent_at)
 
     def landed(self, flight: Flight) -> None:
         """Nothing more is expected of it."""
@@ -239,6 +241,7 @@ class Flights:
 
     def close(self) -> None:
         """Stop looking after them."""
+        self._over = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -255,16 +258,35 @@ class Flights:
             self._quiet.add(flight)
         return flight.doubt
 
-    def _tick(self) -> None:
+    def _look_by(self, at: float, now: float) -> None:
+        """Look at them no later than ``at``."""
+        if self._over:
+            return
+        if self._timer is not None:
+            if self._look_at <= at:
+                return
+            self._timer.cancel()
+        self._look_at = at
+        self._timer = self.loop.call_later(max(0.0, at - now), self._look)
+
+    def _look(self) -> None:
         now = time.monotonic()
-        self._timer = self.loop.call_later(TICK_S, self._tick) if self._fresh or self._quiet else None
-        late = now - self._last_tick > LATE_S
-        self._last_tick = now
+        self._timer = None
+        late = now - self._look_at > LATE_S
         for flight in list(self._fresh.values()):
             if now - flight.sent_at < QUIET_S:
                 break
             self._doubt(flight)
         connected = self._connection.connected
+        self._look_at_quiet(now, late=late, connected=connected)
+        if self._fresh or self._quiet:
+            oldest = next(iter(self._fresh.values()), None)
+            # What is sent from now on is not quiet before this.
+            due = [now + QUIET_S if oldest is None else oldest.sent_at + QUIET_S]
+            due += [flight.doubt.due() for flight in self._quiet if flight.doubt is not None]
+            self._look_by(max(min(due), now + TICK_S) if connected else now + TICK_S, now)
+
+    def _look_at_quiet(self, now: float, *, late: bool, connected: bool) -> None:
         asked: dict[str, list[Flight]] = defaultdict(list)
         for flight in list(self._quiet):
             doubt = flight.doubt
@@ -313,6 +335,7 @@ class Flights:
                 if not flight.landed and len(own) == len(entries):
                     flight.state = flight.told(own)
                     self._act(flight, self._doubt(flight).heard(flight.state, now))
+                    self._look_in_time(flight, now)
 
         def failed(exc: MeshError) -> None:
             for flight in flights:
@@ -329,6 +352,12 @@ class Flights:
         """NATS says that nobody listens where it was sent, or where its probe was."""
         now = time.monotonic()
         self._act(flight, self._doubt(flight).alone(now, self._connection.up_for(now)))
+        self._look_in_time(flight, now)
+
+    def _look_in_time(self, flight: Flight, now: float) -> None:
+        """See that it is looked at when its doubt has something to say."""
+        if flight.doubt is not None and not flight.landed:
+            self._look_by(max(flight.doubt.due(), now), now)
 
     def _act(self, flight: Flight, do: Do) -> None:
         if do is Do.SEND_AGAIN:
@@ -364,6 +393,8 @@ class Flights:
         now = time.monotonic()
         for flight in [*self._fresh.values(), *self._quiet]:
             self._doubt(flight).reconnected(now)
+        if self._quiet:
+            self._look_by(now, now)
 
     def _closed(self, why: MeshError) -> None:
         self.close()
