@@ -7,6 +7,8 @@ would else be said in the registry or stored as a recording, for whoever asks fo
 from __future__ import annotations
 
 import logging
+import math
+import time
 
 from meshrl.bus.connection import Connection
 
@@ -16,9 +18,32 @@ log = logging.getLogger("meshrl.bus")
 INBOXES = ("_INBOX.", "_R_.", "_GR_.")
 
 
+# Between warnings: whoever may ask could fill a log with them.
+SAID_S = 10.0
+
+
+class _Refused:
+    """Requests that were answered nowhere since it was last said."""
+
+    count = 0
+    said_at = -math.inf
+
+
+def may_be_answered(reply: str) -> bool:
+    """Whether a reply subject is an inbox; what is none, and not empty, is logged once in a while."""
+    if reply.startswith(INBOXES):
+        return True
+    if reply:
+        _Refused.count += 1
+        now = time.monotonic()
+        if now - _Refused.said_at >= SAID_S:
+            text = "%d answers were wanted where is no inbox (the last on %r): nobody gets them"
+            log.warning(text, _Refused.count, reply[:256])
+            _Refused.count, _Refused.said_at = 0, now
+    return False
+
+
 def answer(connection: Connection, reply: str, body: bytes, *, mark: tuple[int, int, int] | None = None) -> None:
     """Publish ``body`` for whoever wants it on ``reply``; as :meth:`~meshrl.bus.connection.Connection.publish`."""
-    if reply.startswith(INBOXES):
+    if may_be_answered(reply):
         connection.publish(reply, body, mark=mark)
-    elif reply:
-        log.warning("an answer is wanted on %r, which is no inbox: nobody gets it", reply[:256])

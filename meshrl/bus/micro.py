@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from nats.micro import add_service
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig, ServiceConfig
 
+from meshrl.bus.answering import may_be_answered
 from meshrl.bus.connection import Connection
 from meshrl.wire.messages import Description
 
@@ -18,6 +19,23 @@ SERVICE_VERSION = "1.0.0"
 MAX_NAMES_CHARS = 512
 
 Descriptions = Callable[[], list[Description]]
+
+
+class _OnInboxes:
+    """nats-py's client as its micro services see it: a request that wants its answer elsewhere does not reach them."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    async def subscribe(self, subject: str, *, cb: Callable[[Any], Awaitable[None]], **more: Any) -> Any:
+        async def asked(message: Any) -> None:
+            if may_be_answered(message.reply):
+                await cb(message)
+
+        return await self._raw.subscribe(subject, cb=asked, **more)
 
 
 class MicroService:
@@ -75,7 +93,7 @@ async def advertise_service(connection: Connection, kind: str, worker: str, desc
 
     metadata = {"worker": worker, "names": names_of(descriptions())}
     raw: Any = await add_service(
-        connection.raw,
+        _OnInboxes(connection.raw),
         ServiceConfig(
             name=f"meshrl-{kind}",
             version=SERVICE_VERSION,

@@ -55,7 +55,7 @@ class RemoteEnv(Leased):
         self._window: Shows | None = Window(description.name) if render_mode == "human" else None
         # The op and the result of a step or a reset whose frame was not to be had, or not waited for.
         self._unshown: tuple[str, Any] | None = None
-        self._cut = False  # its episode was ended by a loss, and nobody has reset it since
+        self._cut: dict[str, Any] | None = None  # why its episode was ended, and nobody has reset it since
 
     def __repr__(self) -> str:
         return f"<RemoteEnv {self.name} at {self.worker}: {self._session!r}>"
@@ -92,7 +92,8 @@ class RemoteEnv(Leased):
     def last(self) -> Step:
         """What the last reset or step told, as a step's tuple, of which a reset has its observation and info.
 
-        It costs no round trip. A fork has what its origin told last, so that this is where it goes on from.
+        It costs no round trip. A fork has what its origin told last, so that this is where it goes on from. Of an
+        episode that a loss has ended it is the step that said so.
 
         Raises:
             UsageError: it was leased with ``on_loss="raise"``, which keeps no answer.
@@ -103,7 +104,10 @@ class RemoteEnv(Leased):
         told = self._session.told
         if not told:
             raise ResetNeeded(f"{self.name}: nothing was told yet; reset it")
-        return _step_of({"reward": 0.0, "terminated": False, "truncated": False, **unpack(whole(told))})
+        answer = unpack(whole(told))
+        if self._cut is not None:
+            return answer["obs"], 0.0, False, True, {"session_lost": dict(self._cut)}
+        return _step_of({"reward": 0.0, "terminated": False, "truncated": False, **answer})
 
     # ---------------------------------------------------------------- an env's calls
 
@@ -131,7 +135,7 @@ class RemoteEnv(Leased):
         untold = self._session.take_untold()
         if untold is not None:
             result[1]["session_lost"] = self._facts_of(untold)
-        self._cut = False
+        self._cut = None
         await self._show_after("reset", result)
         return result
 
@@ -154,7 +158,7 @@ class RemoteEnv(Leased):
         if check is None:
             check = self._check = checker(self.action_space, self.name, strict=self._check_actions == "strict")
         check(action)
-        if self._cut:
+        if self._cut is not None:
             raise ResetNeeded(f"{self.name}: its episode was cut short by the loss of its session; reset it")
         try:
             if self._unshown is None and self._window is None:
@@ -170,8 +174,8 @@ class RemoteEnv(Leased):
         facts, told = self._facts_of(exc), self._session.told
         if not told:
             raise exc
-        self._cut = True
-        return unpack(whole(told))["obs"], 0.0, False, True, {"session_lost": facts}
+        self._cut = facts
+        return self.last()
 
     def _facts_of(self, exc: SessionLost) -> dict[str, Any]:
         """What is told of a loss that ends an episode; any other is raised."""

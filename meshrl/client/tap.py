@@ -196,7 +196,7 @@ class _View:
             self._lanes = [_Lane() for _ in chunk.numbers]
         self._n, self.over = chunk.n, bool(chunk.end)
         for lane, number, step in zip(self._lanes, chunk.numbers.tolist(), chunk.steps.tolist(), strict=True):
-            if lane.number != number:
+            if (lane.number, lane.step) != (number, step):
                 lane.obs.clear()
             lane.number, lane.step = number, step
         acted, told = (

@@ -23,7 +23,7 @@ from meshrl.protocol.transcript import Transcript
 from meshrl.protocol.values import hashes_of_values, numbers_of, truths_of
 from meshrl.wire.batches import Batching
 from meshrl.wire.codec import pack
-from meshrl.wire.large import Rows, large_rows
+from meshrl.wire.large import Rows
 
 _NOTHING = Column("items", [])
 Noted = Sequence[Note | One | Asked]
@@ -287,7 +287,7 @@ def column_of(batches: Batching, values: list[Any]) -> Column:
     return Column("items", values)
 
 
-def _arrays(batches: Batching, values: list[Any]) -> NDArray[Any] | Rows | None:
+def _arrays(batches: Batching, values: list[Any]) -> NDArray[Any] | None:
     """Arrays of the space's dtype and shape as a batch; None where there are none, or one is something else."""
     dtype, shape, count = batches.space.dtype, batches.space.shape, len(values)
     if not values or dtype is None or shape is None or list(map(type, values)).count(np.ndarray) < count:
@@ -296,9 +296,11 @@ def _arrays(batches: Batching, values: list[Any]) -> NDArray[Any] | Rows | None:
         return None
     if list(map(attrgetter("shape"), values)).count(shape) < count:
         return None
-    if (rows := large_rows(values, shape, dtype)) is not None:
-        return rows
-    return np.concatenate(values).reshape(count, *shape) if shape else np.array(values)
+    if not shape:
+        return np.array(values, dtype)
+    batch = np.empty((count, *shape), dtype)  # which has the byte order of each, unlike what is concatenated
+    np.concatenate(values, out=batch.reshape(count * shape[0], *shape[1:]))
+    return batch
 
 
 def batched(batches: Batching, column: Column) -> Column:

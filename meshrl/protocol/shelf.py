@@ -60,7 +60,7 @@ class Shelf:
 def rows_of(put: Sequence[np.ndarray[Any, Any]]) -> Rows | np.ndarray[Any, Any]:
     """What was put upon shelves, each once and in that order, as a batch."""
     if len(put) * put[0].nbytes < LARGE_BYTES:
-        return np.stack(put)
+        return np.stack(put, out=np.empty((len(put), *put[0].shape), put[0].dtype))
     pieces: list[np.ndarray[Any, Any]] = []
     for _, group in groupby(put, key=lambda row: id(row.base)):
         rows = list(group)

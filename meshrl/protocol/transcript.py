@@ -262,7 +262,15 @@ class Transcript:
             self._keep(note)
 
     def settle(self) -> None:
-        """Take in what envs may write to again, when the answer has left and before more is asked of them."""
+        """Take in what envs may write to again, when the answer has left and before more is asked of them.
+
+        On one thread at a time: a session may end on the event loop while its env is done again on another.
+        """
+        if self._unsettled or self._unsettled_ones:
+            with self._lock:
+                self._settle()
+
+    def _settle(self) -> None:
         unsettled, self._unsettled = self._unsettled, []
         for note in unsettled:
             if self.hashes_at_once and not self.shows:

@@ -18,7 +18,8 @@ from meshrl.bus.connection import Connection
 from meshrl.errors import MeshError, SubjectNotPermitted
 from meshrl.protocol.chunking import Chunker
 from meshrl.protocol.chunks import pack_chunk
-from meshrl.protocol.joined import Noted
+from meshrl.protocol.joined import Noted, halves
+from meshrl.protocol.transcript import Transcript
 from meshrl.recording.chain import Storing
 from meshrl.recording.messages import Messages
 from meshrl.wire.messages import parse
@@ -42,16 +43,18 @@ class Tap:
         session: as its client knows it.
         messages: of its recording, which may be of another id.
         until: when they are believed to be gone, in monotonic seconds.
+        transcript: of the session.
         chunker: of what is shown.
-        late: whether something was noted before anybody watched, and so without what viewers want.
+        late_bytes: how much was noted before anybody watched, and so without what viewers want.
     """
 
     storing: Storing
     session: str
     messages: Messages
     until: float
+    transcript: Transcript
     chunker: Chunker
-    late: bool
+    late_bytes: int
 
     def describe(self) -> None:
         """Say what it is; to those who watch already, once more."""
@@ -61,13 +64,21 @@ class Tap:
             log.info("session %s is not shown: %s", self.session, exc.message)
 
     def show(self, noted: Noted, end: str) -> None:
-        """Show what was noted; what is too large for a message is a gap to its viewers."""
+        """Show what was noted; a step that is too large for a message is a gap to its viewers."""
+        late_bytes, before = self.late_bytes, self.chunker.standing()
+        self.late_bytes -= sum(one.nbytes for one in noted)
         made = self.chunker.chunk(noted, end)
-        late, self.late = self.late, False
-        if made is None or late or made[0].observations is None:
+        if made is None or late_bytes > 0 or made[0].observations is None:
             return
         try:
-            self._publish("rows", pack_chunk(replace(made[0], first=np.zeros_like(made[0].first))))
+            body = pack_chunk(replace(made[0], first=np.zeros_like(made[0].first)))
+            too_large = len(body) > self.storing.connection.max_payload
+            if too_large and (parts := halves(self.transcript, noted)) is not None:
+                self.chunker.go_back(before)
+                self.show(parts[0], "")
+                self.show(parts[1], end)
+            else:
+                self._publish("rows", body)
         except MeshError as exc:
             log.info("a chunk of session %s is not shown: %s", self.session, exc.message)
 

@@ -111,8 +111,10 @@ class SessionWriter:
             chunker = Chunker(self.transcript, shows=True)
             chunker.go_back(self._chunker.standing())
             chunker.n = self._shown + 1  # one more, so that no viewer takes it for the next of those before
-            late = not self.transcript.watched and self.transcript.nbytes > 0
-            self._tap = Tap(self._storing, self.known_as[1], self._messages, until, chunker, late)
+            late_bytes = 0 if self.transcript.watched else self.transcript.nbytes
+            self._tap = Tap(
+                self._storing, self.known_as[1], self._messages, until, self.transcript, chunker, late_bytes
+            )
             self._tap.describe()
             self.transcript.watched = True
         elif until > self._tap.until:  # somebody else may have come
@@ -123,6 +125,14 @@ class SessionWriter:
     def _show(self, noted: Noted, end: str) -> None:
         if self._tap is not None:
             self._tap.show(noted, end)
+
+    def _place_viewers(self) -> None:
+        """What is shown goes on where the recording does, and as episodes of that."""
+        if self._tap is not None:
+            n = self._tap.chunker.n
+            self._tap.chunker.go_back(self._chunker.standing())
+            self._tap.chunker.n = n
+            self._tap.describe()
 
     def _forget_viewers(self) -> None:
         """Who goes on watching is shown what comes from now on, as if they had come just now."""
@@ -160,6 +170,7 @@ class SessionWriter:
             if not self._placed and self.transcript.nbytes:
                 await self._messages.place(self.transcript, self._chunker)
                 self._placed = True
+                self._place_viewers()
         except RequestTimeout as exc:  # the server is away: what was noted waits
             log.info("session %s: %s", self._messages.recorded.session, exc.message)
             await self._see_to_the_stream()
@@ -260,7 +271,8 @@ class SessionWriter:
 
     def _stop(self, why: str) -> None:
         """Write nothing more: somebody else does."""
-        log.info("session %s: %s", self._messages.recorded.session, why)
+        level = logging.INFO if self.end is not None or not self._asked else logging.WARNING
+        log.log(level, "session %s is recorded no more: %s", self._messages.recorded.session, why)
         self._end()
 
     def _missed(self, rows: int, why: str) -> None:

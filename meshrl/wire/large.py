@@ -62,7 +62,7 @@ class Rows:
 
     def stacked(self) -> np.ndarray[Any, Any]:
         """The array."""
-        return np.stack(self.items)
+        return np.stack(self.items, out=np.empty(self.shape, self.dtype))  # with their byte order
 
 
 def large_rows(items: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Rows | None:

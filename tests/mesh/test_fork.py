@@ -16,6 +16,7 @@ from meshrl.errors import ConcurrentStep, MeshFull, ReplayDiverged, ResetNeeded,
 from tests.mesh.conftest import until
 from tests.mesh.gymnasium_ids import TAXI
 from tests.mesh.losing import Workers, same
+from tests.mesh.test_vector_parity import different
 
 
 @pytest.fixture
@@ -85,6 +86,23 @@ async def test_last_is_what_was_told_last(server: EmbeddedServer, workers: Worke
             await env.reset(seed=1)
             with pytest.raises(UsageError, match="keeps no answers"):
                 env.last()
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Unresumable"])
+async def test_last_says_what_has_ended_an_episode(server: EmbeddedServer, workers: Workers, name: str) -> None:
+    on_loss: Any = "truncate" if name == "CartPole-v1" else "resume"
+    async with Mesh(server.url) as m, await m.env(name, on_loss=on_loss) as env:
+        await env.reset(seed=1)
+        obs, *_ = await env.step(1)
+        await workers.kill(env.worker)
+        told = await env.step(1)
+        assert "session_lost" in told[4]
+        assert told[3]
+        for _ in range(2):
+            same(env.last(), told)
+        assert not different(env.last()[0], obs)
+        obs, info = await env.reset(seed=1)
+        same(env.last(), (obs, 0.0, False, False, info))
 
 
 async def test_forks_of_an_env_with_attributes_have_them(server: EmbeddedServer, workers: Workers) -> None:

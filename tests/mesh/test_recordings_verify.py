@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
@@ -126,3 +127,29 @@ async def test_where_a_version_was_changed_nothing_is_said_to_have_diverged(
                 assert verdict.details is not None
                 was, now = verdict.details["versions"][name]
                 assert ((was is not None), now) == (there, "99.1")
+
+
+class BigEndian(gymnasium.Env[Any, Any]):
+    """Tells numbers in a byte order that is not this machine's."""
+
+    observation_space = gymnasium.spaces.Box(-10, 10, (5,), np.dtype(">f4"))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._n = 0
+        return np.zeros(5, ">f4"), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._n += 1
+        return (np.arange(5) / 7 + self._n / 100).astype(">f4"), 1.0, self._n >= 10, False, {}
+
+
+@pytest.mark.parametrize("level", ["actions", "full"])
+async def test_numbers_of_another_byte_order_are_exact(url: str, level: Any) -> None:
+    async with EnvWorker({"of": BigEndian}, url), Mesh(url) as m:
+        told = await play_one(m, "of", level, 35)
+        await listed(m, "of", len(told.episodes))
+        told.check(await of_all(m.episode, told.episodes))
+        verdicts = await of_all(m.verify, told.episodes)
+        assert {verdict.status for verdict in verdicts.values()} == {"exact"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import gymnasium
@@ -14,12 +14,15 @@ from gymnasium import spaces
 
 from meshrl import EnvWorker, Mesh, RemoteEnv
 from meshrl.bus.connection import Connection
+from meshrl.bus.embedded import EmbeddedServer
 from meshrl.client import tap
 from meshrl.client.context import context_of
 from meshrl.client.tap import Tapped, tapped
 from meshrl.errors import MessageTooLarge, TransportError, ViewerCut
+from meshrl.recording import writing
 from meshrl.recording.messages import Messages
 from tests.mesh.conftest import until
+from tests.mesh.losing import Workers
 from tests.mesh.recordings import Told, drive
 from tests.mesh.test_recordings import alike
 
@@ -158,6 +161,145 @@ async def test_behind_what_could_not_be_stored_nothing_wrong_is_seen(url: str, m
                 assert steps == sorted(set(steps))
                 right(shown, one)
             assert 0 < sum(map(len, whole)) < sum(len(one.actions) for (one,) in told)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+async def test_of_a_session_that_is_resumed_elsewhere_nothing_is_seen_twice(server: EmbeddedServer, every: int) -> None:
+    with ExitStack() as stack:
+        workers = Workers(server.url, stack)
+        workers.start(2)
+        async with (
+            Mesh(server.url) as m,
+            await m.env("CartPole-v1", record="actions", record_every=every) as env,
+            await m.env("CartPole-v1", record="actions") as other,
+            watching(m, session=env.session_id) as viewer,
+        ):
+            assert env.worker != other.worker
+            await other.reset()  # so that its worker hears of the viewer before there is something to see
+            number = await seen(viewer, env)
+            told = await drive(env, 3, 2, max_steps=20)
+            last = f"{env.session_id}.0.{number + 2}"
+            await stored_up_to(m, env, number // every * every)
+            await until(lambda: bool(viewer.of(last)), "the last of them is seen")
+            await workers.kill(env.worker)
+            before = len(viewer.seen)
+
+            async def goes_on() -> bool:
+                told.extend(await drive(env, 1, None, max_steps=20))
+                return len(viewer.seen) > before
+
+            await until(goes_on, "the other worker hears that somebody watches")
+            told += await drive(env, 5, None, max_steps=20)
+            end = f"{env.session_id}.0.{number + len(told) - 1}"
+            await until(lambda: len(viewer.of(end)) == len(told[-1].actions), "and so is what comes after the loss")
+        for n, one in enumerate(told, number):
+            of = viewer.of(f"{env.session_id}.0.{n}")
+            steps = [seen.transition.step for seen in of]
+            assert steps == sorted(set(steps)), f"of episode {n}"
+            right(of, one)
+
+
+async def stored_up_to(m: Mesh, env: RemoteEnv, number: int) -> None:
+    """Wait until the recording of a session goes beyond an episode of it, so that a resume takes it over."""
+
+    async def is_listed() -> bool:
+        wanted = f"{env.session_id}.0.{number}"
+        return any([one.episode_id == wanted async for one in m.episodes("CartPole-v1")])
+
+    await until(is_listed, "it is listed")
+
+
+async def test_what_is_seen_after_a_loss_has_the_ids_that_it_is_listed_by(server: EmbeddedServer) -> None:
+    with ExitStack() as stack:
+        workers = Workers(server.url, stack)
+        workers.start(2)
+        async with (
+            Mesh(server.url) as m,
+            await m.env("CartPole-v1", record="actions", on_loss="truncate") as env,
+            await m.env("CartPole-v1", record="actions") as other,
+            watching(m, session=env.session_id) as viewer,
+        ):
+            await other.reset()  # as above
+            number = await seen(viewer, env)
+            await drive(env, 3, 2)
+            await stored_up_to(m, env, number + 2)
+            before = len(viewer.seen)
+            await workers.kill(env.worker)
+            assert (await env.step(0))[3], "its episode is cut short"
+
+            async def goes_on() -> bool:
+                await drive(env, 1, 3)
+                return len(viewer.seen) > before + 50
+
+            await until(goes_on, "what comes after the loss is seen")
+            ids = {one.episode_id.rpartition(".0.")[0] for one in viewer.seen[before:]}
+            assert ids == {f"{env.session_id}-2"}
+
+
+class Noise(gymnasium.Env[Any, Any]):
+    """Pictures that compress to nothing less: some are as much as a message may have."""
+
+    observation_space = spaces.Box(0, 255, (84, 84, 4), np.uint8)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(1)
+        self._pictures = [rng.integers(0, 256, (84, 84, 4), np.uint8) for _ in range(64)]
+        self._n = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._n = 0
+        return self._pictures[0], {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._n += 1
+        return self._pictures[self._n % 64], 1.0, self._n >= 300, False, {}
+
+
+@pytest.mark.parametrize("level", ["actions", "full"])
+async def test_what_is_too_much_for_a_message_is_seen_in_several(url: str, level: Any) -> None:
+    async with EnvWorker({"of": Noise}, url), Mesh(url) as m:
+        async with await m.env("of", record=level) as env, watching(m, env="of") as viewer:
+            number = await seen(viewer, env)
+            await drive(env, 1, 1)
+            await until(lambda: len(viewer.of(f"{env.session_id}.0.{number}")) == 300, "all steps are seen")
+
+
+class Counted(gymnasium.Env[Any, Any]):
+    """Says in each info which step it was."""
+
+    observation_space = spaces.Box(0, 1000, (3,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._n = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._n += 1
+        return np.full(3, self._n, np.float32), 1.0, self._n >= 20, False, {"n": self._n}
+
+
+async def test_what_was_done_before_anybody_watched_is_not_shown_without_its_infos(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several chunks of it wait, since the server is slow."""
+    store = Messages.store
+
+    async def slow(messages: Messages, *args: Any) -> None:
+        await asyncio.sleep(0.3)
+        await store(messages, *args)
+
+    monkeypatch.setattr(Messages, "store", slow)
+    monkeypatch.setattr(writing, "CHUNK_BYTES", 2000)
+    async with EnvWorker({"of": Counted}, url), Mesh(url) as m:
+        async with await m.env("of", record="actions") as env:
+            await drive(env, 40, 1)
+            async with watching(m, env="of") as viewer:
+                await seen(viewer, env)
+        assert all(one.transition.info == {"n": one.transition.step + 1} for one in viewer.seen)
 
 
 async def test_lanes_of_vectors_and_pools_are_told_apart(url: str) -> None:

@@ -10,11 +10,13 @@ import pytest
 from gymnasium import spaces
 
 from meshrl.protocol.block import ANSWERS
+from meshrl.protocol.digests import Digests, chained
 from meshrl.protocol.joined import Noted, joined
 from meshrl.protocol.noted import Asked, Note, One
 from meshrl.protocol.transcript import Transcript
 from meshrl.protocol.values import hashes_of_values
 from meshrl.wire.batches import batching
+from meshrl.wire.large import Rows
 
 LANES = 3
 ROW_BYTES = 50
@@ -296,3 +298,53 @@ def test_arrays_that_travel_one_by_one_are_hashed_as_such() -> None:
     noted.settle()
     hashes = joined(noted, noted.taken(1 << 62)).hashes
     assert hashes.tolist() == hashes_of_values(batching(space), [key], [1.0], [False], [False], []).tolist()
+
+
+@pytest.mark.parametrize("level", ["actions", "full"])
+@pytest.mark.parametrize("size", [3, 400])
+@pytest.mark.parametrize("code", [">f4", "<f4", ">i8", "u1"])
+@pytest.mark.parametrize("count", [1, 2, 50])
+def test_what_one_env_told_has_the_hashes_that_a_replay_of_it_has(level: Any, size: int, code: str, count: int) -> None:
+    """Whatever its byte order; and however many rows are hashed together."""
+    space = spaces.Box(0, 100, (size,), np.dtype(code))
+    large = space.sample().nbytes > 256
+    noted = Transcript(1, batching(space), batching(spaces.Discrete(2)), level, large, ROW_BYTES, size)
+    shown = [(np.arange(size) % 7 + n).astype(code) for n in range(count)]
+    for n, obs in enumerate(shown):
+        noted.note_one(float(n), 1, obs, float(n), False, False, {}, reset=False)
+        noted.settle()
+    told = joined(noted, noted.taken(1 << 62))
+    alone = [
+        hashes_of_values(noted.observations, [obs], [float(n)], [False], [False], ())[0] for n, obs in enumerate(shown)
+    ]
+    digest = Digests(1, noted.observations)
+    for n, obs in enumerate(shown):
+        digest.add(np.zeros(1, np.int64), obs[None], np.array([float(n)]), np.zeros(1, np.bool_), np.zeros(1, np.bool_))
+    assert told.hashes.tolist() == alone
+    assert chained(told.hashes, np.array([0]), np.zeros(1, np.uint64))[-1] == digest.values[0]
+    if level == "full":
+        assert told.observations is not None
+        kept = told.observations.values
+        batch = kept.stacked() if type(kept) is Rows else kept
+        assert batch.dtype == np.dtype(code)
+        assert batch.tobytes() == b"".join(obs.tobytes() for obs in shown)
+
+
+def test_what_two_threads_settle_at_once_is_noted_once_and_whole() -> None:
+    """A session may end on the event loop while its env is done again on a thread of its own."""
+    space = spaces.Box(0, 255, (64, 64), np.uint8)
+    for _ in range(20):
+        noted = Transcript(1, batching(space), batching(spaces.Discrete(2)), "full", True, ROW_BYTES, 4096)
+        for n in range(200):
+            noted.note_one(0.0, 1, np.full((64, 64), n, np.uint8), float(n), False, False, {}, reset=False)
+        threads = [threading.Thread(target=noted.settle) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for n in range(200, 220):
+            noted.note_one(0.0, 1, np.full((64, 64), n, np.uint8), float(n), False, False, {}, reset=False)
+            noted.settle()
+        for thread in threads:
+            thread.join()
+        taken = noted.taken(1 << 62)
+        assert sorted(one.reward for one in taken if isinstance(one, One)) == list(range(220))
+        assert all((one.obs == one.reward).all() for one in taken if isinstance(one, One))
