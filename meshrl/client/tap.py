@@ -85,10 +85,11 @@ async def tapped(
                 try:
                     if what == "about":
                         described = Described.of(Recorded.from_stream(data))
-                        if watched in views:
-                            views[watched].described = described
-                        else:
+                        view = views.get(watched)
+                        if view is None or view.described.recorded.session != described.recorded.session:
                             views[watched] = _View(described)
+                        else:
+                            view.described = described
                         continue
                     view = views.get(watched)
                     if view is None:
@@ -159,11 +160,17 @@ class _Behind:
 
 @dataclass(slots=True)
 class _Lane:
-    """Where a lane is: the episode, its next step, and the observation before that, where that was seen."""
+    """Where a lane is: the episode, its next step, and the observation before that, where that was seen.
+
+    Attributes:
+        shown: the episode and the step of the last transition that was. Who goes on with a session does some of it
+            again, and knows only of what is stored that it was seen.
+    """
 
     number: int = -1
     step: int = 0
     obs: list[Any] = field(default_factory=list)
+    shown: tuple[int, int] = (-1, -1)
 
 
 class _View:
@@ -192,8 +199,11 @@ class _View:
         steps = int((~chunk.resets).sum())
         checked(actions, chunk.actions, steps, "actions")
         checked(observations, chunk.observations, len(chunk), "observations")
-        if chunk.n != self._n + 1 or len(self._lanes) != len(chunk.numbers):  # some were not seen
+        if len(self._lanes) != len(chunk.numbers):
             self._lanes = [_Lane() for _ in chunk.numbers]
+        if chunk.n != self._n + 1:  # some were not seen
+            for lane in self._lanes:
+                lane.obs.clear()
         self._n, self.over = chunk.n, bool(chunk.end)
         for lane, number, step in zip(self._lanes, chunk.numbers.tolist(), chunk.steps.tolist(), strict=True):
             if (lane.number, lane.step) != (number, step):
@@ -218,7 +228,8 @@ class _View:
                 lane.number, lane.step, lane.obs = next(numbers), 0, [obs]
                 continue
             action = next(acted)
-            if lane.obs:
+            if lane.obs and (lane.number, lane.step) > lane.shown:
+                lane.shown = lane.number, lane.step
                 step = Transition(
                     lane.step, lane.obs[0], action, reward, terminated, truncated, obs, infos.get(row, {}), version
                 )

@@ -289,9 +289,9 @@ async def test_4_a_lane_that_is_given_up_is_told_so_and_nothing_else(server: Emb
         both = {"epoch": 1, "lanes": np.arange(2)}
         reset = pack({**both, "seqs": np.ones(2, np.int64)})
         assert await raw.ask(subjects.session(worker.id, raw.user, "s1", "reset"), reset, 5.0) is not None
-        await raw.subscribe("told", lambda _subject, _reply, body: told.append(unpack(body)))
+        await raw.subscribe("_INBOX.told", lambda _subject, _reply, body: told.append(unpack(body)))
         step = pack({**both, "seqs": np.full(2, 2), "actions": np.array([0, HANGS])})
-        raw.publish(subjects.session(worker.id, raw.user, "s1", "step"), step, "told")
+        raw.publish(subjects.session(worker.id, raw.user, "s1", "step"), step, "_INBOX.told")
         await until(lambda: len(told) >= 3, "its answer, that of the deadline, and that of its cancelled step")
         assert told[0]["lanes"].tolist() == [0]
         for answer in told[1:]:

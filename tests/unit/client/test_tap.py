@@ -66,3 +66,9 @@ def test_nor_where_another_worker_goes_on_with_the_number_that_would_have_been_n
     other = Worker()
     other.chunk(40)  # what it does again was not shown
     assert seen(viewer, other.chunk(2)) == [(41, 41.0, 42.0)]
+
+
+def test_what_another_worker_does_again_is_not_seen_twice() -> None:
+    viewer = view()
+    assert len(seen(viewer, Worker().chunk(3))) == 3
+    assert seen(viewer, Worker().chunk(5)) == [(3, 3.0, 4.0), (4, 4.0, 5.0)]
