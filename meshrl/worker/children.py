@@ -180,16 +180,18 @@ class Family(threading.Thread):
         ready = {fd for fd, _ in poll.poll(LOOK_S * 1000)}
         if self._wake_out.fileno() in ready:
             self._wake_out.recv(_READ_BYTES)
-        self._take_fresh(poll)
+        came = None
+        if self._control.fileno() in ready:
+            came = b""
+            with contextlib.suppress(OSError):
+                came = self._control.recv(_READ_BYTES)
+        self._take_fresh(poll)  # whatever came is of children that were put there before it came
         for fd in ready & self._by_output.keys():
             if not drain(self._by_output[fd]):
                 poll.unregister(fd)
                 del self._by_output[fd]
                 os.close(fd)
-        if self._control.fileno() in ready:
-            came = b""
-            with contextlib.suppress(OSError):
-                came = self._control.recv(_READ_BYTES)
+        if came is not None:
             if not came:
                 return False
             self._news += came

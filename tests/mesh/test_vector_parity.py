@@ -244,7 +244,7 @@ async def test_two_thousand_steps_on_one_shard_and_on_three_are_the_local_vector
         script = Script(local, (one, three), played, seed=sum(map(ord, name + mode.value)))
         await script.play(STEPS)
         assert script.ends > STEPS / 20
-        assert script.looked > STEPS / 200
+        assert script.looked > 10 or STEPS < 2000, "of few steps there may be none"
         for envs in (one, three):
             await envs.close()
         for env in others:
