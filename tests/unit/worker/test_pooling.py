@@ -340,6 +340,7 @@ async def test_fast_lanes_are_stepped_inline_and_one_that_raises_there_is_told_a
     session.held.pool.pace.took(0.0, FAST_STEPS)
     reply = worker.step([0, 1, 2], 2)
     assert [body["lanes"].tolist() for body in worker.told(reply)] == [[0, 1, 2]], "in the same turn"
+    session.held.pool.pace.took(0.0, FAST_STEPS)  # on a busy machine that one may have taken long
     reply = worker.step([2, 1], 3, [0, RAISES])
     (answer,) = worker.told(reply)
     assert (answer["lanes"].tolist(), answer["error"]["details"]["env_id"]) == ([2, 1], 1)
