@@ -17,7 +17,6 @@ log = logging.getLogger("meshrl.bus")
 # Those of clients, and what servers put in their place between accounts and clusters, which no client may name.
 INBOXES = ("_INBOX.", "_R_.", "_GR_.")
 
-
 # Between warnings: whoever may ask could fill a log with them.
 SAID_S = 10.0
 

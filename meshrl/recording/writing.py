@@ -123,8 +123,13 @@ class SessionWriter:
         return self._tap is not None
 
     def _show(self, noted: Noted, end: str) -> None:
-        if self._tap is not None:
+        if self._tap is None:
+            return
+        try:
             self._tap.show(noted, end)
+        except Exception:  # it is recorded whether or not it can be seen
+            log.exception("session %s: what it did cannot be shown", self._messages.recorded.session)
+            self._forget_viewers()
 
     def _place_viewers(self) -> None:
         """What is shown goes on where the recording does, and as episodes of that."""

@@ -11,11 +11,11 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
+from meshrl.protocol.stored import Told
 from meshrl.protocol.transcript import Transcript
 
 # So long an answer is withheld, while the recorder goes on trying.
 STORED_S = 30.0
-Then = Callable[[str | None], None]
 
 
 class Strict:
@@ -34,10 +34,10 @@ class Strict:
         self._nudge = nudge
         self.withheld = 0
 
-    def __call__(self, then: Then) -> None:
+    def __call__(self, then: Told) -> None:
         """Call ``then`` when all that was noted so far is stored: with None, or with why it is not."""
         loop = asyncio.get_running_loop()
-        waiting: list[Then] = [then]
+        waiting: list[Told] = [then]
         self.withheld += 1
 
         def told(why: str | None) -> None:
@@ -52,6 +52,6 @@ class Strict:
         self._nudge()
 
 
-def _on(loop: asyncio.AbstractEventLoop, told: Then, why: str | None) -> None:
+def _on(loop: asyncio.AbstractEventLoop, told: Told, why: str | None) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(told, why)

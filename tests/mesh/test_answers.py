@@ -80,4 +80,4 @@ async def test_what_wants_its_answer_elsewhere_is_answered_nowhere(url: str, cap
         await bus.flush()
         assert heard == []
         said = [record for record in caplog.records if "nobody gets them" in record.message]
-        assert len(said) == 1, "whoever may ask does not fill a log"
+        assert 1 <= len(said) <= 4, "of more than a hundred, one, or one a thread: who may ask does not fill a log"

@@ -19,7 +19,7 @@ from meshrl.client import tap
 from meshrl.client.context import context_of
 from meshrl.client.tap import Tapped, tapped
 from meshrl.errors import MessageTooLarge, TransportError, ViewerCut
-from meshrl.recording import writing
+from meshrl.recording import tapping, writing
 from meshrl.recording.messages import Messages
 from tests.mesh.conftest import until
 from tests.mesh.losing import Workers
@@ -473,6 +473,22 @@ async def test_what_cannot_be_shown_ends_no_recording(url: str, monkeypatch: pyt
             session = env.session_id
         await stored(m, f"{session}.0.19")
         assert worker.recorded.lost == 0
+
+
+async def test_what_fails_to_be_shown_is_recorded(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise ValueError("no picture of it")
+
+    monkeypatch.setattr(tapping.Tap, "show", failing)
+    async with EnvWorker({"of": "CartPole-v1"}, url) as worker, Mesh(url) as m:
+        async with await m.env("of") as env, watching(m):
+            for n in range(20):
+                await drive(env, 1, n)
+                await asyncio.sleep(0.05)
+            last = f"{env.session_id}.0.19"
+        await stored(m, last)
+        assert worker.recorded.lost == 0
+        assert (await m.verify(last)).status == "exact"
 
 
 async def test_a_session_is_watched_by_its_own_id_whatever_its_recording_is_called(url: str) -> None:
