@@ -8,6 +8,7 @@ reads behind, at the same time and without a lock: what is in it before ``count`
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,19 @@ ANSWERS = 1024
 MAX_ARRAY_BYTES = 32 * 1024
 
 
+# The fields of a :class:`~meshrl.protocol.noted.Note` that an answer to all lanes has.
+Answer = tuple[
+    float,
+    Any,
+    Any,
+    NDArray[np.float64],
+    NDArray[np.bool_],
+    NDArray[np.bool_],
+    Mapping[int, Began],
+    Sequence[tuple[int, Any]],
+    Sequence[tuple[int, bool, bytes]],
+    int,
+]
 # What few answers have: which that is, the resets that it shows, finals and infos, by lane.
 _Beside = tuple[int, Mapping[int, Began], Sequence[tuple[int, Any]], Sequence[tuple[int, bool, bytes]]]
 # Of the dtypes whose bytes are all that there is to a value, and may be read as such.
@@ -51,9 +65,10 @@ class Block:
         "_at",
         "_beside",
         "_lanes",
-        "_nbytes",
         "_obs_like",
         "_policy",
+        "_size",
+        "_sizes",
         "_taken",
         "_told",
         "closed",
@@ -65,9 +80,10 @@ class Block:
         self._actions_like, self._obs_like = (actions.dtype, actions.shape), (obs.dtype, obs.shape)
         self._policy = policy
         self._at: list[float] = []
-        self._nbytes: list[int] = []
+        self._sizes: list[int] = []  # of each answer, that of all up to it
         self._told: list[bytes] = []  # of each answer, its columns
         self._beside: list[_Beside] = []
+        self._size = 0
         self.count = 0
         self.closed = False
         self._taken = 0
@@ -77,41 +93,30 @@ class Block:
 
     # ---------------------------------------------------------------- who writes
 
-    def fits(self, actions: Any, obs: Any, policy: int | None) -> bool:
-        """Whether the next answer can stand here."""
-        return (
-            type(actions) is type(obs) is np.ndarray
-            and self.count < ANSWERS
-            and (actions.dtype, actions.shape) == self._actions_like
-            and (obs.dtype, obs.shape) == self._obs_like
-            and policy == self._policy
-        )
-
-    def add(
-        self,
-        at: float,
-        actions: NDArray[Any],
-        obs: NDArray[Any],
-        rewards: NDArray[np.float64],
-        terminations: NDArray[np.bool_],
-        truncations: NDArray[np.bool_],
-        begun: Mapping[int, Began],
-        finals: Sequence[tuple[int, Any]],
-        infos: Sequence[tuple[int, bool, bytes]],
-        nbytes: int,
-    ) -> None:
-        """Take in an answer that fits; the arguments are the fields of a :class:`~meshrl.protocol.noted.Note`."""
+    def add(self, answer: Answer, policy: int | None) -> bool:
+        """Take in an answer, if it is like the others; gives whether it is."""
+        at, actions, obs, rewards, terminations, truncations, begun, finals, infos, nbytes = answer
+        if (
+            not (type(actions) is type(obs) is np.ndarray)
+            or self.count >= ANSWERS
+            or (actions.dtype, actions.shape) != self._actions_like
+            or (obs.dtype, obs.shape) != self._obs_like
+            or policy != self._policy
+        ):
+            return False
         columns: Sequence[Any] = (actions, obs, rewards, terminations, truncations)
         try:
             told = b"".join(columns)
         except TypeError:  # they are not in one piece themselves
             told = b"".join([column.tobytes() for column in columns])
         self._at.append(at)
-        self._nbytes.append(nbytes)
+        self._size += nbytes
+        self._sizes.append(self._size)
         self._told.append(told)
         if begun or infos:
             self._beside.append((self.count, begun, finals, infos))
         self.count += 1
+        return True
 
     # ---------------------------------------------------------------- who reads
 
@@ -127,27 +132,37 @@ class Block:
 
     def taken(self, limit_bytes: int, *, least: bool) -> Note | None:
         """What is in it, the oldest first, at most so much of it; ``least``: or one answer, if there is any."""
-        start, stop, lanes = self._taken, self.count, self._lanes
-        sizes = np.cumsum(self._nbytes[start:stop])
-        fit = max(int(np.searchsorted(sizes, limit_bytes, side="right")), min(int(least), len(sizes)))
-        if not fit:
+        start, stop, lanes, sizes = self._taken, self.count, self._lanes, self._sizes
+        before = sizes[start - 1] if start else 0
+        stop = max(bisect_right(sizes, before + limit_bytes, start, stop), min(start + least, stop))
+        if stop == start:
             return None
-        self._taken = stop = start + fit
-        beside = [((k - start) * lanes, begun, finals, infos) for k, begun, finals, infos in self._before(stop)]
+        self._taken = stop
+        begun: dict[int, Began] = {}
+        finals: list[tuple[int, Any]] = []
+        infos: list[tuple[int, bool, bytes]] = []
+        for k, its_begun, its_finals, its_infos in self._before(stop):
+            row = (k - start) * lanes
+            for lane in its_begun if len(its_begun) == 1 else sorted(its_begun):
+                begun[row + lane] = its_begun[lane]
+            if its_finals:
+                finals += [(row + lane, obs) for lane, obs in its_finals]
+            if its_infos:
+                infos += [(row + lane, is_final, info) for lane, is_final, info in its_infos]
         actions, obs, rewards, terminations, truncations = self._columns(start, stop)
         return Note(
             at=np.array(self._at[start:stop]),
-            lanes=np.tile(np.arange(lanes), fit),
+            lanes=np.tile(np.arange(lanes), stop - start),
             actions=actions,
             obs=obs,
             rewards=rewards,
             terminations=terminations,
             truncations=truncations,
-            begun={row + lane: begun[lane] for row, begun, _, _ in beside for lane in sorted(begun)},
-            finals=[(row + lane, obs) for row, _, finals, _ in beside for lane, obs in finals],
-            infos=[(row + lane, is_final, info) for row, _, _, infos in beside for lane, is_final, info in infos],
+            begun=begun,
+            finals=finals,
+            infos=infos,
             policy=self._policy,
-            nbytes=int(sizes[fit - 1]),
+            nbytes=sizes[stop - 1] - before,
         )
 
     def _columns(self, start: int, stop: int) -> list[NDArray[Any]]:

@@ -17,7 +17,7 @@ from meshrl.protocol.chunks import Change, Chunk
 from meshrl.protocol.digests import chained
 from meshrl.protocol.joined import Noted, joined
 from meshrl.protocol.noted import Indices
-from meshrl.protocol.runs import CLOSED, CRASHED, RESET, Runs, ToldRows, firsts, numbers_of
+from meshrl.protocol.runs import CLOSED, CRASHED, RESET, Runs, ToldRows, firsts
 from meshrl.protocol.transcript import Transcript
 
 # By why a session ended. Of any other nobody knows whether it does not go on elsewhere.
@@ -189,7 +189,7 @@ class Chunker:
         if self._stored:
             rows.keep(self._not_stored(rows), self._transcript)
         torn = tuple(np.flatnonzero(self._lanes.torn).tolist())
-        runs = Runs(rows, numbers_of(rows.began()))
+        runs = Runs(rows, rows.numbers)
         kept, ended = self._take(runs)
         whole = bool(kept.all())
         if end in ENDS:
@@ -209,7 +209,7 @@ class Chunker:
             rewards=rows.rewards,
             terminations=rows.terminations,
             truncations=rows.truncations,
-            digests=self._digested(rows, runs if whole else Runs(rows, numbers_of(rows.began()))),
+            digests=self._digested(rows, runs if whole else Runs(rows, rows.numbers)),
             at_us=rows.at_us(),
             actions=rows.actions,
             started=rows.started(),
@@ -230,7 +230,7 @@ class Chunker:
 
     def _not_stored(self, rows: ToldRows) -> NDArray[np.bool_]:
         """Of rows that are done again, which of them are not stored."""
-        runs = Runs(rows, numbers_of(rows.began()))
+        runs = Runs(rows, rows.numbers)
         columns = (runs.lanes, runs.resets, runs.numbers, runs.lengths)
         seen = [self._seen(*run) for run in zip(*(column.tolist() for column in columns), strict=True)]
         return runs.spread_from(seen)
@@ -297,9 +297,10 @@ class Chunker:
     def _digested(self, rows: ToldRows, runs: Runs) -> NDArray[np.uint64]:
         """The digest at each row."""
         before = np.where(runs.resets, np.uint64(0), self._digests[runs.lanes])
-        digests = np.zeros(len(runs.order), np.uint64)
-        digests[runs.order] = chained(rows.told.hashes[rows.shown[runs.order]], runs.begins, before)
-        self._digests[rows.lanes] = digests  # of several rows of a lane, the last counts
+        by_lane = chained(rows.hashes[runs.order], runs.begins, before)
+        self._digests[runs.lanes] = by_lane[runs.begins + runs.lengths - 1]  # of a lane the last
+        digests = np.empty(len(by_lane), np.uint64)
+        digests[runs.order] = by_lane
         return digests
 
 

@@ -38,6 +38,10 @@ _STEP = np.uint64(0x94D049BB133111EB)
 _INVERSE = np.uint64(pow(int(_STEP), -1, 1 << 64))
 # Reward, terminated and truncated take two words behind the observation's.
 _BEHIND = 2
+# Of so many rows, one column of words after another takes half as long as their table.
+MANY_ROWS = 1024
+# Powers are kept for so many rows.
+KNOWN_POWERS = 1 << 16
 
 
 @lru_cache(maxsize=64)
@@ -147,7 +151,39 @@ def hashes_of(
     anew: Sequence[int] | NDArray[np.int64] = (),
 ) -> Words:
     """``h`` of each row of a batch, those of ``anew`` without reward and flags; ``leaves`` are those of a batching."""
-    return _Table(len(rewards), leaves).hashes(leaves, rewards, terminations, truncations, anew)
+    words = _words_of(leaves) if len(rewards) >= MANY_ROWS else None
+    if words is None:
+        return _Table(len(rewards), leaves).hashes(leaves, rewards, terminations, truncations, anew)
+    numbers = np.ascontiguousarray(rewards, np.float64).view(np.uint32).reshape(-1, 2)
+    flags = terminations.astype(np.uint32) | truncations.astype(np.uint32) << np.uint32(8)
+    weights = _weights(sum(2 * -(-one.shape[1] // 2) for one in words) + 2 * _BEHIND)
+    behind = _weighed([numbers, flags[:, None]], weights[-2 * _BEHIND :])
+    if len(anew):
+        behind[np.asarray(anew)] = 0
+    return _weighed(words, weights) + behind
+
+
+def _words_of(leaves: Sequence[Any]) -> list[NDArray[np.uint32]] | None:
+    """Of each leaf the words of its rows, as in a :class:`_Table`; None where one does not consist of such."""
+    words = []
+    for leaf in leaves:
+        kind = _kind(leaf)
+        if kind is not None and kind[1] % 4:
+            return None
+        array: Any = _hashed(leaf) if kind is None else leaf.stacked() if type(leaf) is Rows else leaf
+        words.append(np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint32))
+    return words
+
+
+def _weighed(words: Sequence[NDArray[np.uint32]], weights: Words) -> Words:
+    """The sum of each row's words by their weights; those of each array begin at an even one."""
+    sums: Words = np.zeros(len(words[0]), np.uint64)
+    at = 0
+    for array in words:
+        for k in range(array.shape[1]):
+            sums += array[:, k] * weights[at + k]
+        at += 2 * -(-array.shape[1] // 2)
+    return sums
 
 
 def chained(hashes: Words, begins: NDArray[np.int64], before: Words) -> Words:
@@ -174,7 +210,17 @@ def chained(hashes: Words, begins: NDArray[np.int64], before: Words) -> Words:
 
 
 def _powers(base: np.uint64, count: int) -> Words:
-    """Its powers from 0 on."""
+    """Its powers from 0 on; not to be written to."""
+    known = 1 << (count - 1).bit_length()
+    return _known_powers(base, known)[:count] if known <= KNOWN_POWERS else _made_powers(base, count)
+
+
+@lru_cache(maxsize=8)
+def _known_powers(base: np.uint64, count: int) -> Words:
+    return _made_powers(base, count)
+
+
+def _made_powers(base: np.uint64, count: int) -> Words:
     powers = np.full(count, base, np.uint64)
     powers[0] = 1
     return np.cumprod(powers, dtype=np.uint64)

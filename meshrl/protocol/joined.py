@@ -179,8 +179,10 @@ def _whole(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _times(notes: Sequence[Note]) -> tuple[list[float], list[int]]:
+def _times(notes: Sequence[Note]) -> tuple[Any, Any]:
     """When each answer was, and of how many rows it is."""
+    if len(notes) == 1 and isinstance(notes[0].at, np.ndarray):
+        return notes[0].at, len(notes[0].rewards) // len(notes[0].at)
     at: list[float] = []
     rows: list[int] = []
     for note in notes:
@@ -207,13 +209,12 @@ def _of_notes(transcript: Transcript, notes: Sequence[Note]) -> Told:
             told.resets[start : start + size] = True
         if not (note.begun or note.infos):
             continue
-        ended = {row for row, _ in note.finals}
-        for row, began in note.begun.items():
-            told.begun[start + row] = began
-            told.resets[start + row] = row not in ended
+        told.begun |= {start + row: began for row, began in note.begun.items()} if start else note.begun
         finals += [(start + row, obs) for row, obs in note.finals]
         told.infos += [(start + row, is_final, info) for row, is_final, info in note.infos]
     told.finals = np.array([row for row, _ in finals], np.int64)
+    told.resets[list(told.begun)] = True
+    told.resets[told.finals] = False
     if notes[0].hashes is not None:
         hashes = [note.hashes for note in notes if note.hashes is not None]
         own = [one[:size] for one, size in zip(hashes, sizes, strict=True)]

@@ -20,8 +20,7 @@ Info = dict[str, Any]
 ROW_BYTES = 32
 
 
-@dataclass(slots=True)
-class Began:
+class Began(NamedTuple):
     """A reset.
 
     Attributes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshrl.protocol.chunks import Chunk, Column, Resets
+from meshrl.protocol.digests import Words
 from meshrl.protocol.joined import Told, picked
 from meshrl.protocol.noted import Began, Indices
 from meshrl.protocol.transcript import Transcript
@@ -19,6 +21,8 @@ from meshrl.wire.codec import unpack
 # its worker was lost with it and nobody could go on.
 REASONS = ("terminated", "truncated", "reset", "closed", "crashed", "lost")
 TERMINATED, TRUNCATED, RESET, CLOSED, CRASHED, LOST = range(len(REASONS))
+# So many lanes are counted by a byte.
+FEW = 256
 
 
 class ToldRows:
@@ -28,12 +32,13 @@ class ToldRows:
         source: of each row, which of those that were told it is; ascending.
         again: whether it is the second of that.
         shown: where its hash and its observation stand.
+        began: what each reset was given, in the order of their rows.
     """
 
     def __init__(self, told: Told) -> None:
         self.told = told
         count = len(told.lanes)
-        self.source = np.arange(count)
+        self.source = self.shown = np.arange(count)
         self.again = np.zeros(count, np.bool_)
         columns: tuple[NDArray[Any], ...] = (
             told.lanes,
@@ -48,9 +53,8 @@ class ToldRows:
             self.source = source = np.repeat(self.source, twice)
             self.again = ~firsts(source)
             columns = tuple(column[source] for column in columns)
-        self.shown = self.source.copy()
-        first = np.flatnonzero(self.again) - 1
-        self.shown[first] = count + np.arange(len(first))
+            self.shown = source.copy()
+            self.shown[np.flatnonzero(self.again) - 1] = count + np.arange(len(told.finals))
         lanes, resets, rewards, terminations, truncations = columns
         self.lanes = lanes.astype(np.int32)
         self.resets = resets | self.again
@@ -58,26 +62,38 @@ class ToldRows:
         self.terminations = terminations & ~self.resets
         self.truncations = truncations & ~self.resets
         self.actions = told.actions
+        self.began: list[Began] = list(map(told.begun.__getitem__, self.source[self.resets].tolist()))
 
     def keep(self, kept: NDArray[np.bool_], transcript: Transcript) -> None:
         """Leave out all others."""
         if kept.all():
             return
         self.actions = picked(transcript.actions, self.actions, np.flatnonzero(kept[~self.resets]))
+        self.began = list(itertools.compress(self.began, kept[self.resets].tolist()))
         for name in ("source", "again", "shown", "lanes", "resets", "rewards", "terminations", "truncations"):
             setattr(self, name, getattr(self, name)[kept])
 
-    def began(self) -> list[Began]:
-        """What each reset was given, in the order of their rows."""
-        begun = self.told.begun
-        return [begun[row] for row in self.source[self.resets].tolist()]
+    @property
+    def numbers(self) -> Indices:
+        """Of the episodes that began, in the order of their rows."""
+        return np.fromiter(map(itemgetter(0), self.began), np.int64, len(self.began))
 
     def started(self) -> Resets:
-        """The same in columns."""
-        began = self.began()
-        return Resets(
-            numbers_of(began), [one.seed for one in began], [one.state for one in began], [one.options for one in began]
-        )
+        """What each reset was given, in columns."""
+        columns: Iterable[list[Any]] = map(list, zip(*self.began, strict=True)) if self.began else ([], [], [], [])
+        _, seeds, states, options = columns
+        return Resets(self.numbers, seeds, states, options)
+
+    @property
+    def hashes(self) -> Words:
+        """Of each row."""
+        told = self.told.hashes
+        return told if self._is_all else told[self.shown]
+
+    @property
+    def _is_all(self) -> bool:
+        """Whether it is told what was told, row by row."""
+        return not len(self.told.finals) and len(self.source) == len(self.told.lanes)
 
     def position(self, told: int) -> int:
         """The first row that is not before one that was told."""
@@ -91,7 +107,7 @@ class ToldRows:
 
     def at_us(self) -> NDArray[np.uint32]:
         """When each was told, in microseconds since the first."""
-        at = self.told.at[self.source]
+        at = self.told.at if self._is_all else self.told.at[self.source]
         since = (at - at[0]) * 1e6 if len(at) else at
         return since.clip(0, 0xFFFF_FFFF).astype(np.uint32)
 
@@ -100,9 +116,7 @@ class ToldRows:
         kept = self.told.observations
         if kept is None:
             return Column("items", [])
-        if len(self.shown) == len(self.told.hashes) and (self.shown == np.arange(len(self.shown))).all():
-            return kept
-        return picked(transcript.observations, kept, self.shown)
+        return kept if self._is_all else picked(transcript.observations, kept, self.shown)
 
     def infos(self) -> list[tuple[int, dict[str, Any]]]:
         """Those that are not empty, by row."""
@@ -174,13 +188,9 @@ class Runs:
 
 
 def by_lane(lanes: NDArray[np.int32]) -> Indices:
-    """The order of rows by their lanes, and of each lane as they are; of small numbers NumPy has a fast sort."""
-    return np.argsort(lanes.astype(np.uint16), kind="stable")
-
-
-def numbers_of(began: Sequence[Began]) -> Indices:
-    """Of the episodes that began."""
-    return np.array([one.number for one in began], np.int64)
+    """The order of rows by their lanes, and of each lane as they are; NumPy sorts small numbers fast."""
+    few = len(lanes) > 0 and lanes.max() < FEW
+    return np.argsort(lanes.astype(np.uint8 if few else np.uint16), kind="stable")
 
 
 def firsts(values: NDArray[Any]) -> NDArray[np.bool_]:

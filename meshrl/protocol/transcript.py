@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from meshrl.protocol.block import Block, is_plain
+from meshrl.protocol.block import Answer, Block, is_plain
 from meshrl.protocol.digests import hashes_of, seen
 from meshrl.protocol.noted import Asked, Began, Indices, Info, Note, One, packed_info, packed_infos, rows_in
 from meshrl.protocol.shelf import Shelf
@@ -189,12 +189,9 @@ class Transcript:
         if lanes is None and not self.hashes_at_once:
             if self._noted_bytes - self._taken_bytes > self._most and self._refuses(len(rewards)):
                 return
-            block = self._block
-            if block is None or not block.fits(actions, obs, self.policy):
-                block = self._next_block(actions, obs)
-            if block is not None:
-                nbytes = rows * self.row_bytes + more
-                block.add(at, actions, obs, rewards, terminations, truncations, begun, finals, told, nbytes)
+            nbytes = rows * self.row_bytes + more
+            answer = at, actions, obs, rewards, terminations, truncations, begun, finals, told, nbytes
+            if (self._block is not None and self._block.add(answer, self.policy)) or self._begin_block(answer):
                 self._noted_now(nbytes)
                 return
         policy = self.policy if policies is None else policies
@@ -205,14 +202,15 @@ class Transcript:
         else:
             self._keep(note)
 
-    def _next_block(self, actions: Any, obs: Any) -> Block | None:
-        """A new one, for the next answer to all lanes; None where that is noted by itself."""
+    def _begin_block(self, answer: Answer) -> bool:
+        """Begin a new one with an answer to all lanes; gives whether it can stand in one, or is noted by itself."""
+        _, actions, obs, *_ = answer
         if not (is_plain(actions) and is_plain(obs)):
-            return None
+            return False
         self._close_block()
         block = self._block = Block(actions, obs, self.policy)
         self._noted.append(block)
-        return block
+        return block.add(answer, self.policy)
 
     def _close_block(self) -> None:
         """What is noted next stands behind it."""

@@ -30,16 +30,20 @@ def packer(env: Any) -> Callable[[], bytes]:
         env: whose ``np_random.bit_generator`` is a ``PCG64``.
     """
     known: Any = None  # held, so that what is read stays where it is
-    read: Callable[[], bytes]
+    numbers: Any
+    half: Any
 
     def get() -> bytes:
-        nonlocal known, read
+        nonlocal known, numbers, half
         generator = env.np_random.bit_generator
         if generator is not known:
             if type(generator) is not np.random.PCG64:  # as it was when the env was made
                 raise TypeError(f"the generator of {env!r} is a {type(generator).__name__} now, and no PCG64")
-            known, read = generator, _in_place(generator) if lies_as_expected() else _by_dict(generator)
-        return read()
+            if not lies_as_expected():
+                return by_dict(generator)
+            known, (numbers, half) = generator, _places(generator)
+        left = half.raw
+        return numbers.raw + left[:1] + left[4:]  # type: ignore[no-any-return]
 
     return get
 
@@ -66,35 +70,28 @@ def unpacked(packed: Any) -> np.random.Generator:
 def lies_as_expected() -> bool:
     """Whether a state can be read in place here."""
     generator = np.random.PCG64(0)
-    in_place, by_dict = _in_place(generator), _by_dict(generator)
+    numbers, half = _places(generator)
     for _ in range(2):  # with half of a number left, and without
         np.random.Generator(generator).integers(0, 9, dtype=np.uint32)
-        if in_place() != by_dict():
+        if numbers.raw + half.raw[:1] + half.raw[4:] != by_dict(generator):
             return False
     return True
 
 
-def _in_place(generator: Any) -> Callable[[], bytes]:
+def _places(generator: Any) -> tuple[Any, Any]:
+    """The memory in which the two numbers of a generator lie, and that of the half that is left."""
     address = generator.ctypes.state_address
     numbers = (ctypes.c_char * 32).from_address(ctypes.c_void_p.from_address(address).value or 0)
-    half = (ctypes.c_char * 8).from_address(address + ctypes.sizeof(ctypes.c_void_p))
-
-    def read() -> bytes:
-        left = half.raw
-        return numbers.raw + left[:1] + left[4:]
-
-    return read
+    return numbers, (ctypes.c_char * 8).from_address(address + ctypes.sizeof(ctypes.c_void_p))
 
 
-def _by_dict(generator: Any) -> Callable[[], bytes]:
-    def read() -> bytes:
-        state = generator.state
-        numbers = state["state"]
-        return PACKED.pack(
-            numbers["state"].to_bytes(16, "little"),
-            numbers["inc"].to_bytes(16, "little"),
-            bool(state["has_uint32"]),
-            state["uinteger"],
-        )
-
-    return read
+def by_dict(generator: Any) -> bytes:
+    """The packed state of a generator, by NumPy's word alone."""
+    state = generator.state
+    numbers = state["state"]
+    return PACKED.pack(
+        numbers["state"].to_bytes(16, "little"),
+        numbers["inc"].to_bytes(16, "little"),
+        bool(state["has_uint32"]),
+        state["uinteger"],
+    )

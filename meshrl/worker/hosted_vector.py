@@ -218,7 +218,8 @@ class HostedVector:
         self._batches.check(actions, count, "actions", exact=False)
         if self._subs.recording is not None:
             self._acted = actions if self._acts_in_numbers else own(actions)
-            self._subs.recording.acted(body)
+            if "policy" in body:
+                self._subs.recording.acted(body)
         return list(self._batches.rows(actions, count))
 
     def _stepped(self, out: Outcomes) -> Frame:

@@ -87,23 +87,22 @@ class Proof:
 
     # ---------------------------------------------------------------- origins
 
-    def begins(self, i: int, seed: int | None) -> None:
-        """Sub-environment ``i`` is about to be reset, with that seed."""
+    def begins(self, i: int, seed: int | None) -> bool:
+        """Sub-environment ``i`` is about to be reset, with that seed; gives whether its journal may begin anew."""
         kept = self._kept[i]
         if seed is not None:
             origin: Frame = {"seed": seed}
         elif kept is not None and not self.called and self._steps - self._since[i] >= SHORT_STEPS:
             origin = {"state": kept.get()}
         else:
-            return
+            return False
         self._since[i] = self._steps
         self._began[i] = {**origin, **self._seeding.place(i)}
+        return True
 
     def numbered(self, i: int, number: int) -> None:
-        """The episode that is about to begin has that number in the recording of its session."""
-        origin = self._began.get(i)
-        if origin is not None:
-            origin["nth"] = number
+        """The episode that is about to begin so has that number in the recording of its session."""
+        self._began[i]["nth"] = number
 
     def begins_from(self, i: int, origin: Frame) -> int | None:
         """It is about to be reset as it was when that was told; gives the seed.

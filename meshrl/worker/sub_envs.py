@@ -233,11 +233,10 @@ class SubEnvs:
         """A reset is about to begin, with that seed."""
         proof, recording = self.proof, self.recording
         try:
-            if proof is not None:
-                proof.begins(i, seed)
+            anew = proof is not None and proof.begins(i, seed)
             if recording is not None:
                 number = recording.began(i, seed, options)
-                if proof is not None:
+                if anew and proof is not None:
                     proof.numbered(i, number)
         except BaseException as exc:
             raise Crashed(self.first + i) from exc

@@ -11,7 +11,7 @@ from gymnasium.vector.utils import batch_space
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshrl.protocol.digests import SHORT_BYTES, Digests
+from meshrl.protocol.digests import MANY_ROWS, SHORT_BYTES, Digests, hashes_of
 from meshrl.wire.batches import batching
 from meshrl.wire.large import LARGE_BYTES, Rows
 
@@ -139,6 +139,26 @@ def test_small_rows_count_the_same_in_a_large_batch() -> None:
     for i in (0, 599):
         alone.chain(i, obs[i : i + 1], *outcome(1), anew=False)
         assert together.values[i] == alone.values[i]
+
+
+@pytest.mark.parametrize(
+    "space", [*SPACES, spaces.Box(0, 255, (3,), np.uint8), spaces.Box(-1, 1, (5,), np.float32)], ids=str
+)
+def test_many_rows_count_the_same_as_few_of_them_at_a_time(space: spaces.Space[Any]) -> None:
+    of, rng, size = batching(space), np.random.default_rng(1), MANY_ROWS // 4
+    rewards = rng.normal(size=5 * size)
+    terminations, truncations = rng.random((2, 5 * size)) < 0.3
+    told = batches(space, size, 5)
+    anew = sorted(rng.choice(5 * size, 40, replace=False).tolist())
+    few = []
+    for k, obs in enumerate(told):
+        part = slice(k * size, (k + 1) * size)
+        own = [row - part.start for row in anew if part.start <= row < part.stop]
+        leaves = list(of.leaves(obs, size))
+        few += hashes_of(leaves, rewards[part], terminations[part], truncations[part], own).tolist()
+    leaves = list(of.leaves(of.joined(told, [size] * 5), 5 * size))
+    assert hashes_of(leaves, rewards, terminations, truncations, anew).tolist() == few
+    assert hashes_of(leaves, rewards, terminations, truncations).tolist() != few
 
 
 @given(st.data())
