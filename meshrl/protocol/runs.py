@@ -168,8 +168,9 @@ class Runs:
         self.reasons: Indices = np.where(ends < stops, np.where(terminated[last], TERMINATED, TRUNCATED), -1)
         steps = np.append(0, np.cumsum(~resets))
         self.steps: Indices = steps[last + 1] - steps[begins]
-        counts = np.arange(len(order)) <= np.repeat(last, self.lengths)
-        rewards = np.where(counts, rows.rewards[order], 0.0)
+        rewards = rows.rewards[order]
+        if (last < stops - 1).any():
+            rewards[np.arange(len(order)) > np.repeat(last, self.lengths)] = 0.0
         with np.errstate(invalid="ignore", over="ignore"):  # inf and -inf add up to no number
             self.rewards = np.add.reduceat(rewards, begins) if len(begins) else np.zeros(0)
 

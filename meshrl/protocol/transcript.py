@@ -290,15 +290,15 @@ class Transcript:
         info: Any,
         begun: Began | None,
     ) -> None:
-        packed, number, hash_, nbytes = None, None, None, self._bytes_of(1)
+        packed, number, hash_, shows, nbytes = None, None, None, self.shows, self._bytes_of(1)
         shelf = self._shelf
-        if self.shows and info:
+        if shows and info:
             packed = packed_info(info) or None
             nbytes += len(packed or b"")
         if self.hashes_at_once:
             if shelf is not None:
                 number = seen(obs, shelf.dtype, shelf.shape)
-            if not self.shows:
+            if not shows:
                 if number is None:
                     anew = [0] if begun else []
                     columns = [reward], [terminated], [truncated]
@@ -313,7 +313,8 @@ class Transcript:
     def _keep(self, note: Note | One | Asked) -> None:
         if self._noted_bytes - self._taken_bytes > self._most and self._refuses(rows_in(note)):
             return
-        self._close_block()
+        if self._block is not None:
+            self._close_block()
         self._noted.append(note)
         self._noted_now(note.nbytes)
 
