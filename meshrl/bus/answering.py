@@ -28,9 +28,14 @@ class _Refused:
     said_at = -math.inf
 
 
-def may_be_answered(reply: str) -> bool:
-    """Whether a reply subject is an inbox; what is none, and not empty, is logged once in a while."""
-    if reply.startswith(INBOXES):
+def may_be_answered(reply: str, inboxes: tuple[str, ...] = INBOXES) -> bool:
+    """Whether a reply subject is an inbox; what is none, and not empty, is logged once in a while.
+
+    Args:
+        reply: where an answer is wanted.
+        inboxes: how those begin on which this one may be.
+    """
+    if reply.startswith(inboxes):
         return True
     if reply:
         _Refused.count += 1

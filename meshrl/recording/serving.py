@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
+from meshrl.bus.answering import may_be_answered
 from meshrl.bus.connection import Connection
 from meshrl.bus.storing import Reader, Stored, store
 from meshrl.errors import BusClosed, MalformedMessage, MeshError, MeshFull, NotAllowed, SubjectNotPermitted
@@ -71,10 +72,7 @@ class Serving:
 
     def _on_request(self, model: type[Message], answer: Any, subject: str, reply: str, data: bytes) -> None:
         user = subject.rpartition(".")[2]
-        if not reply.startswith("_INBOX.") or (user != "anon" and not reply.startswith(f"_INBOX.{user}.")):
-            log.warning(
-                "a request of %s for recordings wants its answer on %r, which is no inbox of theirs", user, reply
-            )
+        if not may_be_answered(reply, ("_INBOX." if user == "anon" else f"_INBOX.{user}.",)):
             return
         try:
             asked = parse(model, data)

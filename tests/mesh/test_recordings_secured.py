@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meshrl import EnvWorker, Mesh
+from meshrl.bus import answering
 from meshrl.bus.connect import connect
 from meshrl.bus.storing import Reader
 from meshrl.cli import main
@@ -62,7 +64,10 @@ async def only_what_is_on_record_and_only_to_its_own_inbox(url: str, login: Path
         assert got == []
 
 
-async def test_an_answer_goes_to_nobody_elses_inbox(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_answer_goes_to_nobody_elses_inbox(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering._Refused, "said_at", -math.inf)
     sent: list[str] = []
 
     class Connection:
@@ -75,7 +80,7 @@ async def test_an_answer_goes_to_nobody_elses_inbox(caplog: pytest.LogCaptureFix
         assert not serving._tasks
     serving._on_request(Read, serving._read, AT.recordings("read", "ann"), "_INBOX.ann.1", b"")
     assert sent == ["_INBOX.ann.1"], "an error, since it asks for nothing"
-    assert len(caplog.records) == 5
+    assert len(caplog.records) == 1, "who may ask does not fill a log"
 
 
 async def test_what_workers_record_is_read_by_those_who_may(tmp_path: Path) -> None:
