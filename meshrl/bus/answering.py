@@ -28,12 +28,13 @@ class _Refused:
     said_at = -math.inf
 
 
-def may_be_answered(reply: str, inboxes: tuple[str, ...] = INBOXES) -> bool:
-    """Whether a reply subject is an inbox; what is none, and not empty, is logged once in a while.
+def may_be_answered(reply: str, inboxes: tuple[str, ...] = INBOXES, who: str = "") -> bool:
+    """Whether a reply subject is one of these inboxes; what is none, and not empty, is logged once in a while.
 
     Args:
         reply: where an answer is wanted.
         inboxes: how those begin on which this one may be.
+        who: asks, where that is known.
     """
     if reply.startswith(inboxes):
         return True
@@ -41,8 +42,8 @@ def may_be_answered(reply: str, inboxes: tuple[str, ...] = INBOXES) -> bool:
         _Refused.count += 1
         now = time.monotonic()
         if now - _Refused.said_at >= SAID_S:
-            text = "%d answers were wanted where is no inbox (the last on %r): nobody gets them"
-            log.warning(text, _Refused.count, reply[:256])
+            text = "%d answers were wanted where they may not be given (the last on %r%s): nobody gets them"
+            log.warning(text, _Refused.count, reply[:256], f", by {who}" if who else "")
             _Refused.count, _Refused.said_at = 0, now
     return False
 

@@ -67,7 +67,6 @@ class Block:
         "_lanes",
         "_obs_like",
         "_policy",
-        "_size",
         "_sizes",
         "_taken",
         "_told",
@@ -83,7 +82,6 @@ class Block:
         self._sizes: list[int] = []  # of each answer, that of all up to it
         self._told: list[bytes] = []  # of each answer, its columns
         self._beside: list[_Beside] = []
-        self._size = 0
         self.count = 0
         self.closed = False
         self._taken = 0
@@ -94,7 +92,12 @@ class Block:
     # ---------------------------------------------------------------- who writes
 
     def add(self, answer: Answer, policy: int | None) -> bool:
-        """Take in an answer, if it is like the others; gives whether it is."""
+        """Take in an answer, if it is like the others and there is room; gives whether it was taken in.
+
+        Args:
+            answer: the next.
+            policy: the version of whoever chose its actions.
+        """
         at, actions, obs, rewards, terminations, truncations, begun, finals, infos, nbytes = answer
         if (
             not (type(actions) is type(obs) is np.ndarray)
@@ -110,8 +113,7 @@ class Block:
         except TypeError:  # they are not in one piece themselves
             told = b"".join([column.tobytes() for column in columns])
         self._at.append(at)
-        self._size += nbytes
-        self._sizes.append(self._size)
+        self._sizes.append(nbytes + (self._sizes[-1] if self._sizes else 0))
         self._told.append(told)
         if begun or infos:
             self._beside.append((self.count, begun, finals, infos))

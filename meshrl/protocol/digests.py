@@ -38,8 +38,9 @@ _STEP = np.uint64(0x94D049BB133111EB)
 _INVERSE = np.uint64(pow(int(_STEP), -1, 1 << 64))
 # Reward, terminated and truncated take two words behind the observation's.
 _BEHIND = 2
-# Of so many rows, one column of words after another takes half as long as their table.
-MANY_ROWS = 1024
+# Of so many rows, that are no longer than this, one column of words after another takes half as long as their table.
+MANY_ROWS = 2048
+NARROW_BYTES = 32
 # Powers are kept for so many rows.
 KNOWN_POWERS = 1 << 16
 
@@ -155,28 +156,26 @@ def hashes_of(
     if words is None:
         return _Table(len(rewards), leaves).hashes(leaves, rewards, terminations, truncations, anew)
     numbers = np.ascontiguousarray(rewards, np.float64).view(np.uint32).reshape(-1, 2)
-    flags = terminations.astype(np.uint32) | truncations.astype(np.uint32) << np.uint32(8)
+    flags = np.zeros((len(rewards), 4), np.bool_)
+    flags[:, 0], flags[:, 1] = terminations, truncations
     weights = _weights(sum(2 * -(-one.shape[1] // 2) for one in words) + 2 * _BEHIND)
-    behind = _weighed([numbers, flags[:, None]], weights[-2 * _BEHIND :])
+    behind = _weighed([numbers, flags.view(np.uint32)], weights[-2 * _BEHIND :])
     if len(anew):
         behind[np.asarray(anew)] = 0
     return _weighed(words, weights) + behind
 
 
 def _words_of(leaves: Sequence[Any]) -> list[NDArray[np.uint32]] | None:
-    """Of each leaf the words of its rows, as in a :class:`_Table`; None where one does not consist of such."""
-    words = []
-    for leaf in leaves:
-        kind = _kind(leaf)
-        if kind is not None and kind[1] % 4:
-            return None
-        array: Any = _hashed(leaf) if kind is None else leaf.stacked() if type(leaf) is Rows else leaf
-        words.append(np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint32))
-    return words
+    """Of each leaf the words of its rows, as in a :class:`_Table`; None where there are none, many, or other bytes."""
+    sizes = [0 if kind is None or kind[1] % 4 else kind[1] for kind in map(_kind, leaves)]
+    if not sizes or 0 in sizes or sum(sizes) > NARROW_BYTES:
+        return None
+    arrays: Iterable[Any] = (leaf.stacked() if type(leaf) is Rows else leaf for leaf in leaves)
+    return [np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint32) for array in arrays]
 
 
 def _weighed(words: Sequence[NDArray[np.uint32]], weights: Words) -> Words:
-    """The sum of each row's words by their weights; those of each array begin at an even one."""
+    """The sum of each row's words by their weights; those of each array begin at an even one. There is an array."""
     sums: Words = np.zeros(len(words[0]), np.uint64)
     at = 0
     for array in words:
@@ -211,13 +210,14 @@ def chained(hashes: Words, begins: NDArray[np.int64], before: Words) -> Words:
 
 def _powers(base: np.uint64, count: int) -> Words:
     """Its powers from 0 on; not to be written to."""
-    known = 1 << (count - 1).bit_length()
-    return _known_powers(base, known)[:count] if known <= KNOWN_POWERS else _made_powers(base, count)
+    return _known_powers(base)[:count] if count <= KNOWN_POWERS else _made_powers(base, count)
 
 
-@lru_cache(maxsize=8)
-def _known_powers(base: np.uint64, count: int) -> Words:
-    return _made_powers(base, count)
+@lru_cache(maxsize=2)
+def _known_powers(base: np.uint64) -> Words:
+    powers = _made_powers(base, KNOWN_POWERS)
+    powers.flags.writeable = False
+    return powers
 
 
 def _made_powers(base: np.uint64, count: int) -> Words:

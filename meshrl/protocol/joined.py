@@ -180,7 +180,7 @@ def _whole(parts: list[NDArray[Any]]) -> NDArray[Any]:
 
 
 def _times(notes: Sequence[Note]) -> tuple[Any, Any]:
-    """When each answer was, and of how many rows it is."""
+    """When each answer was, and of how many rows it is: what ``np.repeat`` takes."""
     if len(notes) == 1 and isinstance(notes[0].at, np.ndarray):
         return notes[0].at, len(notes[0].rewards) // len(notes[0].at)
     at: list[float] = []

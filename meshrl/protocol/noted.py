@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from meshrl.errors import UnencodableValue
 from meshrl.protocol.digests import Words
+from meshrl.protocol.values import own
 from meshrl.wire.codec import pack
 
 Indices = NDArray[np.int64]
@@ -121,11 +122,24 @@ def rows_in(noted: Note | One | Asked) -> int:
     return 1 if isinstance(noted, One) else 0
 
 
+def finals_of(infos: Sequence[tuple[int, Info]]) -> list[tuple[int, Any]]:
+    """Of rows that show a reset, each with what the step before it told last, copied.
+
+    Of a row the first counts: what follows is of the reset, in which an env may say whatever it likes.
+    """
+    finals: dict[int, Any] = {}
+    for row, info in infos:
+        if "final_obs" in info and row not in finals:
+            finals[row] = own(info["final_obs"])
+    return list(finals.items())
+
+
 def packed_infos(infos: Sequence[tuple[int, Info]], finals: Collection[int]) -> list[tuple[int, bool, bytes]]:
     """Those that are not empty; of a row that is a final, the first is that of its step."""
-    packed = []
+    packed, left = [], set(finals)
     for row, info in infos:
-        if row in finals and "final_obs" in info:
+        if row in left and "final_obs" in info:
+            left.remove(row)
             if info.get("final_info"):
                 packed.append((row, True, packed_info(info["final_info"])))
         elif info:

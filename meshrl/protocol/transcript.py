@@ -23,7 +23,18 @@ from numpy.typing import NDArray
 
 from meshrl.protocol.block import Answer, Block, is_plain
 from meshrl.protocol.digests import hashes_of, seen
-from meshrl.protocol.noted import Asked, Began, Indices, Info, Note, One, packed_info, packed_infos, rows_in
+from meshrl.protocol.noted import (
+    Asked,
+    Began,
+    Indices,
+    Info,
+    Note,
+    One,
+    finals_of,
+    packed_info,
+    packed_infos,
+    rows_in,
+)
 from meshrl.protocol.shelf import Shelf
 from meshrl.protocol.stored import Stored, Told
 from meshrl.protocol.values import hashes_of_values, numbers_of, own, truths_of
@@ -178,11 +189,8 @@ class Transcript:
         told: Sequence[tuple[int, bool, bytes]] = ()
         if infos:
             if begun and actions is not None:
-                finals = [
-                    (row, own(info["final_obs"]))
-                    for row, info in infos
-                    if "final_obs" in info and row in begun and (terminations[row] or truncations[row])
-                ]
+                ended = {row for row in begun if terminations[row] or truncations[row]}
+                finals = finals_of([one for one in infos if one[0] in ended]) if ended else ()
             if self.shows:
                 told = packed_infos(infos, {row for row, _ in finals})
         rows, more = len(rewards) + len(finals), sum([len(info) for _, _, info in told]) if told else 0
@@ -239,7 +247,7 @@ class Transcript:
     ) -> None:
         """What one of several lanes told as it was done again; on any thread, and taken in at once."""
         begun = self._began.pop(lane, None)
-        finals = [(0, own(info["final_obs"])) for info in infos if begun is not None and "final_obs" in info]
+        finals = [] if begun is None else finals_of([(0, info) for info in infos])
         note = Note(
             at,
             np.array([lane], np.int64),

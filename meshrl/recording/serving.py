@@ -72,7 +72,7 @@ class Serving:
 
     def _on_request(self, model: type[Message], answer: Any, subject: str, reply: str, data: bytes) -> None:
         user = subject.rpartition(".")[2]
-        if not may_be_answered(reply, ("_INBOX." if user == "anon" else f"_INBOX.{user}.",)):
+        if not may_be_answered(reply, ("_INBOX." if user == "anon" else f"_INBOX.{user}.",), user):
             return
         try:
             asked = parse(model, data)

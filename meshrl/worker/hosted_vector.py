@@ -218,7 +218,7 @@ class HostedVector:
         self._batches.check(actions, count, "actions", exact=False)
         if self._subs.recording is not None:
             self._acted = actions if self._acts_in_numbers else own(actions)
-            if "policy" in body:
+            if "policy" in body:  # which few steps say
                 self._subs.recording.acted(body)
         return list(self._batches.rows(actions, count))
 

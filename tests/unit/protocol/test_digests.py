@@ -142,7 +142,18 @@ def test_small_rows_count_the_same_in_a_large_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "space", [*SPACES, spaces.Box(0, 255, (3,), np.uint8), spaces.Box(-1, 1, (5,), np.float32)], ids=str
+    "space",
+    [
+        *SPACES,
+        spaces.Dict({}),
+        spaces.Box(0, 255, (3,), np.uint8),
+        spaces.Box(-1, 1, (5,), np.float32),
+        spaces.Box(-1, 1, (2, 2), np.float64),
+        spaces.Box(-1, 1, (9,), np.float32),
+        spaces.Tuple((spaces.Discrete(3), spaces.Box(-1, 1, (3,), np.dtype(">f4")), spaces.MultiBinary(4))),
+        spaces.Tuple((spaces.Text(4), spaces.MultiBinary(3))),
+    ],
+    ids=str,
 )
 def test_many_rows_count_the_same_as_few_of_them_at_a_time(space: spaces.Space[Any]) -> None:
     of, rng, size = batching(space), np.random.default_rng(1), MANY_ROWS // 4

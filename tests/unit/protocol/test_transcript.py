@@ -10,6 +10,7 @@ import pytest
 from gymnasium import spaces
 
 from meshrl.protocol.block import ANSWERS
+from meshrl.protocol.chunking import Chunker
 from meshrl.protocol.digests import Digests, chained
 from meshrl.protocol.joined import Noted, joined
 from meshrl.protocol.noted import Asked, Note, One
@@ -189,6 +190,30 @@ def test_values_that_are_no_plain_numbers_are_noted_one_by_one() -> None:
     (note,) = noted.taken(1 << 62)
     assert isinstance(note, Note)
     assert note.obs is obs
+
+
+@pytest.mark.parametrize("redone", [False, True])
+def test_an_info_of_a_reset_may_have_any_key_also_that_of_what_was_told_last(redone: bool) -> None:
+    noted, last, never = transcript(), np.ones(2, np.float32), np.zeros(LANES, np.bool_)
+    for lane in range(LANES):
+        noted.began(lane, lane, None, None)
+    noted.note(0.0, None, None, np.full((LANES, 2), 9, np.float32), np.zeros(LANES), never, never, ())
+    noted.began(1, None, None, None)
+    infos: list[Any] = [{"final_obs": last, "final_info": {"n": 1}}, {"final_obs": "the env's own"}]
+    if redone:
+        noted.note_redone(0.0, 1, 3, np.zeros(2, np.float32), 1.0, (True, False), infos)
+    else:
+        flags = np.array([False, True, False])
+        obs = np.zeros((LANES, 2), np.float32)
+        noted.note(0.0, None, np.full(LANES, 3), obs, np.ones(LANES), flags, ~flags, [(1, info) for info in infos])
+    made = Chunker(noted).chunk(noted.taken(1 << 20))
+    assert made is not None
+    chunk = made[0]
+    assert chunk.observations is not None
+    rows = np.flatnonzero(chunk.lanes == 1).tolist()
+    assert chunk.resets[rows].tolist() == [True, False, True]
+    assert chunk.observations.values[rows].tolist() == [[9, 9], [1, 1], [0, 0]]
+    assert chunk.infos == [(rows[1], {"n": 1}), (rows[2], {"final_obs": "the env's own"})]
 
 
 def test_who_takes_is_called_once_when_as_much_is_noted() -> None:
